@@ -1,0 +1,64 @@
+# `make` lists the targets.
+#   PYTHON       interpreter that makes .venv (default: python3.11, else python3)
+#   TORCH_INDEX  package index that PyTorch comes from; empty is pip's own.
+#                Linux without a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS         further options for pytest: make test ARGS='-m "not slow" -k export'
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet -c constraints.txt
+STAMP := $(VENV)/.installed
+# Of the six files of the demo's data the one that is written last.
+DEMO_DATA := runs/demo/data/validation.en
+
+# pip writes a package's RECORD last, so a package without one was interrupted: such an environment is made anew.
+HEALTHY := import pip, sys; from importlib.metadata import distributions; \
+	sys.exit(sys.version_info < (3, 11) or any(d.read_text("RECORD") is None for d in distributions()))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test style quality clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## make .venv with everything the project needs
+	@echo "Ready: $(VENV)"
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(RUN) -I -c '$(HEALTHY)' 2>/dev/null || { \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+			|| { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+		echo "Making $(VENV) with $(PYTHON)"; \
+		$(PYTHON) -m venv --clear $(VENV); \
+	}
+	@echo "Installing the packages of constraints.txt (the first time takes a few minutes)"
+	@$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url $(TORCH_INDEX) torch)
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) | $(DEMO_DATA)  ## train and evaluate a small model on generated data
+	@$(RUN) run_translation.py hub_configs/demo/recipe.json
+
+$(DEMO_DATA): | $(STAMP)
+	@$(RUN) -m training.embedded_data $(@D)
+
+# One thread in each of the two workers: more would only wait for each other.
+test: $(STAMP)  ## run all the tests
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
+
+style: $(STAMP)  ## format the code and mend what ruff can mend
+	@$(RUN) -m ruff check --fix . || left=1; $(RUN) -m ruff format . && test -z "$$left"
+
+quality: $(STAMP)  ## check style, format and types; changes nothing
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean:  ## remove caches and build artefacts; .venv and runs/ stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

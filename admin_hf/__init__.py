@@ -1,0 +1,29 @@
+"""Admin (Adaptive Model Initialization) for Transformers: deep Post-LN translation models that train.
+
+Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers", EMNLP 2020.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+
+from .callback import AdminProfilingCallback
+from .configuration_admin import AdminConfig
+from .modeling_admin import AdminForConditionalGeneration, AdminModel, AdminPreTrainedModel
+from .profiling import ResidualProfile, initialize_omega, profile_residuals
+
+
+AutoConfig.register(AdminConfig.model_type, AdminConfig)
+AutoModel.register(AdminConfig, AdminModel)
+AutoModelForSeq2SeqLM.register(AdminConfig, AdminForConditionalGeneration)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdminConfig",
+    "AdminForConditionalGeneration",
+    "AdminModel",
+    "AdminPreTrainedModel",
+    "AdminProfilingCallback",
+    "ResidualProfile",
+    "initialize_omega",
+    "profile_residuals",
+]

@@ -1,0 +1,106 @@
+"""Profiling inside a Trainer. All logic lives in [`profile_residuals`] and [`initialize_omega`], for custom loops."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import DistributedType
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .modeling_admin import AdminPreTrainedModel
+from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
+from .residual import AdminConnection
+
+
+logger = logging.get_logger(__name__)
+
+
+class AdminProfilingCallback(TrainerCallback):
+    """Profiles the model on the first batch of training and initialises ω, before step 1 computes anything.
+
+    Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch that step 1 is given, on the
+    first process, so neither the order of the data nor the random stream of training changes; all processes get the
+    same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder. Nothing
+    happens when training is resumed, or when ω was initialised before or loaded.
+
+    Raises:
+        RuntimeError: weights cannot be written in place at that moment (DeepSpeed, FSDP), or `DataParallel` would
+            throw the result away.
+
+    Example:
+
+    ```python
+    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=[AdminProfilingCallback()])
+    trainer.train()
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._hook: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = cast(AdminPreTrainedModel, extract_model_from_parallel(model, keep_fp32_wrapper=False))
+        omegas = [m.omega for m in model.modules() if isinstance(m, AdminConnection)]
+        if not omegas or state.global_step > 0:
+            return
+        if model.omega_initialized:
+            if all(bool((omega == 1).all()) for omega in omegas):
+                logger.warning("Not profiled: the model was loaded, with every ω at 1, so it trains as plain Post-LN.")
+            else:
+                logger.info("Not profiled: the model's ω is initialised already.")
+            return
+        _check_writable(args)
+
+        # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
+        def profile_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
+            self._remove_hook()
+            profile = _profile_on_first_process(module, batch, args)
+            initialize_omega(module, profile)
+            if state.is_world_process_zero:
+                profile.save(Path(str(args.output_dir)) / PROFILE_NAME)
+                tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
+
+        self._remove_hook()
+        self._hook = model.register_forward_pre_hook(torch.compiler.disable(profile_first_batch), with_kwargs=True)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._remove_hook()
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _profile_on_first_process(
+    model: AdminPreTrainedModel, batch: dict[str, Any], args: TrainingArguments
+) -> ResidualProfile:
+    profiles = [profile_residuals(model, batch) if args.process_index == 0 else None]
+    broadcast_object_list(profiles)
+    return cast(ResidualProfile, profiles[0])
+
+
+def _check_writable(args: TrainingArguments) -> None:
+    by_hand = (
+        "profile before the Trainer is built: `initialize_omega(model, profile_residuals(model, batch))`, with "
+        "`batch = data_collator([train_dataset[i] for i in range(64)])`."
+    )
+    kind = args.distributed_state.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise RuntimeError(f"Under {kind.value} the weights cannot be changed once the Trainer holds them: {by_hand}")
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "
+            f"for each GPU with torchrun or `accelerate launch`, set CUDA_VISIBLE_DEVICES to one GPU, or {by_hand}"
+        )

@@ -1,0 +1,121 @@
+"""Configuration of Admin Transformers."""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import MarianConfig
+
+from .residual import SYSTEMS
+
+
+@strict
+class AdminConfig(MarianConfig):
+    r"""
+    Configuration of an [`AdminForConditionalGeneration`]: Marian's, with the choice of the residual connections and
+    the defaults of Transformer-base as the Admin paper trains it. Documented here is what differs from
+    [`~transformers.MarianConfig`].
+
+    Args:
+        encoder_residual (`str`, defaults to `"admin"`):
+            The residual system of the encoder: one of `admin_hf.residual.SYSTEMS` (`"admin"`, `"post_ln"`, `"pre_ln"`,
+            or one of your own).
+        decoder_residual (`str`, defaults to `"admin"`):
+            The same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with Pre-LN.
+        label_smoothing (`float`, defaults to 0.0):
+            Share of the target probability that the training loss spreads evenly over the vocabulary without padding.
+            Used in train mode only: an evaluation loss is the negative log-likelihood.
+        pad_token_id, decoder_start_token_id (`int`, *optional*):
+            `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>` is last.
+
+    Raises:
+        ValueError: an unknown residual system, a size below 1, a `d_model` that the heads do not divide, or a special
+            token outside the vocabulary.
+
+    Example:
+
+    ```python
+    >>> from admin_hf import AdminConfig
+
+    >>> config = AdminConfig(encoder_layers=18, decoder_layers=18, vocab_size=32_000)
+    >>> config.encoder_residual, config.d_model, config.pad_token_id
+    ('admin', 512, 31999)
+
+    ```
+    """
+
+    model_type = "admin"
+
+    encoder_residual: str = "admin"
+    decoder_residual: str = "admin"
+    label_smoothing: float | int = 0.0
+
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    d_model: int = 512
+    encoder_ffn_dim: int = 2048
+    decoder_ffn_dim: int = 2048
+    encoder_attention_heads: int = 8
+    decoder_attention_heads: int = 8
+    activation_function: str = "relu"
+    scale_embedding: bool = True
+    attention_dropout: float | int = 0.1
+    activation_dropout: float | int = 0.1
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None  # type: ignore[assignment]  # Marian's own has no unset value
+    forced_eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.pad_token_id is None:
+            self.pad_token_id = self.vocab_size - 1
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.pad_token_id
+        super().__post_init__(**kwargs)
+        self._check_residuals()
+        self._check_sizes()
+        self._check_special_tokens()
+
+    def _check_residuals(self) -> None:
+        for field in ("encoder_residual", "decoder_residual"):
+            if (name := getattr(self, field)) not in SYSTEMS:
+                raise ValueError(
+                    f"{field}={name!r} is not a residual system; choose one of {', '.join(SYSTEMS)}, "
+                    "or add your own to admin_hf.residual.SYSTEMS first."
+                )
+
+    def _check_sizes(self) -> None:
+        sizes = ("layers", "ffn_dim", "attention_heads")
+        fields = [f"{stack}_{size}" for stack in ("encoder", "decoder") for size in sizes]
+        for field in ("vocab_size", "d_model", "max_position_embeddings", *fields):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"{field}={value} must be at least 1.")
+        for field in ("encoder_attention_heads", "decoder_attention_heads"):
+            if self.d_model % (heads := getattr(self, field)):
+                raise ValueError(f"d_model={self.d_model} must be divisible by {field}={heads}.")
+        for field in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
+            if not 0 <= (value := getattr(self, field)) < 1:
+                raise ValueError(f"{field}={value} must be at least 0 and below 1.")
+
+    def _check_special_tokens(self) -> None:
+        vocab_size = min(self.vocab_size, self.decoder_vocab_size or self.vocab_size)
+        for field in ("pad_token_id", "decoder_start_token_id"):
+            if not 0 <= (token_id := getattr(self, field)) < vocab_size:
+                raise ValueError(f"{field}={token_id} must be an id of the vocabulary, 0 to {vocab_size - 1}.")
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json; a stock Marian's is completed with Marian's own defaults, not with ours."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type == MarianConfig.model_type:
+            config_dict = MarianConfig.from_dict(config_dict).to_dict() | {"model_type": cls.model_type}
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin or Marian model."
+            )
+        return config_dict, kwargs
+
+
+__all__ = ["AdminConfig"]

@@ -1,0 +1,397 @@
+"""Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.marian.modeling_marian import (
+    MarianDecoder,
+    MarianDecoderLayer,
+    MarianEncoder,
+    MarianEncoderLayer,
+    MarianModel,
+    MarianMTModel,
+    MarianPreTrainedModel,
+    MarianSinusoidalPositionalEmbedding,
+)
+from transformers.utils import can_return_tuple, logging
+
+from .configuration_admin import AdminConfig
+from .loss import linear_cross_entropy
+from .residual import SYSTEMS, AdminConnection, ResidualSystem
+
+
+logger = logging.get_logger(__name__)
+
+
+class _ResidualLayer(nn.Module):
+    """What encoder and decoder layers share: a residual connection around a branch, and the feed-forward branch."""
+
+    dropout: float
+    activation_dropout: float
+    activation_fn: nn.Module
+    fc1: nn.Linear
+    fc2: nn.Linear
+
+    def residual(self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
+        f = branch(connection.branch_input(x))
+        return connection(x, nn.functional.dropout(f, p=self.dropout, training=self.training))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        x = self.activation_fn(self.fc1(x))
+        return self.fc2(nn.functional.dropout(x, p=self.activation_dropout, training=self.training))
+
+
+# Differences to MarianEncoderLayer:
+# - the residual system replaces the layer norms by residual connections, under Marian's names
+# - no clamp of infinite float16 values: it would make every step of a GPU wait, and LayerNorm outputs are bounded
+class AdminEncoderLayer(_ResidualLayer, MarianEncoderLayer):
+    def __init__(self, config: AdminConfig, layer_idx: int, system: ResidualSystem) -> None:
+        super().__init__(config, layer_idx)
+        system.connect(self, layer_idx)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+        """Transform `hidden_states`, `(batch_size, source_length, d_model)`."""
+
+        def self_attention(x: Tensor) -> Tensor:
+            return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
+
+        x = self.residual(self.self_attn_layer_norm, hidden_states, self_attention)
+        return self.residual(self.final_layer_norm, x, self.feed_forward)
+
+
+class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
+    def __init__(self, config: AdminConfig, layer_idx: int, system: ResidualSystem) -> None:
+        super().__init__(config, layer_idx)
+        system.connect(self, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Transform `hidden_states`, `(batch_size, target_length, d_model)`."""
+        kwargs["past_key_values"] = past_key_values
+
+        def self_attention(x: Tensor) -> Tensor:
+            return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
+
+        def encoder_attention(x: Tensor) -> Tensor:
+            source = {"key_value_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            return self.encoder_attn(x, **source, **kwargs)[0]
+
+        x = self.residual(self.self_attn_layer_norm, hidden_states, self_attention)
+        if encoder_hidden_states is not None:
+            x = self.residual(self.encoder_attn_layer_norm, x, encoder_attention)
+        return self.residual(self.final_layer_norm, x, self.feed_forward)
+
+
+def _embedding_init(weight: Tensor, padding_idx: int | None) -> None:
+    """fairseq's N(0, D^-1/2), with a zero row for padding."""
+    init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
+    # The slice below loses the mark of a loaded tensor
+    if padding_idx is not None and not getattr(weight, "_is_hf_initialized", False):
+        init.zeros_(weight[padding_idx])
+
+
+def _logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
+    """Padding is never predicted. Not -inf: Trainer's label smoother sums log-probabilities over the vocabulary."""
+    value = torch.zeros_like(bias)
+    value[:, pad_token_id] = -1e4
+    init.copy_(bias, value)
+
+
+@contextmanager
+def _stock_constructor(config: AdminConfig) -> Iterator[None]:
+    """Around Marian's constructor, whose layers or stacks are replaced at once: they need no initialisation, and must
+    not use up `config.gradient_checkpointing`, which works only once."""
+    legacy = config.__dict__.pop("gradient_checkpointing", None)
+    with init.no_init_weights():
+        yield
+    if legacy is not None:
+        config.gradient_checkpointing = legacy
+
+
+class AdminPreTrainedModel(MarianPreTrainedModel):
+    config: AdminConfig
+    _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The standard initialisation (fairseq's), which residual systems refine by marking projections."""
+        if isinstance(module, nn.Linear):
+            getattr(module, "initializer", init.xavier_uniform_)(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and not isinstance(module, MarianSinusoidalPositionalEmbedding):
+            _embedding_init(module.weight, module.padding_idx)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, AdminConnection):
+            init.ones_(module.omega)
+        if isinstance(module, AdminForConditionalGeneration):
+            _logits_bias_init(module.final_logits_bias, self.padding_id)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """The last step of loading: from here on ω counts as initialised.
+
+        A checkpoint without any ω is plain Post-LN, where ω = 1. Positions are frozen again, which loading forgets and
+        DistributedDataParallel would mistake for parameters without a gradient.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        omegas = {f"{name}.omega" for name, m in self.named_modules() if isinstance(m, AdminConnection)}
+        if omegas and omegas == set(loading_info.missing_keys):
+            loading_info.missing_keys = set()
+            logger.warning(
+                "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
+            )
+        for name, module in self.named_modules():
+            if isinstance(module, AdminConnection):
+                module.initialized = f"{name}.omega" not in loading_info.missing_keys
+            elif isinstance(module, MarianSinusoidalPositionalEmbedding):
+                module.weight.requires_grad_(False)
+
+    @property
+    def padding_id(self) -> int:
+        return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
+
+    @property
+    def omega_initialized(self) -> bool:
+        """Whether ω was measured or loaded. False after construction; true where the model has no ω."""
+        return all(m.initialized for m in self.modules() if isinstance(m, AdminConnection))
+
+
+def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
+    """Refuse token ids outside the vocabulary, on the CPU only: on a GPU looking at them would stop the step.
+
+    Raises:
+        ValueError: an id below 0 (but −100, "no label") or not below `vocab_size`.
+    """
+    if ids is None or ids.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    ids = ids[ids != -100] if name == "labels" else ids
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise ValueError(
+            f"{name} holds the id {int(wrong)}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
+            "tokenizer and model do not belong together."
+        )
+
+
+class _StackMixin(AdminPreTrainedModel):
+    """What the two stacks share: their residual system's layers, what follows them, and the checks of their input."""
+
+    embed_tokens: nn.Embedding
+
+    def _build(self, stack: str, layer_class: type[nn.Module]) -> None:
+        system = SYSTEMS[getattr(self.config, f"{stack}_residual")](self.config, stack)
+        layers = range(getattr(self.config, f"{stack}_layers"))
+        self.layers = nn.ModuleList(layer_class(self.config, i, system) for i in layers)
+        self.layer_norm = system.after_stack()
+        if any(isinstance(module, AdminConnection) for module in self.layers.modules()):
+            self._keep_in_fp32_modules_strict = {"omega"}
+        self.post_init()
+
+    def _check_input(self, name: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: int = 0) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"Give exactly one of {name}_ids and {name}s_embeds.")
+        shape = cast(Tensor, input_ids if input_ids is not None else inputs_embeds).shape
+        length, longest = past + shape[1], self.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"{name} has {length} tokens, but max_position_embeddings is {longest}: cut or split it.")
+        _check_ids(f"{name}_ids", input_ids, self.embed_tokens.num_embeddings)
+
+    def _after_stack(self, outputs: Any) -> Any:
+        outputs.last_hidden_state = self.layer_norm(outputs.last_hidden_state)
+        if outputs.hidden_states is not None and outputs.hidden_states[-1] is not None:
+            outputs.hidden_states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+        return outputs
+
+
+# Differences to MarianEncoder: residual connections, a module behind the stack, and inputs_embeds that are scaled as
+# the embeddings of input_ids are, so that both mean the same (MarianDecoder does that already).
+class AdminEncoder(_StackMixin, MarianEncoder):
+    def __init__(self, config: AdminConfig) -> None:
+        with _stock_constructor(config):
+            super().__init__(config)
+        self._build("encoder", AdminEncoderLayer)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Encode `input_ids`, `(batch_size, source_length)`, of which `attention_mask` is 1 where not padding."""
+        self._check_input("input", input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = inputs_embeds * self.embed_scale
+        outputs = super().forward(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        return self._after_stack(outputs)
+
+
+class AdminDecoder(_StackMixin, MarianDecoder):
+    def __init__(self, config: AdminConfig) -> None:
+        with _stock_constructor(config):
+            super().__init__(config)
+        self._build("decoder", AdminDecoderLayer)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decode `input_ids`, `(batch_size, target_length)`, which follow what `past_key_values` holds."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_input("decoder_input", input_ids, inputs_embeds, past)
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return self._after_stack(outputs)
+
+
+class AdminModel(AdminPreTrainedModel, MarianModel):
+    """The bare encoder-decoder, without the output layer. See [`~transformers.MarianModel`] for its arguments."""
+
+    def __init__(self, config: AdminConfig) -> None:
+        with _stock_constructor(config):
+            super().__init__(config)
+        self.encoder = AdminEncoder(config)
+        self.decoder = AdminDecoder(config)
+        self.post_init()
+
+
+class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
+    """An Admin Transformer for translation, to be used as any sequence-to-sequence model of Transformers.
+
+    A new model has ω = 1, which is plain Post-LN: profile it before training, by [`AdminProfilingCallback`] in a
+    Trainer or by hand.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from admin_hf import AdminConfig, AdminForConditionalGeneration, initialize_omega, profile_residuals
+
+    >>> config = AdminConfig(vocab_size=100, d_model=32, encoder_layers=4, decoder_layers=4)
+    >>> model = AdminForConditionalGeneration(config)
+    >>> batch = {"input_ids": torch.randint(2, 99, (4, 10)), "labels": torch.randint(2, 99, (4, 12))}
+    >>> initialize_omega(model, profile_residuals(model, batch))
+    >>> model(**batch).loss.shape
+    torch.Size([])
+
+    ```
+    """
+
+    def __init__(self, config: AdminConfig) -> None:
+        with _stock_constructor(config):
+            super().__init__(config)
+        self.model = AdminModel(config)
+        _logits_bias_init(self.final_logits_bias, self.padding_id)
+        self.lm_head.initializer = partial(_embedding_init, padding_idx=config.pad_token_id)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: tuple[Tensor] | BaseModelOutput | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """As [`~transformers.MarianMTModel`], with another training loss.
+
+        In train mode with `labels` the loss is [`linear_cross_entropy`]: smoothed by `config.label_smoothing`, divided
+        by `num_items_in_batch` where given, and computed without the full logits, so `logits` is None.
+
+        Args:
+            input_ids: source ids, `(batch_size, source_length)`.
+            attention_mask: 1 for source tokens and 0 for padding, of the same shape.
+            labels: target ids, `(batch_size, target_length)`, −100 at padding; they also are the decoder's input,
+                shifted right by one, unless `decoder_input_ids` is given.
+            num_items_in_batch: number of targets in the whole update, as Trainer passes it.
+
+        Raises:
+            ValueError: an id outside the vocabulary (looked for on the CPU only), or a sequence longer than
+                `config.max_position_embeddings`.
+        """
+        _check_ids("labels", labels, self.lm_head.weight.shape[0])
+        if labels is not None:
+            use_cache = False
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "encoder_outputs": encoder_outputs,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "decoder_inputs_embeds": decoder_inputs_embeds,
+            "use_cache": use_cache,
+            "return_dict": True,
+            **kwargs,
+        }
+        if labels is not None and self.training:
+            decoded = self.model(**inputs)
+            loss = linear_cross_entropy(
+                decoded.last_hidden_state,
+                self.lm_head.weight,
+                self.final_logits_bias,
+                labels,
+                pad_token_id=self.padding_id,
+                label_smoothing=self.config.label_smoothing,
+                num_items_in_batch=num_items_in_batch,
+            )
+            return Seq2SeqLMOutput(loss=loss, **{k: v for k, v in decoded.items() if k != "last_hidden_state"})
+
+        outputs = super().forward(**inputs)
+        if torch.is_grad_enabled():
+            # Under a loss of the caller's the output layer's padding row gets no gradient either, and stays zero
+            is_pad = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device).eq(self.padding_id)
+            outputs.logits = torch.where(is_pad, outputs.logits.detach(), outputs.logits)
+        if labels is None:
+            return outputs
+        loss = nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten())
+        return Seq2SeqLMOutput(loss=loss, **outputs)
+
+
+__all__ = ["AdminForConditionalGeneration", "AdminModel", "AdminPreTrainedModel"]

@@ -1,0 +1,253 @@
+#!/usr/bin/env python
+"""Train, evaluate and run a translation model with Admin's residual connections.
+
+    python run_translation.py --do_train --do_eval --train_file DIR/train --validation_file DIR/validation \
+        --source_lang en --target_lang de --output_dir runs/my-model
+
+or `python run_translation.py recipe.json`, where the file holds the same arguments. The same command on its own
+output_dir goes on where the run was stopped. Exit codes: 0 done, 2 an input cannot be used, 130 and 143 stopped by
+Ctrl-C and SIGTERM with a checkpoint.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import transformers
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
+
+from admin_hf import (
+    AdminConfig,
+    AdminForConditionalGeneration,
+    AdminProfilingCallback,
+    ResidualProfile,
+    initialize_omega,
+)
+from training import arguments as args
+from training import data as parallel
+from training.errors import InputError
+from training.metrics import TranslationMetric
+from training.model import config_changes, load_tokenizer, set_generation
+from training.tokenization import save_tokenizer, text_batches, train_tokenizer
+from training.trainer import StopOnSignal, TranslationTrainer
+
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS_NAME = "generated_predictions.txt"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit code."""
+    try:
+        arguments = args.parse_arguments(argv)
+        set_up_logging(arguments[2])
+        return run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def run(arguments: args.Arguments) -> int:
+    """What the script does, step by step."""
+    model_args, data_args, training_args = arguments
+    args.check_output_dir(arguments)
+    check_model(model_args)
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="preparing the data"):
+        raw = load_data(arguments)
+        tokenizer = prepare_tokenizer(arguments, raw)
+        data = tokenize(raw, tokenizer, arguments)
+    model = build_model(arguments, tokenizer)
+    stop = StopOnSignal()
+    trainer = build_trainer(arguments, model, tokenizer, data, stop)
+
+    if training_args.do_train:
+        train(trainer, arguments)
+    if stop.received is not None:
+        print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
+        return 128 + stop.received
+    if training_args.do_eval:
+        evaluate(trainer)
+    if training_args.do_predict:
+        predict(trainer, data["test"], raw["test"])
+    return 0
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+def set_up_logging(training_args: args.TranslationTrainingArguments) -> None:
+    """Log to standard error, in full on the first process and only warnings on the others."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    level = logging.INFO if training_args.process_index == 0 else logging.WARNING
+    for name in (__name__, "training"):
+        logging.getLogger(name).setLevel(level)
+    datasets.logging.set_verbosity(datasets.logging.WARNING)
+    transformers.logging.set_verbosity(transformers.logging.WARNING)
+
+
+def check_model(model_args: args.ModelArguments) -> None:
+    """Find mistakes in the model's arguments before the data is touched."""
+    try:
+        AdminConfig(**config_changes(model_args, AdminConfig), vocab_size=model_args.vocab_size)
+        if model_args.residual_profile:
+            ResidualProfile.load(model_args.residual_profile)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+
+
+def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
+    """Load the splits that are used, after checking the files of all of them."""
+    model_args, data_args, training_args = arguments
+    used = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    splits = [split for split, is_used in used.items() if is_used]
+    if data_args.dataset_name is None:
+        for split in splits:
+            parallel.resolve_files(getattr(data_args, f"{split}_file"), data_args, split)
+    return {split: parallel.load_pairs(split, data_args, model_args) for split in splits}
+
+
+def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that is named, or the run's own, or train one on the training pairs."""
+    model_args, _, training_args = arguments
+    output_dir = Path(training_args.output_dir)
+    if name := model_args.tokenizer_name or model_args.model_name_or_path:
+        return load_tokenizer(name, model_args)
+    if (output_dir / "tokenizer_config.json").exists():
+        return load_tokenizer(str(output_dir), model_args)
+    logger.info(f"Training a joint BPE tokenizer with {model_args.vocab_size:,} entries.")
+    tokenizer = train_tokenizer(text_batches(raw["train"]), model_args.vocab_size, model_args.lowercase)
+    save_tokenizer(tokenizer, output_dir)
+    return tokenizer
+
+
+def tokenize(
+    raw: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: args.Arguments
+) -> dict[str, Dataset]:
+    """Turn every split into token ids."""
+    _, data_args, _ = arguments
+    return {
+        split: parallel.tokenize_for_training(dataset, tokenizer, data_args)
+        if split == "train"
+        else parallel.tokenize_for_evaluation(dataset, tokenizer, data_args, split)
+        for split, dataset in raw.items()
+    }
+
+
+def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
+    """Load the model to go on from, or make a new one for this tokenizer."""
+    model_args, data_args, training_args = arguments
+    source = model_args.model_name_or_path
+    if not source and not training_args.do_train:
+        source = args.get_last_checkpoint_or_none(training_args)
+    if source:
+        try:
+            model = AdminForConditionalGeneration.from_pretrained(
+                source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"The model {source} cannot be loaded: {error}") from error
+    else:
+        model = AdminForConditionalGeneration(
+            AdminConfig(
+                **config_changes(model_args, AdminConfig),
+                vocab_size=len(tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"The tokenizer has {len(tokenizer):,} entries but the model's vocabulary {model.config.vocab_size:,}."
+        )
+    longest = max(data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length)
+    if longest > model.config.max_position_embeddings:
+        raise InputError(
+            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
+            f"{model.config.max_position_embeddings}."
+        )
+    model.config.label_smoothing = training_args.label_smoothing_factor
+    set_generation(model, data_args.val_max_target_length, training_args.generation_num_beams or data_args.num_beams)
+    if model_args.residual_profile:
+        initialize_omega(model, ResidualProfile.load(model_args.residual_profile))
+    return model
+
+
+def build_trainer(
+    arguments: args.Arguments,
+    model: AdminForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, Dataset],
+    stop: StopOnSignal,
+) -> TranslationTrainer:
+    """Put model, data, scores and callbacks together."""
+    lowercase = "Lowercase" in str(getattr(tokenizer, "backend_tokenizer", tokenizer).normalizer)
+    return TranslationTrainer(
+        metric=TranslationMetric(lowercase=lowercase),
+        model=model,
+        args=arguments[2],
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        callbacks=[AdminProfilingCallback(), stop],
+    )
+
+
+def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
+    """Train, from the last checkpoint where there is one, and save the model."""
+    training_args = arguments[2]
+    checkpoint = training_args.resume_from_checkpoint or args.get_last_checkpoint_or_none(training_args)
+    if trainer.is_world_process_zero():
+        args.record_arguments(arguments)
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    logger.info(f"Training {parameters:,} parameters{f', going on from {checkpoint}' if checkpoint else ''}.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    report(trainer, "train", result.metrics)
+
+
+def evaluate(trainer: TranslationTrainer) -> None:
+    """Score the validation pairs."""
+    metrics = trainer.evaluate()
+    report(trainer, "eval", metrics | {f"eval_{name}": value for name, value in trainer.signatures.items()})
+
+
+def predict(trainer: TranslationTrainer, dataset: Dataset, raw: Dataset) -> None:
+    """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
+    output = trainer.predict(dataset, metric_key_prefix="test")
+    metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
+    report(trainer, "test", metrics)
+    if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
+        return
+    translations = [""] * len(dataset)
+    for index, text in zip(dataset["index"], trainer.decode(output.predictions), strict=True):
+        translations[index] = " ".join(text.split())
+    sources = list(raw["source"])
+    translations = [text if (source or "").strip() else "" for source, text in zip(sources, translations, strict=True)]
+    path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
+    temporary.replace(path)
+    for source, translation in list(zip(sources, translations, strict=True))[:3]:
+        print(f"  {source}\n  -> {translation}")
+    print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
+
+
+def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
+    """Print the metrics and save them as `{split}_results.json` and in `all_results.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

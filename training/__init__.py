@@ -1,0 +1,1 @@
+"""The training recipe behind run_translation.py."""

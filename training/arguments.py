@@ -1,0 +1,250 @@
+"""Arguments of run_translation.py: the names and meanings of Hugging Face's own script, and a few of ours."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .errors import InputError
+
+
+ARGUMENTS_NAME = "arguments.json"
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer to train, or to go on from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Admin or Marian checkpoint to go on from (folder or Hub id). Unset: a new model is trained."
+        },
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model: a folder with config.json, or a Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Changes to the configuration of a new model, such as "
+            "'d_model=128,encoder_layers=4,encoder_residual=post_ln'."
+        },
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer to use (folder or Hub id). Unset: the model's, or a new joint BPE is trained."},
+    )
+    vocab_size: int = field(default=10_000, metadata={"help": "Vocabulary size of a new tokenizer, both languages."})
+    lowercase: bool = field(
+        default=False, metadata={"help": "Lower-case all text in a new tokenizer; scores then ignore case too."}
+    )
+    residual_profile: str | None = field(
+        default=None,
+        metadata={
+            "help": "residual_profile.json of another run to take ω from, in place of profiling the first batch."
+        },
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where to store what is downloaded from the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a tokenizer or data set from the Hub."}
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which sentence pairs to train on, to validate with and to translate."""
+
+    source_lang: str | None = field(default=None, metadata={"help": "Source language, such as 'en'."})
+    target_lang: str | None = field(default=None, metadata={"help": "Target language, such as 'de'."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, in place of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training pairs: .json/.jsonl/.csv/.tsv with a 'translation' column or one column for each "
+            "language, or the prefix DIR/train of parallel text in DIR/train.en and DIR/train.de."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Validation pairs, in the same forms."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "Test pairs in the same forms, or source text alone, to translate."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again instead of using cached data."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
+    max_source_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Longest source in tokens. Longer training pairs are skipped, longer sources to translate are "
+            "cut; both are counted."
+        },
+    )
+    max_target_length: int = field(
+        default=128, metadata={"help": "Longest target in tokens; longer training pairs are skipped and counted."}
+    )
+    val_max_target_length: int | None = field(
+        default=None, metadata={"help": "Longest generated translation in tokens. Defaults to max_target_length."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training pairs only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first validation pairs only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first test pairs only."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams of evaluation and prediction. Default: 1."})
+    source_prefix: str | None = field(default=None, metadata={"help": "Text to put before every source."})
+
+    def __post_init__(self) -> None:
+        if self.val_max_target_length is None:
+            self.val_max_target_length = self.max_target_length
+
+
+@dataclass
+class TranslationTrainingArguments(Seq2SeqTrainingArguments):
+    """Trainer's own arguments, with the defaults that translation wants."""
+
+    predict_with_generate: bool = field(
+        default=True, metadata={"help": "Translate when evaluating, which BLEU needs. Off: only the loss."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Batches of similar length by default, to save padding."}
+    )
+    logging_steps: float = field(default=100, metadata={"help": "Log every so many updates."})
+
+
+Arguments = tuple[ModelArguments, DataTrainingArguments, TranslationTrainingArguments]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line, or one JSON file of arguments and, behind it, flags that override the file's.
+
+    Raises:
+        InputError: the JSON file cannot be read, or arguments are missing or contradict each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TranslationTrainingArguments))
+    if argv and argv[0].endswith(".json"):
+        argv = _json_flags(Path(argv[0])) + argv[1:]
+    try:
+        arguments = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise InputError(f"The arguments cannot be used: {error}") from error
+    check_arguments(*arguments)
+    return arguments
+
+
+def _json_flags(path: Path) -> list[str]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The file of arguments {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The file of arguments {path} must hold one JSON object, such as {{'do_train': true}}.")
+    flags = []
+    for name, value in values.items():
+        items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        flags += [f"--{name}", *map(str, items)] if value is not None else []
+    return flags
+
+
+def check_arguments(
+    model: ModelArguments, data: DataTrainingArguments, training: TranslationTrainingArguments
+) -> None:
+    """Raise an InputError for arguments that are missing or contradict each other."""
+    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    if not any(wanted.values()):
+        raise InputError("Nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
+    for name in ("source_lang", "target_lang"):
+        if not getattr(data, name):
+            raise InputError(f"--{name} is missing: give a language key such as 'en'.")
+    if data.source_lang == data.target_lang:
+        raise InputError(f"--source_lang and --target_lang are both {data.source_lang!r}.")
+    if data.dataset_name is None:
+        for split in (split for split, used in wanted.items() if used):
+            if getattr(data, f"{split}_file") is None:
+                flag = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
+                raise InputError(f"--{flag} needs --{split}_file (or --dataset_name).")
+    for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams", "max_train_samples"):
+        if (value := getattr(data, name)) is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1.")
+    if model.model_name_or_path and (model.config_name or model.config_overrides):
+        raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
+    if not training.do_train and not model.model_name_or_path and get_last_checkpoint_or_none(training) is None:
+        raise InputError(
+            "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "
+            f"model ({training.output_dir} has none)."
+        )
+
+
+def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str | None:
+    """The newest complete checkpoint of the run in output_dir. Trainer writes trainer_state.json last."""
+    folder = Path(training.output_dir)
+    if not folder.is_dir():
+        return None
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+# --- one output_dir, one run ----------------------------------------------------------------------
+
+# Arguments that may change between the sessions of one run, because they do not change what is trained.
+_FREE = {
+    *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
+    *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
+    *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
+    *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),
+    *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config", "use_cpu"),
+    *("local_rank", "ddp_timeout", "ddp_backend", "include_num_input_tokens_seen", "full_determinism"),
+}
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "debug", "skip_memory")
+
+
+def check_output_dir(arguments: Arguments) -> None:
+    """Refuse to train in a folder that holds a run of other arguments, or no run of ours at all.
+
+    Raises:
+        InputError: naming the arguments that differ, or what else is wrong with the folder.
+    """
+    folder = Path(arguments[2].output_dir)
+    record = folder / ARGUMENTS_NAME
+    if not arguments[2].do_train or not folder.exists():
+        return
+    afresh = (
+        f"To go on with that run repeat its arguments; to start afresh remove {folder} or choose another --output_dir."
+    )
+    if not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file; choose a folder.")
+    if not record.exists():
+        if get_last_checkpoint(str(folder)) is not None:
+            raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{record} is damaged ({error}). {afresh}") from error
+    now = recorded(arguments)
+    differing = [
+        f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and name not in _FREE and not name.startswith(_FREE_PREFIXES)
+    ]
+    if differing:
+        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
+
+
+def recorded(arguments: Arguments) -> dict[str, Any]:
+    """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
+    model, data, training = arguments
+    return json.loads(json.dumps(asdict(model) | asdict(data) | training.to_dict()))
+
+
+def record_arguments(arguments: Arguments) -> None:
+    """Write all arguments beside the run, to recognise it when it is resumed."""
+    path = Path(arguments[2].output_dir) / ARGUMENTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(recorded(arguments), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

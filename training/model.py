@@ -1,0 +1,87 @@
+"""Configuration, tokenizer and generation settings of the model that run_translation.py trains."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from .arguments import ModelArguments
+from .errors import InputError
+
+
+def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """The new model's configuration, as keyword arguments of `config_class`: --config_name, then --config_overrides.
+
+    Vocabulary size and special tokens are left out: the tokenizer says them.
+
+    Raises:
+        InputError: the configuration cannot be read, is another model's, or an override has no such field or a value
+            of another type.
+    """
+    values: dict[str, Any] = {}
+    if arguments.config_name:
+        try:
+            config = AutoConfig.from_pretrained(arguments.config_name, cache_dir=arguments.cache_dir)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--config_name {arguments.config_name} cannot be used: {error}") from error
+        if not isinstance(config, config_class):
+            raise InputError(
+                f"--config_name {arguments.config_name} is a {config.model_type!r} model; expected "
+                f"{config_class.model_type!r}."
+            )
+        values = config.to_diff_dict()
+    values |= _parse_overrides(arguments.config_overrides or "", config_class())
+    from_tokenizer = ("vocab_size", "decoder_vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
+    return {name: value for name, value in values.items() if name not in from_tokenizer}
+
+
+def _parse_overrides(text: str, defaults: PretrainedConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not hasattr(defaults, name):
+            raise InputError(
+                f"--config_overrides: {item!r} is not a field and its value; expected e.g. 'd_model=128,dropout=0.3'."
+            )
+        default = getattr(defaults, name)
+        try:
+            if isinstance(default, bool):
+                values[name] = {"true": True, "false": False}[value.lower()]
+            elif isinstance(default, (int, float)):
+                values[name] = float(value) if isinstance(default, float) or not value.isdigit() else int(value)
+            else:
+                values[name] = value
+        except (KeyError, ValueError):
+            raise InputError(
+                f"--config_overrides: {name}={value!r} is not of the type {type(default).__name__}."
+            ) from None
+    return values
+
+
+def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub.
+
+    Raises:
+        InputError: there is none, or it has no padding or end-of-sentence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            cache_dir=arguments.cache_dir,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"The tokenizer {name} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer {name} needs a padding and an end-of-sentence token.")
+    return tokenizer
+
+
+def set_generation(model: Any, max_length: int, num_beams: int | None) -> None:
+    """Make the settings of this run those of `model.generate`, which are saved with the model.
+
+    A stock generation config cuts every translation at 20 tokens.
+    """
+    generation_config: GenerationConfig = model.generation_config
+    generation_config.max_length = max_length
+    generation_config.num_beams = num_beams or generation_config.num_beams or 1
