@@ -1,6 +1,6 @@
-"""Hugging Face's common model tests on Admin, and on stock Marian as the reference.
+"""What the Transformers library's common model tests need to run on Admin, and on stock Marian as the reference.
 
-Not collected where it lies: `tests/test_hf_common.py` copies it to `tests/models/admin/` of the library's own tests.
+Not collected where it lies: `tests/test_hf_common.py` copies it to `tests/models/admin/` of the library's tests.
 """
 
 import unittest
@@ -19,71 +19,68 @@ from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin
 
 
-# By these tables of names the tests know which class takes labels; AutoModel.register does not fill them
+# The tests look up here which class takes labels; AutoModel.register leaves these tables alone.
 MODEL_MAPPING_NAMES[AdminConfig.model_type] = AdminModel.__name__
 MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[AdminConfig.model_type] = AdminForConditionalGeneration.__name__
 
-VOCAB_SIZE, PAD, EOS, START = 99, 1, 2, 3
-BATCH_SIZE, LENGTH, WIDTH, LAYERS, HEADS = 13, 7, 16, 2, 4
+BATCH_SIZE, LENGTH = 13, 7
 
 SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "d_model": WIDTH,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": 2 * WIDTH,
-    "decoder_ffn_dim": 2 * WIDTH,
-    "max_position_embeddings": 100,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
+    "vocab_size": 99,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 20,
     "bos_token_id": 0,
-    "decoder_start_token_id": START,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
 }
 
 
 class TinyModelTester:
-    """What the mixin asks of a model tester: the sizes it expects in outputs, a tiny config, and inputs."""
+    """A tiny configuration, inputs for it, and the sizes that the tests expect in the outputs."""
 
     is_training = True
     batch_size = BATCH_SIZE
     seq_length = LENGTH
-    hidden_size = WIDTH
-    num_hidden_layers = LAYERS
-    num_attention_heads = HEADS
+    hidden_size = SIZES["d_model"]
+    num_hidden_layers = SIZES["encoder_layers"]
+    num_attention_heads = SIZES["encoder_attention_heads"]
 
-    def __init__(self, config_class, **fields):
+    def __init__(self, config_class, residuals):
         self.config_class = config_class
-        self.fields = SIZES | fields
+        self.residuals = residuals
 
     def prepare_config_and_inputs_for_common(self):
-        return self.config_class(**self.fields), self.inputs()
-
-    def inputs(self):
-        # No padding inside a sentence, and every sentence ends in </s>
-        ids = torch.randint(START, VOCAB_SIZE, (2, BATCH_SIZE, LENGTH))
-        ids[0, :, -1] = EOS
-        source, target = ids
-        return {
+        source = torch.randint(4, SIZES["vocab_size"], (BATCH_SIZE, LENGTH))
+        target = torch.randint(4, SIZES["vocab_size"], (BATCH_SIZE, LENGTH))
+        source[:, -1] = SIZES["eos_token_id"]
+        target[:, 0] = SIZES["decoder_start_token_id"]
+        inputs = {
             "input_ids": source,
             "attention_mask": torch.ones_like(source),
             "decoder_input_ids": target,
             "decoder_attention_mask": torch.ones_like(target),
         }
+        return self.config_class(**SIZES, **self.residuals), inputs
 
 
 class CommonTests(ModelTesterMixin, GenerationTesterMixin):
     is_encoder_decoder = True
     test_missing_keys = False
+    test_can_init_all_missing_weights_before_2023 = True
 
     config_class = AdminConfig
     all_model_classes = (AdminModel, AdminForConditionalGeneration)
-    residuals = {}
-    test_can_init_all_missing_weights_before_2023 = True
+    residuals: dict[str, str] = {}
 
     def setUp(self):
-        self.model_tester = TinyModelTester(self.config_class, **self.residuals)
+        self.model_tester = TinyModelTester(self.config_class, self.residuals)
 
     def test_config(self):
         ConfigTester(self, config_class=self.config_class, **SIZES, **self.residuals).run_common_tests()
