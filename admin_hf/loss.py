@@ -27,7 +27,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             smoothed = label_smoothing / (weight.shape[0] - 1)
             # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
             w_sum = weight.float().sum(0) - weight[pad_id].float()
-            b_sum = b.sum() - b[pad_id]
+            b_sum = b[:pad_id].sum() + b[pad_id + 1 :].sum()
             needs_hidden, needs_weight = ctx.needs_input_grad[:2]
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None

@@ -19,7 +19,8 @@ from transformers.models.marian.modeling_marian import (
     MarianPreTrainedModel,
     MarianSinusoidalPositionalEmbedding,
 )
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_admin import AdminConfig
 from .loss import linear_cross_entropy
@@ -236,7 +237,7 @@ class AdminEncoder(_StackMixin, MarianEncoder):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encode `input_ids`, `(batch_size, source_length)`, of which `attention_mask` is 1 where not padding."""
         self._check_input("input", input_ids, inputs_embeds)
@@ -262,7 +263,7 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Any:
         """Decode `input_ids`, `(batch_size, target_length)`, which follow what `past_key_values` holds."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -333,8 +334,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """As [`~transformers.MarianMTModel`], with another training loss.
 
@@ -352,6 +352,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             ValueError: an id outside the vocabulary (looked for on the CPU only), or a sequence longer than
                 `config.max_position_embeddings`.
         """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         _check_ids("labels", labels, self.lm_head.weight.shape[0])
         if labels is not None:
             use_cache = False

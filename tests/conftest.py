@@ -1,0 +1,72 @@
+"""Tiny models and batches that the tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from admin_hf import AdminConfig, AdminForConditionalGeneration
+
+
+# The adapter of Hugging Face's own tests runs inside their tree only (see test_hf_common.py)
+collect_ignore = ["hf_common"]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SYSTEM_PAIRS = [("admin", "admin"), ("post_ln", "post_ln"), ("pre_ln", "pre_ln"), ("post_ln", "pre_ln")]
+
+VOCAB_SIZE, PAD = 50, 49
+
+MULTI30K = Path(__file__).parents[2] / "shared" / "multi30k"
+
+
+def tiny_config(**changes) -> AdminConfig:
+    """Two layers in each stack, width 16: a forward pass takes milliseconds."""
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return AdminConfig(**{"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, **sizes, **heads, **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> AdminForConditionalGeneration:
+    """A tiny model in evaluation mode."""
+    torch.manual_seed(seed)
+    return AdminForConditionalGeneration(tiny_config(**changes)).eval()
+
+
+def randomize(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """Move all weights away from their initial values (positions and the zero padding rows excepted)."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_positions" not in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+    return model
+
+
+def padded_batch(rows: int = 4, source: int = 9, target: int = 7, seed: int = 3) -> dict[str, torch.Tensor]:
+    """Random sentences of different lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(2, PAD, (rows, source), generator=generator)
+    labels = torch.randint(2, PAD, (rows, target), generator=generator)
+    for row in range(1, rows):
+        input_ids[row, source - row :] = PAD
+        labels[row, target - row :] = -100
+    return {"input_ids": input_ids, "attention_mask": input_ids.ne(PAD).long(), "labels": labels}
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """Switch all dropout off, so that train mode is deterministic."""
+    for module in model.modules():
+        for name in ("dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return padded_batch()

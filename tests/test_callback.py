@@ -1,0 +1,209 @@
+import re
+
+import pytest
+import torch
+from accelerate import DistributedType
+from conftest import PAD, tiny_model
+from datasets import Dataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
+
+from admin_hf import (
+    AdminForConditionalGeneration,
+    AdminProfilingCallback,
+    ResidualProfile,
+    initialize_omega,
+    profile_residuals,
+)
+from admin_hf.residual import AdminConnection
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 9, (40, 2), generator=generator).tolist()
+    ids = [[torch.randint(2, PAD, (n,), generator=generator).tolist() + [0] for n in pair] for pair in lengths]
+    return Dataset.from_dict({"input_ids": [s for s, _ in ids], "labels": [t for _, t in ids]})
+
+
+class Collator:
+    """Pads as Transformers' collator does, and remembers the first batch."""
+
+    def __init__(self, model):
+        self.model, self.first = model, None
+
+    def __call__(self, features):
+        def pad(name, value):
+            longest = max(len(f[name]) for f in features)
+            return torch.tensor([f[name] + [value] * (longest - len(f[name])) for f in features])
+
+        batch = {"input_ids": pad("input_ids", PAD), "labels": pad("labels", -100)}
+        batch["attention_mask"] = batch["input_ids"].ne(PAD).long()
+        self.first = self.first or batch
+        return batch
+
+
+def arguments(folder, **changes):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True, "seed": 3, "save_strategy": "no"}
+    return Seq2SeqTrainingArguments(
+        output_dir=str(folder), report_to=[], disable_tqdm=True, **defaults | {"learning_rate": 1e-2} | changes
+    )
+
+
+def trainer(model, dataset, folder, callbacks, **changes):
+    return Seq2SeqTrainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=dataset,
+        data_collator=Collator(model),
+        callbacks=callbacks,
+    )
+
+
+def omegas(model):
+    return [m.omega.detach().clone() for m in model.modules() if isinstance(m, AdminConnection)]
+
+
+class Recorder(TrainerCallback):
+    """Records the inputs of every forward pass and the random state before each update."""
+
+    def __init__(self, model):
+        self.inputs, self.states, self.omega = [], [], []
+        model.register_forward_pre_hook(lambda m, a, kw: self.inputs.append(kw["input_ids"].clone()), with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.states.append(torch.get_rng_state())
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.omega.append(omegas(model))
+
+
+def test_a_plain_trainer_profiles_the_first_batch_before_step_one(tmp_path, dataset, capsys):
+    model, twin = tiny_model(), tiny_model()
+    recorder = Recorder(model)
+    run = trainer(model, dataset, tmp_path, [AdminProfilingCallback(), recorder])
+    run.train()
+    torch.manual_seed(3)  # profiling sees the random state that step 1 starts from
+    torch.set_rng_state(recorder.states[0])
+    initialize_omega(twin, profile_residuals(twin, run.data_collator.first))
+    assert all(torch.equal(a, b) for a, b in zip(recorder.omega[0], omegas(twin), strict=True))
+    profile = ResidualProfile.load(tmp_path / "residual_profile.json")
+    assert profile.encoder.omega[1:] == pytest.approx([float(omega[0]) for omega in omegas(twin)[:3]])
+    printed = capsys.readouterr().out
+    assert len(re.findall("layer_norm", printed)) == 4 + 6 and "Var[f]" in printed
+    assert not model._forward_pre_hooks.keys() - recorder_hooks(model), "the hook is gone"
+
+
+def recorder_hooks(model):
+    return {key for key, hook in model._forward_pre_hooks.items() if "Recorder" in hook.__qualname__}
+
+
+def test_data_order_and_random_stream_are_the_same_without_the_callback(tmp_path, dataset):
+    records = []
+    for name in ("with", "without"):
+        model = tiny_model()
+        if name == "without":
+            initialize_omega(model, ResidualProfile.load(tmp_path / "with" / "residual_profile.json"))
+        recorder = Recorder(model)
+        callbacks = [AdminProfilingCallback(), recorder] if name == "with" else [recorder]
+        run = trainer(model, dataset, tmp_path / name, callbacks, gradient_accumulation_steps=2)
+        run.train()
+        records.append((recorder.inputs, recorder.states, list(model.state_dict().values())))
+    assert len(records[0][0]) == 6
+    for with_callback, without in zip(*records, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(with_callback, without, strict=True))
+
+
+def test_nothing_happens_on_resume(tmp_path, dataset):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = tiny_model()
+    trainer(whole, dataset, tmp_path / "whole", [AdminProfilingCallback()], **options).train()
+    (tmp_path / "whole" / "residual_profile.json").unlink()
+    resumed = tiny_model()
+    run = trainer(resumed, dataset, tmp_path / "whole", [AdminProfilingCallback()], **options)
+    run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert not (tmp_path / "whole" / "residual_profile.json").exists()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_an_initialised_or_loaded_model_is_not_profiled_again(tmp_path, dataset, caplog):
+    model = tiny_model()
+    trainer(model, dataset, tmp_path / "a", [AdminProfilingCallback()], max_steps=1).train()
+    profile = (tmp_path / "a" / "residual_profile.json").read_text()
+    trainer(model, dataset, tmp_path / "a", [AdminProfilingCallback()], max_steps=1).train()
+    assert (tmp_path / "a" / "residual_profile.json").read_text() == profile
+    assert "Not profiled" not in caplog.text, "an initialised model is nothing to warn of"
+
+    tiny_model().save_pretrained(tmp_path / "plain")
+    loaded = AdminForConditionalGeneration.from_pretrained(tmp_path / "plain")
+    with caplog.at_level("WARNING", logger="admin_hf.callback"):
+        trainer(loaded, dataset, tmp_path / "b", [AdminProfilingCallback()], learning_rate=0.0, max_steps=1).train()
+    assert not (tmp_path / "b" / "residual_profile.json").exists()
+    assert "every ω at 1" in caplog.text
+    assert all(bool((omega == 1).all()) for omega in omegas(loaded))
+
+
+@pytest.mark.parametrize("system", ["post_ln", "pre_ln"])
+def test_systems_without_omega_train_without_profile(tmp_path, dataset, system):
+    model = tiny_model(encoder_residual=system, decoder_residual=system)
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], max_steps=1).train()
+    assert not (tmp_path / "residual_profile.json").exists()
+
+
+def test_a_hybrid_initialises_the_stack_that_has_omega(tmp_path, dataset):
+    model = tiny_model(decoder_residual="pre_ln")
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], learning_rate=0.0, max_steps=1).train()
+    assert len(omegas(model)) == 3 and all(float(omega.min()) > 1 for omega in omegas(model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+    ],
+)
+def test_profiles_under_the_trainers_own_modes(tmp_path, dataset, changes):
+    model = tiny_model(encoder_layers=1, decoder_layers=1)
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], learning_rate=0.0, max_steps=1, **changes).train()
+    profile = ResidualProfile.load(tmp_path / "residual_profile.json")
+    assert len(profile.decoder.omega) == 3
+    assert float(omegas(model)[0][0]) == pytest.approx(profile.encoder.omega[1])
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_where_weights_cannot_be_written_the_error_says_how_to_profile(tmp_path, dataset, kind):
+    model = tiny_model()
+    args = arguments(tmp_path)
+    args.distributed_state.distributed_type = kind
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)profile before the Trainer is built.*initialize_omega"):
+            AdminProfilingCallback().on_train_begin(args, type("State", (), {"global_step": 0}), None, model=model)
+    finally:
+        args.distributed_state.distributed_type = DistributedType.NO
+    assert not model._forward_pre_hooks
+
+
+def test_the_batch_of_transformers_own_collator_works(tmp_path, dataset):
+    from tokenizers import Tokenizer, models
+
+    backend = Tokenizer(models.WordLevel({str(i): i for i in range(PAD)} | {"<pad>": PAD}, unk_token="1"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    model = tiny_model()
+    run = Seq2SeqTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2, label_smoothing_factor=0.1),
+        train_dataset=dataset,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        callbacks=[AdminProfilingCallback()],
+    )
+    run.train()
+    assert (tmp_path / "residual_profile.json").exists()
+    assert not model.model.shared.weight[PAD].any(), "under Trainer's own label smoother too"

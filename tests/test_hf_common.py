@@ -1,0 +1,94 @@
+"""The Transformers library's own tests of a model: Admin passes what stock Marian passes.
+
+They come with the library's source distribution, which is fetched once into `.cache/`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+
+
+pytestmark = pytest.mark.slow
+
+REPO = Path(__file__).resolve().parents[1]
+CACHE = REPO / ".cache" / "transformers"
+ADAPTER = REPO / "tests" / "hf_common" / "test_modeling_admin.py"
+
+# Modules that the tests import but the source distribution lacks; what they would add is left out for Marian too.
+MISSING_MODULES = {
+    "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    "utils/test_configuration_utils.py": 'config_common_kwargs = {"output_hidden_states": True, "dtype": "float16"}\n',
+}
+
+
+@dataclass
+class Outcome:
+    passed: set[str]
+    ok: bool
+    report: str
+
+
+@pytest.fixture(scope="module")
+def common_tests(tmp_path_factory):
+    """A folder whose `tests/` is the library's, with our adapter in it."""
+    pytest.importorskip("parameterized", reason="the library's tests need the package parameterized")
+    folder = tmp_path_factory.mktemp("transformers")
+    tests = folder / "tests"
+    with tarfile.open(_source_distribution()) as archive:
+        members = [member for member in archive if member.name.split("/")[1:2] == ["tests"]]
+        archive.extractall(folder, members, filter="data")
+    next(folder.glob("*/tests")).rename(tests)
+    for name, text in MISSING_MODULES.items():
+        path = tests / name
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    (tests / "models" / "admin").mkdir(parents=True)
+    shutil.copy(ADAPTER, tests / "models" / "admin")
+    for package in (tests, *(path for path in tests.rglob("*") if path.is_dir())):
+        (package / "__init__.py").touch()
+    return folder
+
+
+def _source_distribution() -> Path:
+    path = CACHE / f"transformers-{transformers.__version__}.tar.gz"
+    if not path.exists():
+        requirement = f"transformers=={transformers.__version__}"
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        fetched = subprocess.run([*pip, "--dest", CACHE, requirement], capture_output=True, text=True)
+        if fetched.returncode or not path.exists():
+            pytest.skip(f"pip cannot fetch the source of {requirement}: {fetched.stderr.strip()[-300:]}")
+    return path
+
+
+def _run(folder: Path, case: str) -> Outcome:
+    """Run one test case of the adapter in a process of its own, which knows nothing of this one's pytest."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
+    environment |= {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options = ["-q", "-rA", "-n", "2", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", "."]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/models/admin/{ADAPTER.name}::{case}"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return Outcome(set(re.findall(rf"^PASSED .*::{case}::(\w+)$", run.stdout, re.M)), run.returncode == 0, run.stdout)
+
+
+@pytest.fixture(scope="module")
+def marian(common_tests):
+    return _run(common_tests, "MarianTest")
+
+
+@pytest.mark.parametrize("case", ["AdminTest", "PostLNTest", "PreLNTest", "PostLNPreLNTest"])
+def test_passes_what_stock_marian_passes(case, common_tests, marian):
+    assert marian.ok and len(marian.passed) > 50, marian.report
+    admin = _run(common_tests, case)
+    assert admin.ok, admin.report
+    assert admin.passed == marian.passed

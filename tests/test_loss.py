@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+import admin_hf.loss
+from admin_hf.loss import linear_cross_entropy
+
+
+PAD = 10
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=torch.float64)
+    weight[PAD] = 0
+    weight.requires_grad_()
+    bias = torch.randn(1, 11, dtype=torch.float64)
+    bias[:, PAD] = -1e4
+    labels = torch.randint(0, PAD, (3, 5))
+    labels[0, 3:] = labels[2, 1:] = -100
+    return hidden, weight, bias, labels
+
+
+def plain_loss(hidden, weight, bias, labels, smoothing):
+    """Target distribution against log-softmax: (1−ε) on the label and ε spread over all entries but padding."""
+    log_p = (hidden @ weight.T + bias).log_softmax(-1)[labels != -100]
+    targets = torch.full_like(log_p, smoothing / (weight.shape[0] - 1))
+    targets[:, PAD] = 0
+    targets[torch.arange(len(targets)), labels[labels != -100]] += 1 - smoothing
+    return -(targets * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [1, 40, 2**22])
+def test_loss_and_gradients_equal_the_plain_computation(problem, smoothing, chunk, monkeypatch):
+    monkeypatch.setattr(admin_hf.loss, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, bias, labels = problem
+    expected = plain_loss(hidden, weight, bias, labels, smoothing).mean()
+    expected_grads = torch.autograd.grad(expected, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, smoothing)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    # Sums are in float32 whatever the input
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[1][:PAD], expected_grads[1][:PAD], rtol=1e-5, atol=1e-6)
+    assert not grads[1][PAD].any()
+
+
+def test_num_items_in_batch_divides_the_summed_loss(problem):
+    hidden, weight, bias, labels = problem
+    total = plain_loss(hidden, weight, bias, labels, 0.1).sum()
+    for items in (100, torch.tensor(100)):
+        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1, num_items_in_batch=items)
+        torch.testing.assert_close(loss.double(), total / 100, rtol=1e-6, atol=1e-6)
+
+
+def test_padded_rows_count_nothing_where_they_are_not_cut_out(problem, monkeypatch):
+    """On a GPU and under compilation rows are weighted, not selected: both give the same."""
+    hidden, weight, bias, labels = problem
+    selected = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    selected_grads = torch.autograd.grad(selected, (hidden, weight))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    weighted = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    torch.testing.assert_close(weighted, selected)
+    torch.testing.assert_close(torch.autograd.grad(weighted, (hidden, weight)), selected_grads)
+
+
+def test_no_gradients_are_computed_where_none_is_wanted(problem):
+    hidden, weight, bias, labels = problem
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD)
+    assert not loss.requires_grad
+    torch.testing.assert_close(
+        loss.double(), plain_loss(hidden, weight, bias, labels, 0.0).mean(), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_batch_without_targets_has_loss_zero(problem):
+    hidden, weight, bias, labels = problem
+    loss = linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, -100), PAD, 0.1)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_autocast_computes_products_in_bfloat16_and_sums_in_float32(problem):
+    hidden, weight, bias, labels = (t.detach().float() if t.is_floating_point() else t for t in problem)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    expected = plain_loss(hidden, weight, bias, labels, 0.1).mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    grads, expected_grads = (torch.autograd.grad(value, (hidden, weight)) for value in (loss, expected))
+    for grad, exact in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - exact).norm() / exact.norm() < 2e-2
