@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import transformers
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -32,7 +32,7 @@ from training.errors import InputError
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
 from training.tokenization import save_tokenizer, text_batches, train_tokenizer
-from training.trainer import StopOnSignal, TranslationTrainer
+from training.trainer import StopOnSignal, TranslationCollator, TranslationTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def build_trainer(
         train_dataset=data.get("train"),
         eval_dataset=data.get("validation"),
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        data_collator=TranslationCollator(tokenizer, model=model),
         callbacks=[AdminProfilingCallback(), stop],
     )
 

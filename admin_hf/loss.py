@@ -62,6 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
+# Traced, the loop over chunks would be unrolled, and compiled anew for every shape of a batch
+@torch.compiler.disable
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -95,8 +97,8 @@ def linear_cross_entropy(
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Selecting rows would make a GPU wait for the CPU; there, padded rows are computed and weighted with 0.
+    if hidden.device.type == "cpu":
+        # Selecting rows would make a GPU wait for the CPU; there, padded rows are computed and weighted with 0
         real = labels.ne(-100)
         hidden, labels = hidden[real], labels[real]
     total = _LinearCrossEntropy.apply(hidden, weight, bias.flatten(), labels, label_smoothing, pad_token_id)

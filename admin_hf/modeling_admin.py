@@ -321,6 +321,14 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         self.lm_head.initializer = partial(_embedding_init, padding_idx=config.pad_token_id)
         self.post_init()
 
+    def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
+        # The output layer says its size, which `pad_to_multiple_of` may have rounded up
+        old = self.final_logits_bias
+        new = old.new_zeros(1, self.lm_head.weight.shape[0])
+        kept = min(old.shape[1], new.shape[1])
+        new[:, :kept] = old[:, :kept]
+        self.final_logits_bias = nn.Buffer(new)
+
     @can_return_tuple
     def forward(
         self,

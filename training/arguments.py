@@ -125,7 +125,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         InputError: the JSON file cannot be read, or arguments are missing or contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, TranslationTrainingArguments))
+    parser = HfArgumentParser(
+        (ModelArguments, DataTrainingArguments, TranslationTrainingArguments), allow_abbrev=False
+    )
     if argv and argv[0].endswith(".json"):
         argv = _json_flags(Path(argv[0])) + argv[1:]
     try:

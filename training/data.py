@@ -1,6 +1,7 @@
 """Parallel text through `datasets`: every form becomes the columns `source` and `target`, memory-mapped and cached."""
 
 import codecs
+import csv
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -113,9 +114,11 @@ def _load_lines(paths: list[Path], model: ModelArguments) -> Dataset:
 def _load_table(path: Path, model: ModelArguments) -> Dataset:
     options: dict[str, Any] = {}
     if TABLE_FORMATS[path.suffix] == "csv":
-        options = {"keep_default_na": False, "dtype": str}  # a sentence may well be "null" or "42"
-    if path.suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": 3}  # quotes are text, as in every parallel corpus
+        # Quotes are text in every parallel corpus in TSV; a sentence may well be "null" or "007"
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"delimiter": ","}
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file, **dialect))
+        options = {**dialect, "keep_default_na": False, "features": Features(dict.fromkeys(header, Value("string")))}
     try:
         return load_dataset(
             TABLE_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=model.cache_dir, **options

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import (
+    DataCollatorForSeq2Seq,
     EvalPrediction,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
@@ -74,6 +75,13 @@ class TranslationTrainer(Seq2SeqTrainer):
 
 def _references(dataset: Dataset | None) -> list[str] | None:
     return list(dataset["target"]) if dataset is not None and "target" in dataset.column_names else None
+
+
+class TranslationCollator(DataCollatorForSeq2Seq):
+    """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`."""
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,0 +1,183 @@
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+
+from training.arguments import DataTrainingArguments, ModelArguments
+from training.data import count_lines, load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
+from training.errors import InputError
+from training.tokenization import train_tokenizer
+
+
+PAIRS = [
+    ("A dog.", "Ein Hund."),
+    ('She said "null".', 'Sie sagte "null".'),
+    ("42", "zweiundvierzig"),
+    ("N/A", "k. A."),
+]
+
+
+def arguments(**changes):
+    return DataTrainingArguments(source_lang="en", target_lang="de", **changes)
+
+
+def write(folder, form):
+    """Write PAIRS in one of the forms, and return what a user gives as the file."""
+    if form == "prefix":
+        for column, language in enumerate(("en", "de")):
+            (folder / f"train.{language}").write_text("".join(f"{pair[column]}\n" for pair in PAIRS), encoding="utf-8")
+        return folder / "train"
+    rows = [{"en": source, "de": target} for source, target in PAIRS]
+    if form.startswith("translation"):
+        rows = [{"translation": row} for row in rows]
+    if form.endswith("jsonl") or form.endswith("json"):
+        path = folder / f"train.{form.rpartition('.')[2]}"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif form == "columns.csv":
+        path = folder / "train.csv"
+        quoted = [",".join('"' + text.replace('"', '""') + '"' for text in pair) for pair in PAIRS]
+        path.write_text("\n".join(["en,de", *quoted]) + "\n", encoding="utf-8")
+    else:
+        path = folder / "train.tsv"
+        path.write_text("\n".join(["en\tde", *("\t".join(pair) for pair in PAIRS)]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "form", ["prefix", "translation.json", "translation.jsonl", "columns.jsonl", "columns.csv", "columns.tsv"]
+)
+def test_every_form_gives_the_same_pairs(tmp_path, form):
+    data = arguments(train_file=str(write(tmp_path, form)))
+    dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+    assert dataset.column_names == ["source", "target"]
+    assert list(zip(dataset["source"], dataset["target"], strict=True)) == PAIRS
+    assert dataset.cache_files, "memory-mapped, not in memory"
+
+
+@pytest.mark.parametrize("form", ["prefix", "plain file", "columns.jsonl"])
+def test_source_text_alone_can_be_translated(tmp_path, form):
+    if form == "columns.jsonl":
+        path = tmp_path / "test.jsonl"
+        path.write_text("".join(json.dumps({"en": source}) + "\n" for source, _ in PAIRS))
+    else:
+        path = tmp_path / ("test.en" if form == "prefix" else "test.txt")
+        path.write_text("".join(f"{source}\n" for source, _ in PAIRS))
+    given = tmp_path / "test" if form == "prefix" else path
+    dataset = load_pairs("test", arguments(test_file=str(given)), ModelArguments(cache_dir=str(tmp_path / "cache")))
+    assert dataset.column_names == ["source"]
+    assert list(dataset["source"]) == [source for source, _ in PAIRS]
+
+
+def test_samples_are_limited_from_the_front(tmp_path):
+    data = arguments(train_file=str(write(tmp_path, "prefix")), max_train_samples=2)
+    dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+    assert list(dataset["source"]) == [source for source, _ in PAIRS[:2]]
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+def test_different_line_counts_are_told(tmp_path):
+    (tmp_path / "train.en").write_text("one\ntwo\nthree")
+    (tmp_path / "train.de").write_text("eins\nzwei\n")
+    with pytest.raises(InputError, match=r"train\.en has 3 lines and .*train\.de has 2"):
+        resolve_files(str(tmp_path / "train"), arguments(), "train")
+
+
+@pytest.mark.parametrize("block", [4, 7, 2**24])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fine\nnot \xff fine\n", r"text\.en.*line 2 cannot be decoded"),
+        ("ä\nö\nü".encode() + b"\xc3", r"line 3 ends in the middle"),
+        (b"a\nb\nc\n\xe4hm\n", r"line 4 cannot be decoded"),
+        (b"\n\n\xc3\n", r"line 3 cannot be decoded"),
+        (b"", "is empty"),
+    ],
+)
+def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path, monkeypatch, block, content, message):
+    monkeypatch.setattr("training.data.READ_BLOCK", block)
+    (tmp_path / "text.en").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        count_lines(tmp_path / "text.en")
+
+
+@pytest.mark.parametrize("block", [3, 2**24])
+def test_lines_are_counted_with_and_without_a_last_line_break(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("training.data.READ_BLOCK", block)
+    (tmp_path / "a").write_text("ä\n\nö\n", encoding="utf-8")
+    (tmp_path / "b").write_text("ä\n\nö", encoding="utf-8")
+    assert count_lines(tmp_path / "a") == count_lines(tmp_path / "b") == 3
+
+
+def test_unusual_line_separators_do_not_shift_the_sides(tmp_path):
+    """Only a line feed ends a line: str.splitlines would also split at U+2028, form feeds and others."""
+    sources = ["one\u2028still one", "two\x0cstill two", "three\x85"]
+    (tmp_path / "train.en").write_text("".join(f"{s}\n" for s in sources), encoding="utf-8")
+    (tmp_path / "train.de").write_text("eins\nzwei\ndrei\n", encoding="utf-8")
+    data = arguments(train_file=str(tmp_path / "train"))
+    dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+    assert list(dataset["source"]) == sources
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing", None, r"there is no .*nothing\.en"),
+        ("train.jsonl", None, "does not exist"),
+        ("train.jsonl", '{"translation": {"en": "a", "fr": "b"}}\n', r"no language key 'de'; it has 'en', 'fr'"),
+        ("train.csv", "english,german\na,b\n", r"no language key 'en'; it has 'english', 'german'"),
+        ("train.jsonl", "this is no JSON\n", r"train\.jsonl cannot be read as JSONL"),
+    ],
+)
+def test_what_cannot_be_read_is_told(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    data = arguments(train_file=str(tmp_path / name))
+    with pytest.raises(InputError, match=message):
+        load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+
+
+# --- tokenisation -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([["a b c d e f g h", "ab cd ef gh"]], 20)
+
+
+def test_empty_and_long_training_pairs_are_skipped_and_counted(tokenizer, caplog):
+    sources = ["a b", "", "c", "a " * 30, "d", None, "e f"]
+    targets = ["a b", "b", "   ", "c", "d " * 30, "e", "g h"]
+    dataset = Dataset.from_dict({"source": sources, "target": targets})
+    with caplog.at_level(logging.WARNING, logger="training.data"):
+        data = arguments(max_source_length=20, max_target_length=10)
+        tokenized = tokenize_for_training(dataset, tokenizer, data)
+    assert len(tokenized) == 2
+    assert tokenized["labels"][1] == tokenizer("g h")["input_ids"]
+    assert tokenized["length"][:] == [len(ids) for ids in tokenized["input_ids"]]
+    assert "2 of 7" in caplog.text and "3 empty" in caplog.text and "2 longer" in caplog.text
+    with pytest.raises(InputError, match=r"No training pair is left.*0 of 1"):
+        tokenize_for_training(dataset.select([1]), tokenizer, data)
+
+
+def test_a_source_prefix_comes_before_every_source(tokenizer):
+    dataset = Dataset.from_dict({"source": ["b"], "target": ["c"]})
+    tokenized = tokenize_for_training(dataset, tokenizer, arguments(source_prefix="a "))
+    assert tokenized["input_ids"][0] == tokenizer("a b")["input_ids"]
+    assert tokenized["labels"][0] == tokenizer("c")["input_ids"]
+
+
+def test_evaluation_keeps_every_line_and_cuts_and_counts_long_ones(tokenizer, caplog):
+    sources = ["a", "a b c d", "", "a b " * 20]
+    dataset = Dataset.from_dict({"source": sources, "target": ["a", "b", "c", "d"]})
+    with caplog.at_level(logging.WARNING, logger="training.data"):
+        tokenized = tokenize_for_evaluation(dataset, tokenizer, arguments(max_source_length=10), "test")
+    assert sorted(tokenized["index"]) == [0, 1, 2, 3]
+    lengths = [len(ids) for ids in tokenized["input_ids"]]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == 10
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in tokenized["input_ids"])
+    for row in tokenized:
+        assert (row["source"], row["target"]) == (sources[row["index"]], "abcd"[row["index"]])
+    assert "1 of 4" in caplog.text

@@ -1,0 +1,262 @@
+"""The script end to end, at tiny size: real files, real Trainer, real signals."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MULTI30K
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import run_translation
+from admin_hf import AdminForConditionalGeneration, ResidualProfile
+from training.embedded_data import write_embedded_data
+
+
+REPO = Path(__file__).parents[1]
+SHAPE = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
+SHAPE += ",encoder_attention_heads=2,decoder_attention_heads=2"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_embedded_data(folder, train=120, validation=12, test=12)
+    return folder
+
+
+def arguments(data, output, **changes) -> dict:
+    defaults = {
+        "train_file": data / "train",
+        "validation_file": data / "validation",
+        "test_file": data / "test",
+        "source_lang": "en",
+        "target_lang": "de",
+        "output_dir": output,
+        "config_overrides": SHAPE,
+        "vocab_size": 250,
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "val_max_target_length": 16,
+        "learning_rate": 0.01,
+        "logging_steps": 2,
+        "do_train": True,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+    }
+    return {name: value for name, value in (defaults | changes).items() if value is not None}
+
+
+def flags(values: dict) -> list[str]:
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def run(data, output, **changes) -> int:
+    return run_translation.main(flags(arguments(data, output, **changes)))
+
+
+def error(capsys, data, output, **changes) -> str:
+    """The one sentence in which a run with bad input ends."""
+    assert run(data, output, **changes) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert not list(Path(output).glob("**/model.safetensors")), "before any training"
+    return lines[0]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal_weights(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_trains_profiles_evaluates_and_translates(data, tmp_path, capsys):
+    assert run(data, tmp_path, do_eval=True, do_predict=True, label_smoothing_factor=0.1, num_beams=2) == 0
+    printed = capsys.readouterr().out
+    assert "Var[f]" in printed and "test_bleu_signature" in printed and printed.count("->") == 3
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    for split in ("eval", "test"):
+        assert 0 <= results[f"{split}_bleu"] <= 100
+        assert "nrefs:1|case:mixed" in results[f"{split}_bleu_signature"]
+        assert f"{split}_chrf" in results and f"{split}_ter" in results
+    assert len((tmp_path / "generated_predictions.txt").read_text().splitlines()) == 12
+
+    model = AdminForConditionalGeneration.from_pretrained(tmp_path)
+    profile = ResidualProfile.load(tmp_path / "residual_profile.json")
+    trained = model.model.encoder.layers[0].final_layer_norm.omega
+    assert (trained - profile.encoder.omega[1]).abs().max() < 0.1, "ω starts from the profile"
+    assert trained.std() > 0, "and is trained"
+    assert model.generation_config.max_length == 16 and model.generation_config.num_beams == 2
+    assert model.config.label_smoothing == 0.1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == model.config.vocab_size == 250
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+
+
+def test_predictions_are_in_input_order_whatever_their_length(data, tmp_path):
+    """Translated one line at a time, and in sorted batches: the same lines at the same places."""
+    assert run(data, tmp_path / "model", max_steps=30, do_eval=False) == 0
+    sources = (data / "test.en").read_text().splitlines()[:6]
+    sources.insert(2, "")
+    sources.insert(4, "the the the the " * 30)
+    (tmp_path / "some.txt").write_text("".join(f"{line}\n" for line in sources))
+    predict = {
+        "do_train": None,
+        "do_predict": True,
+        "model_name_or_path": tmp_path / "model",
+        "config_overrides": None,
+    }
+    together = run(
+        data, tmp_path / "together", **predict, test_file=tmp_path / "some.txt", per_device_eval_batch_size=3
+    )
+    alone = run(data, tmp_path / "alone", **predict, test_file=tmp_path / "some.txt", per_device_eval_batch_size=1)
+    assert together == alone == 0
+    lines = (tmp_path / "together" / "generated_predictions.txt").read_text().splitlines()
+    assert lines == (tmp_path / "alone" / "generated_predictions.txt").read_text().splitlines()
+    assert len(lines) == 8 and lines[2] == "" and len(set(lines)) > 2
+    assert not (tmp_path / "together" / "test_results.json").read_text().count("bleu"), (
+        "there is nothing to score against"
+    )
+
+
+def test_a_json_file_of_arguments_is_the_same_and_flags_override_it(data, tmp_path):
+    values = {name: str(v) if isinstance(v, Path) else v for name, v in arguments(data, tmp_path / "a").items()}
+    (tmp_path / "recipe.json").write_text(json.dumps(values | {"seed": 2}))
+    assert run_translation.main([str(tmp_path / "recipe.json"), "--seed", "1"]) == 0
+    assert run(data, tmp_path / "b") == 0
+    assert_equal_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_path):
+    options = {"save_steps": 3, "lr_scheduler_type": "constant"}  # another schedule would depend on max_steps
+    assert run(data, tmp_path / "whole", **options, max_steps=6) == 0
+    assert run(data, tmp_path / "parts", **options, max_steps=3) == 0
+    # A checkpoint that was being written when the machine went down is not picked up
+    (tmp_path / "parts" / "checkpoint-5").mkdir()
+    (tmp_path / "parts" / "checkpoint-5" / "model.safetensors").write_bytes(b"half a file")
+    assert run(data, tmp_path / "parts", **options, max_steps=6) == 0
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    state = json.loads((tmp_path / "parts" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_ends_a_run_with_a_checkpoint_that_resumes(data, tmp_path, number):
+    values = arguments(data, tmp_path / "stopped", max_steps=400, save_steps=1000, logging_steps=1)
+    command = [sys.executable, str(REPO / "run_translation.py"), *flags(values)]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if "'loss'" in line:
+                break
+        process.send_signal(number)
+        output = process.stdout.read()
+    assert process.returncode == 128 + number, output
+    assert "The same command goes on from there" in output
+    checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
+    assert len(checkpoints) == 1
+    step = int(checkpoints[0].name.partition("-")[2])
+    assert 0 < step < 400
+    resumed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert run(data, tmp_path / "whole", max_steps=400, save_steps=1000, logging_steps=1) == 0
+    assert_equal_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_profile_can_be_shared(data, tmp_path):
+    assert run(data, tmp_path / "first", learning_rate=0.0) == 0
+    profile = tmp_path / "first" / "residual_profile.json"
+    assert run(data, tmp_path / "second", learning_rate=0.0, seed=2, residual_profile=profile) == 0
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(first[name], second[name]) for name in first if name.endswith("omega"))
+    assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
+    assert not (tmp_path / "second" / "residual_profile.json").exists()
+
+
+def test_training_goes_on_from_a_model(data, tmp_path):
+    assert run(data, tmp_path / "first") == 0
+    assert run(data, tmp_path / "second", model_name_or_path=tmp_path / "first", config_overrides=None) == 0
+    assert not (tmp_path / "second" / "residual_profile.json").exists()
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+# --- bad input ends in one sentence, exit code 2, and before any training ----------------------------
+
+
+def test_nothing_to_do(data, tmp_path, capsys):
+    assert "Nothing to do" in error(capsys, data, tmp_path, do_train=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source_lang": None}, "--source_lang is missing"),
+        ({"target_lang": "en"}, "both 'en'"),
+        ({"train_file": None}, "--do_train needs --train_file"),
+        ({"train_file": "no/such/file"}, "there is no no/such/file.en"),
+        ({"target_lang": "fr"}, "train.fr does not exist"),
+        (
+            {"config_overrides": "d_model=15,encoder_layers=1"},
+            "d_model=15 must be divisible by encoder_attention_heads=8",
+        ),
+        ({"config_overrides": "encoder_residual=resnet"}, "encoder_residual='resnet' is not a residual system"),
+        ({"config_overrides": "depth=12"}, "'depth=12' is not a field"),
+        ({"config_overrides": "d_model=wide"}, "d_model='wide'"),
+        ({"config_overrides": SHAPE + ",encoder_layers=0"}, "encoder_layers=0 must be at least 1"),
+        ({"config_name": "no/such/config"}, "--config_name no/such/config"),
+        ({"vocab_size": 100000}, "--vocab_size 100000 does not fit the data"),
+        ({"max_source_length": 2}, "No training pair is left"),
+        ({"max_target_length": 0}, "--max_target_length 0"),
+        ({"max_source_length": 5000}, "max_position_embeddings is 1024"),
+        ({"tokenizer_name": "no/such/tokenizer"}, "The tokenizer no/such/tokenizer cannot be loaded"),
+        ({"residual_profile": "no/such/profile.json"}, "no/such/profile.json"),
+        ({"learning_rat": 1}, "learning_rat"),
+        ({"learning_rate": "fast"}, "fast"),
+    ],
+)
+def test_a_wrong_argument(data, tmp_path, capsys, changes, message):
+    try:
+        assert message in error(capsys, data, tmp_path / "out", **changes)
+    except SystemExit as exit:  # argparse ends the process itself
+        assert exit.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(data, tmp_path, capsys):
+    assert run(data, tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(data, tmp_path, learning_rate=0.02, config_overrides=SHAPE + ",dropout=0.2") == 2
+    message = capsys.readouterr().err
+    assert "learning_rate: 0.01 then, 0.02 now" in message and "config_overrides" in message
+    assert "seed" not in message and f"remove {tmp_path}" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_no_token_is_written(data, tmp_path):
+    assert run(data, tmp_path, hub_token="hf_secret") == 0
+    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*.json"))
+
+
+@pytest.mark.skipif(
+    not MULTI30K.exists(), reason="the Multi30k data set lies beside the project only where it is developed"
+)
+def test_real_text_survives_tokenisation(tmp_path):
+    values = arguments(MULTI30K, tmp_path, max_train_samples=2000, vocab_size=1500, lowercase=True, max_steps=1)
+    values |= {"validation_file": MULTI30K / "val", "test_file": MULTI30K / "test_2016_flickr"}
+    assert run_translation.main(flags(values)) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    lines = (MULTI30K / "train.de").read_text(encoding="utf-8").splitlines()[:2000]
+    decoded = tokenizer.batch_decode(tokenizer(lines)["input_ids"], skip_special_tokens=True)
+    assert decoded == [" ".join(line.lower().split()) for line in lines]

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+
+from training.errors import InputError
+from training.tokenization import save_tokenizer, text_batches, train_tokenizer
+
+
+TEXTS = [
+    "Zwei junge Männer (mit Hut) sind im Freien.",
+    "Two young men, aged 23 and 45, are outside!",
+    "A man's dog isn't 'here'; it costs $3,750.95 - or 3.750,95 €?",
+    "Ein kleines Mädchen klettert in ein Spielhaus.",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXTS], 120)
+
+
+def test_the_layout_is_marians(tokenizer):
+    assert len(tokenizer) == 120
+    assert tokenizer.convert_ids_to_tokens([0, 1, 119]) == ["</s>", "<unk>", "<pad>"]
+    assert (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id) == (0, 1, 119)
+    ids = tokenizer("Two men")["input_ids"]
+    assert ids[-1] == 0 and ids.count(0) == 1 and 119 not in ids
+
+
+def test_decoding_gives_the_text_back(tokenizer):
+    ids = tokenizer(TEXTS)["input_ids"]
+    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == TEXTS
+    padded = tokenizer(TEXTS[:2], padding=True)["input_ids"]
+    assert tokenizer.batch_decode(padded, skip_special_tokens=True) == TEXTS[:2]
+
+
+def test_text_is_normalised_before_anything_else(tokenizer):
+    decomposed = "Ma\u0308dchen  klettert\t in "
+    assert tokenizer.decode(tokenizer(decomposed)["input_ids"], skip_special_tokens=True) == "Mädchen klettert in"
+
+
+def test_digits_and_punctuation_are_tokens_of_their_own(tokenizer):
+    tokens = tokenizer.tokenize("costs 3,75!")
+    assert tokens[-5:] == ["3", ",", "7", "5", "!"]
+
+
+def test_characters_never_seen_become_unknown(tokenizer):
+    assert 1 in tokenizer("漢")["input_ids"]
+
+
+def test_lowercase_is_part_of_the_tokenizer():
+    lower = train_tokenizer([TEXTS], 110, lowercase=True)
+    assert lower("ZWEI Männer")["input_ids"] == lower("zwei männer")["input_ids"]
+    assert lower.decode(lower(TEXTS[0])["input_ids"], skip_special_tokens=True) == TEXTS[0].lower()
+
+
+@pytest.mark.parametrize(("size", "message"), [(5000, "at most 151"), (20, "at least")])
+def test_a_vocabulary_that_the_data_does_not_give_is_refused(size, message):
+    with pytest.raises(InputError, match=f"--vocab_size {size} .*{message}"):
+        train_tokenizer([TEXTS], size)
+
+
+LOAD_ALONE = """
+import sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert "admin_hf" not in sys.modules
+print(tokenizer(sys.argv[2])["input_ids"], tokenizer.pad_token_id, tokenizer.eos_token)
+"""
+
+
+@pytest.mark.parametrize("model_type", ["admin", "marian"])
+def test_auto_tokenizer_loads_it_alone(tmp_path, tokenizer, model_type):
+    save_tokenizer(tokenizer, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    command = [sys.executable, "-c", LOAD_ALONE, str(tmp_path), TEXTS[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"{tokenizer(TEXTS[0])['input_ids']} 119 </s>"
+
+
+def test_text_batches_leaves_out_what_is_missing():
+    dataset = Dataset.from_dict({"source": ["a", None, "c"], "target": ["x", "", "z"]})
+    assert sorted(text for batch in text_batches(dataset, 2) for text in batch) == ["a", "c", "x", "z"]
