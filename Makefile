@@ -2,7 +2,7 @@
 #   PYTHON       interpreter that makes .venv (default: python3.11, else python3)
 #   TORCH_INDEX  package index that PyTorch comes from; empty is pip's own.
 #                Linux without a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   ARGS         further options for pytest: make test ARGS='-m "not slow" -k export'
+#   ARGS         further options for pytest: make test ARGS='-m "not slow" -k profil'
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=

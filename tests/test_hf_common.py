@@ -75,7 +75,8 @@ def _run(folder: Path, case: str) -> Outcome:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     path = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
     environment |= {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-rA", "-n", "2", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", "."]
+    workers = "0" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+    options = ["-q", "-rA", "-n", workers, "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", "."]
     command = [sys.executable, "-m", "pytest", *options, f"tests/models/admin/{ADAPTER.name}::{case}"]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return Outcome(set(re.findall(rf"^PASSED .*::{case}::(\w+)$", run.stdout, re.M)), run.returncode == 0, run.stdout)

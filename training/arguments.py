@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -53,7 +54,7 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where to store what is downloaded from the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a tokenizer or data set from the Hub."}
+        default=False, metadata={"help": "Run code that comes with a tokenizer from the Hub."}
     )
 
 
@@ -130,6 +131,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     )
     if argv and argv[0].endswith(".json"):
         argv = _json_flags(Path(argv[0])) + argv[1:]
+    if "--use_cpu" not in argv and not torch.accelerator.is_available():
+        argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
     try:
         arguments = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:

@@ -1,0 +1,195 @@
+"""Makes docs/results.md and its figures from the runs' own JSON.
+
+python -m training.results RUN ...     keep what the runs recorded in docs/results/, then make the page
+python -m training.results             make the page again from docs/results/
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from transformers.trainer_utils import get_last_checkpoint
+
+from .arguments import ARGUMENTS_NAME
+from .errors import InputError
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # the backend comes first
+
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Wong's palette, which colour-blind readers can tell apart, and line styles for those who print in grey
+STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]
+
+# Which arguments tell one run from another, for the table
+SHOWN = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "label_smoothing_factor", "bf16", "seed")
+
+
+def collect(run: Path) -> dict[str, Any]:
+    """What a run recorded: arguments, scores, curves and profile.
+
+    Raises:
+        InputError: the folder holds no run of run_translation.py.
+    """
+    try:
+        arguments = json.loads((run / ARGUMENTS_NAME).read_text(encoding="utf-8"))
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        state_folder = run if (run / "trainer_state.json").exists() else Path(str(get_last_checkpoint(str(run))))
+        state = json.loads((state_folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{run} holds no finished run of run_translation.py: {error}") from error
+    optional = {"scores": "all_results.json", "profile": "residual_profile.json"}
+    shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")
+    return {
+        "name": run.name if run.parent.name == "runs" else f"{run.parent.name}-{run.name}",
+        "arguments": {name: arguments[name] for name in (*SHOWN, "config_name", "config_overrides", "max_steps")},
+        "model": {name: config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
+        "curves": [{k: v for k, v in entry.items() if k != "total_flos"} for entry in state["log_history"]],
+        **{
+            name: json.loads((run / file).read_text(encoding="utf-8")) if (run / file).exists() else {}
+            for name, file in optional.items()
+        },
+    }
+
+
+def curve(result: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
+    """Updates and values of a logged quantity."""
+    points = [(entry["step"], float(entry[name])) for entry in result["curves"] if name in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The text of docs/results.md."""
+    lines = [(DOCS / "results_intro.md").read_text(encoding="utf-8").rstrip(), "", "## Scores", ""]
+    lines += _scores(results)
+    for result in results:
+        lines += ["", f"## {result['name']}", "", _description(result), ""]
+        lines += [f"![Loss curves](figures/{result['name']}.png)", "", *_evaluations(result)]
+    lines += ["", "## Depth", "", *_comparison(results), "", "![Training loss at depth](figures/depth.png)"]
+    lines += ["", "## ω after profiling", "", "![ω by sub-layer](figures/omega.png)", ""]
+    return "\n".join(lines)
+
+
+def _scores(results: list[dict[str, Any]]) -> list[str]:
+    header = "| run | split | BLEU | chrF2 | TER | loss | signature of BLEU |"
+    rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    for result in results:
+        for prefix, split in (("eval", "validation"), ("test", "test")):
+            scores = result["scores"]
+            if f"{prefix}_loss" in scores:
+                values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
+                signature = scores.get(f"{prefix}_bleu_signature")
+                rows.append(
+                    f"| {result['name']} | {split} | {' | '.join(values)} | {f'`{signature}`' if signature else ''} |"
+                )
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _description(result: dict[str, Any]) -> str:
+    model, arguments, scores = result["model"], result["arguments"], result["scores"]
+    steps = max(entry["step"] for entry in result["curves"])
+    overrides = arguments["config_overrides"]
+    command = f"python run_translation.py {arguments['config_name']}/recipe.json"
+    command += f" --config_overrides {overrides} --output_dir runs/..." if overrides else ""
+    return "\n".join(
+        [
+            f"`{command}`",
+            "",
+            f"{model['encoder_layers']}+{model['decoder_layers']} layers, encoder `{model['encoder_residual']}`, "
+            f"decoder `{model['decoder_residual']}`, D {model['d_model']}, FFN {model['encoder_ffn_dim']}, "
+            f"{model['encoder_attention_heads']} heads, dropout {model['dropout']}, vocabulary "
+            f"{model['vocab_size']:,}. {steps:,} updates; "
+            + ", ".join(f"{name} {arguments[name]}" for name in SHOWN)
+            + f". Training took {scores.get('train_runtime', 0) / 60:.0f} minutes, evaluations included.",
+        ]
+    )
+
+
+def _evaluations(result: dict[str, Any]) -> list[str]:
+    names = [name for name in ("eval_loss", "eval_bleu") if curve(result, name)[0]]
+    if not names:
+        return []
+    steps = curve(result, names[0])[0]
+    columns = [curve(result, name)[1] for name in names]
+    rows = [f"| update | {' | '.join(names)} |", f"| ---: |{' ---: |' * len(names)}"]
+    rows += [f"| {s:,} | {' | '.join(_number(column[i]) for column in columns)} |" for i, s in enumerate(steps)]
+    return rows
+
+
+def _comparison(results: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| run | first training loss | last training loss | last validation loss (nll) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for result in _deep(results):
+        loss, evaluated = curve(result, "loss")[1], curve(result, "eval_loss")[1]
+        rows.append(
+            f"| {result['name']} | {loss[0]:.2f} | {loss[-1]:.2f} | {_number(evaluated[-1] if evaluated else None)} |"
+        )
+    return rows
+
+
+def _deep(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    deepest = max(result["model"]["encoder_layers"] for result in results)
+    return [result for result in results if result["model"]["encoder_layers"] == deepest]
+
+
+# --- the figures --------------------------------------------------------------------------------------
+
+
+def draw(results: list[dict[str, Any]], folder: Path) -> None:
+    """Draw the curves of every run, the deep ones together, and ω by sub-layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        series = {"training, smoothed labels": curve(result, "loss"), "validation, nll": curve(result, "eval_loss")}
+        _plot(folder / f"{result['name']}.png", result["name"], "loss per target token", series)
+    deep = {result["name"]: curve(result, "loss") for result in _deep(results)}
+    _plot(folder / "depth.png", "Deep and narrow: same seed, data and learning rate", "training loss", deep)
+    omega = {
+        f"{result['name']}, {stack}": (list(range(1, len(profile["omega"]) + 1)), profile["omega"])
+        for result in results
+        for stack, profile in result["profile"].items()
+    }
+    _plot(folder / "omega.png", "Shortcut scales that profiling found", "ω", omega, "sub-layer")
+
+
+def _plot(path: Path, title: str, label: str, series: dict[str, tuple[list, list]], x_label: str = "updates") -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    for (name, (x, y)), (colour, style) in zip(series.items(), STYLES, strict=False):
+        if x:
+            axes.plot(x, y, style, color=colour, label=name)
+    axes.set(title=title, xlabel=x_label, ylabel=label)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Make docs/results.md and its figures from the runs' own JSON.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished runs to add or renew")
+    for run in parser.parse_args(argv).runs:
+        result = collect(run)
+        path = DOCS / "results" / f"{result['name']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "results").glob("*.json"))]
+    draw(results, DOCS / "figures")
+    (DOCS / "results.md").write_text(page(results), encoding="utf-8")
+    print(f"{DOCS / 'results.md'}: {len(results)} runs")
+
+
+if __name__ == "__main__":
+    main()
