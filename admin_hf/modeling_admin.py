@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.marian.modeling_marian import (
     MarianDecoder,
@@ -267,7 +268,8 @@ class AdminDecoder(_StackMixin, MarianDecoder):
     ) -> Any:
         """Decode `input_ids`, `(batch_size, target_length)`, which follow what `past_key_values` holds."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        self._check_input("decoder_input", input_ids, inputs_embeds, past)
+        # A static cache says its length in a tensor, which a GPU would have to wait for
+        self._check_input("decoder_input", input_ids, inputs_embeds, past if isinstance(past, int) else 0)
         outputs = super().forward(
             input_ids,
             attention_mask=attention_mask,
@@ -344,17 +346,18 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
-        """As [`~transformers.MarianMTModel`], with another training loss.
+        """As [`~transformers.MarianMTModel`], with another loss.
 
-        In train mode with `labels` the loss is [`linear_cross_entropy`]: smoothed by `config.label_smoothing`, divided
-        by `num_items_in_batch` where given, and computed without the full logits, so `logits` is None.
+        The loss is averaged over targets, or divided by `num_items_in_batch` where given. In train mode it is smoothed
+        by `config.label_smoothing` and computed without the full logits, so `logits` is None.
 
         Args:
             input_ids: source ids, `(batch_size, source_length)`.
             attention_mask: 1 for source tokens and 0 for padding, of the same shape.
             labels: target ids, `(batch_size, target_length)`, −100 at padding; they also are the decoder's input,
                 shifted right by one, unless `decoder_input_ids` is given.
-            num_items_in_batch: number of targets in the whole update, as Trainer passes it.
+            kwargs: `num_items_in_batch`, the number of targets in the whole update, as Trainer passes it, and what
+                attention takes.
 
         Raises:
             ValueError: an id outside the vocabulary (looked for on the CPU only), or a sequence longer than
@@ -399,7 +402,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             outputs.logits = torch.where(is_pad, outputs.logits.detach(), outputs.logits)
         if labels is None:
             return outputs
-        loss = nn.functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten())
+        loss = fixed_cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), num_items_in_batch)
         return Seq2SeqLMOutput(loss=loss, **outputs)
 
 

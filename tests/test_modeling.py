@@ -247,6 +247,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(batch):
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_loss_is_divided_by_num_items_in_batch_in_evaluation_too(batch, train):
+    """Trainer multiplies it with the number of processes in both modes."""
+    model = without_dropout(randomize(tiny_model())).train(train)
+    targets = int(batch["labels"].ne(-100).sum())
+    halved = model(**batch, num_items_in_batch=torch.tensor(2 * targets)).loss
+    torch.testing.assert_close(2 * halved, model(**batch).loss)
+
+
 def test_training_builds_no_logits_and_smooths_only_then(batch):
     model = without_dropout(randomize(tiny_model(label_smoothing=0.2)))
     assert model.train()(**batch).logits is None
