@@ -49,7 +49,7 @@ $(DEMO_DATA): | $(STAMP)
 
 # One thread in each of the two workers: more would only wait for each other.
 test: $(STAMP)  ## run all the tests
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 style: $(STAMP)  ## format the code and mend what ruff can mend
 	@$(RUN) -m ruff check --fix . || left=1; $(RUN) -m ruff format . && test -z "$$left"
@@ -60,5 +60,5 @@ quality: $(STAMP)  ## check style, format and types; changes nothing
 	@$(RUN) -m mypy
 
 clean:  ## remove caches and build artefacts; .venv and runs/ stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

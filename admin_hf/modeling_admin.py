@@ -199,6 +199,9 @@ class _StackMixin(AdminPreTrainedModel):
 
     embed_tokens: nn.Embedding
 
+    def _backward_compatibility_gradient_checkpointing(self) -> None:
+        """Left to the whole model: here one stack would use up the configuration's attribute before the other."""
+
     def _build(self, stack: str, layer_class: type[nn.Module]) -> None:
         system = SYSTEMS[getattr(self.config, f"{stack}_residual")](self.config, stack)
         layers = range(getattr(self.config, f"{stack}_layers"))
