@@ -69,7 +69,10 @@ def run(arguments: args.Arguments) -> int:
     stop = StopOnSignal()
     trainer = build_trainer(arguments, model, tokenizer, data, stop)
 
-    if training_args.do_train:
+    if training_args.do_train and args.finished_checkpoint(training_args):
+        logger.info("Nothing is left to train.")
+        trainer.save_model()  # in case that the run was killed just before
+    elif training_args.do_train:
         train(trainer, arguments)
     if stop.received is not None:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
@@ -145,10 +148,7 @@ def tokenize(
 def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
     """Load the model to go on from, or make a new one for this tokenizer."""
     model_args, data_args, training_args = arguments
-    source = model_args.model_name_or_path
-    if not source and not training_args.do_train:
-        source = args.get_last_checkpoint_or_none(training_args)
-    if source:
+    if source := args.finished_checkpoint(training_args) or model_args.model_name_or_path:
         try:
             model = AdminForConditionalGeneration.from_pretrained(
                 source, cache_dir=model_args.cache_dir, revision=model_args.model_revision

@@ -140,7 +140,7 @@ def test_a_json_file_of_arguments_is_the_same_and_flags_override_it(data, tmp_pa
     assert_equal_weights(tmp_path / "a", tmp_path / "b")
 
 
-def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_path):
+def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_path, caplog):
     options = {"save_steps": 3, "lr_scheduler_type": "constant"}  # another schedule would depend on max_steps
     assert run(data, tmp_path / "whole", **options, max_steps=6) == 0
     assert run(data, tmp_path / "parts", **options, max_steps=3) == 0
@@ -148,9 +148,21 @@ def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_pat
     (tmp_path / "parts" / "checkpoint-5").mkdir()
     (tmp_path / "parts" / "checkpoint-5" / "model.safetensors").write_bytes(b"half a file")
     assert run(data, tmp_path / "parts", **options, max_steps=6) == 0
+    assert "missing keys" not in caplog.text
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
     state = json.loads((tmp_path / "parts" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 6]
+
+
+def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
+    assert run(data, tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert run(data, tmp_path, do_eval=True) == 0
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    # Not one update more; the tokenizer's configuration notes that it was loaded
+    assert changed <= {"all_results.json", "training_args.bin", "tokenizer_config.json"}
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["train_loss"] > 0 and "eval_bleu" in results
 
 
 @pytest.mark.slow

@@ -127,7 +127,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        (ModelArguments, DataTrainingArguments, TranslationTrainingArguments), allow_abbrev=False
+        (ModelArguments, DataTrainingArguments, TranslationTrainingArguments),
+        usage="run_translation.py [recipe.json] [--flag value ...]",
+        description="Train, evaluate and run a translation model with Admin's residual connections.",
+        allow_abbrev=False,
     )
     if argv and argv[0].endswith(".json"):
         argv = _json_flags(Path(argv[0])) + argv[1:]
@@ -182,6 +185,24 @@ def check_arguments(
             "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "
             f"model ({training.output_dir} has none)."
         )
+
+
+def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
+    """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
+
+    Trainer would train one more update when it is started on a finished run.
+    """
+    checkpoint = get_last_checkpoint_or_none(training)
+    if checkpoint is None:
+        return None
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    done = state["global_step"] >= training.max_steps > 0 or (
+        training.max_steps <= 0 and state["epoch"] >= training.num_train_epochs
+    )
+    if training.do_train and not done:
+        return None
+    best = state.get("best_model_checkpoint")
+    return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
 
 
 def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str | None:

@@ -69,6 +69,12 @@ class TranslationTrainer(Seq2SeqTrainer):
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Tied weights and positions are never saved, so that they are missing is nothing to warn of
+        expected = {*self.model.all_tied_weights_keys, *self.model._keys_to_ignore_on_save}
+        if load_result.unexpected_keys or not expected.issuperset(load_result.missing_keys):
+            super()._issue_warnings_after_load(load_result)
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".omega")]
 
