@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 from tqdm.auto import tqdm
@@ -96,7 +97,7 @@ def _check_writable(args: TrainingArguments) -> None:
         "profile before the Trainer is built: `initialize_omega(model, profile_residuals(model, batch))`, with "
         "`batch = data_collator([train_dataset[i] for i in range(64)])`."
     )
-    kind = args.distributed_state.distributed_type
+    kind = AcceleratorState().distributed_type  # FSDP by `accelerate launch` is known here only
     if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise RuntimeError(f"Under {kind.value} the weights cannot be changed once the Trainer holds them: {by_hand}")
     if args.n_gpu > 1:

@@ -2,7 +2,8 @@ import re
 
 import pytest
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from conftest import PAD, tiny_model
 from datasets import Dataset
 from transformers import (
@@ -182,12 +183,14 @@ def test_profiles_under_the_trainers_own_modes(tmp_path, dataset, changes):
 def test_where_weights_cannot_be_written_the_error_says_how_to_profile(tmp_path, dataset, kind):
     model = tiny_model()
     args = arguments(tmp_path)
-    args.distributed_state.distributed_type = kind
+    Accelerator(cpu=True)  # as a Trainer makes one
+    state = AcceleratorState()
+    usual, state.distributed_type = state.distributed_type, kind
     try:
         with pytest.raises(RuntimeError, match=r"(?s)profile before the Trainer is built.*initialize_omega"):
             AdminProfilingCallback().on_train_begin(args, type("State", (), {"global_step": 0}), None, model=model)
     finally:
-        args.distributed_state.distributed_type = DistributedType.NO
+        state.distributed_type = usual
     assert not model._forward_pre_hooks
 
 
