@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel, parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -97,9 +95,11 @@ def _check_writable(args: TrainingArguments) -> None:
         "profile before the Trainer is built: `initialize_omega(model, profile_residuals(model, batch))`, with "
         "`batch = data_collator([train_dataset[i] for i in range(64)])`."
     )
-    kind = AcceleratorState().distributed_type  # FSDP by `accelerate launch` is known here only
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise RuntimeError(f"Under {kind.value} the weights cannot be changed once the Trainer holds them: {by_hand}")
+    for kind, argument in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
+        launched = parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}")
+        # On a CPU, Trainer turns FSDP into DistributedDataParallel
+        if (argument or launched) and not args.use_cpu:
+            raise RuntimeError(f"Under {kind} the weights cannot be changed once the Trainer holds them: {by_hand}")
     if args.n_gpu > 1:
         raise RuntimeError(
             f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "

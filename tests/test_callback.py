@@ -2,8 +2,6 @@ import re
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
 from conftest import PAD, tiny_model
 from datasets import Dataset
 from transformers import (
@@ -12,6 +10,8 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
 )
 
 from admin_hf import (
@@ -179,19 +179,30 @@ def test_profiles_under_the_trainers_own_modes(tmp_path, dataset, changes):
     assert float(omegas(model)[0][0]) == pytest.approx(profile.encoder.omega[1])
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_where_weights_cannot_be_written_the_error_says_how_to_profile(tmp_path, dataset, kind):
-    model = tiny_model()
+@pytest.mark.parametrize("by", ["launcher", "argument"])
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP"])
+def test_where_weights_cannot_be_written_the_error_says_how_to_profile(tmp_path, monkeypatch, kind, by):
     args = arguments(tmp_path)
-    Accelerator(cpu=True)  # as a Trainer makes one
-    state = AcceleratorState()
-    usual, state.distributed_type = state.distributed_type, kind
-    try:
-        with pytest.raises(RuntimeError, match=r"(?s)profile before the Trainer is built.*initialize_omega"):
-            AdminProfilingCallback().on_train_begin(args, type("State", (), {"global_step": 0}), None, model=model)
-    finally:
-        state.distributed_type = usual
+    args.use_cpu = False
+    if by == "launcher":
+        monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")  # as `accelerate launch` does
+    else:
+        setattr(args, kind.lower(), True)
+    model = tiny_model()
+    message = rf"(?s)Under {kind}.*profile before the Trainer is built.*initialize_omega"
+    with pytest.raises(RuntimeError, match=message):
+        AdminProfilingCallback().on_train_begin(args, TrainerState(), TrainerControl(), model=model)
     assert not model._forward_pre_hooks
+
+
+def test_profiling_by_hand_as_the_error_says(tmp_path, dataset):
+    model = tiny_model()
+    batch = Collator(model)([dataset[i] for i in range(32)])
+    initialize_omega(model, profile_residuals(model, batch))
+    before = omegas(model)
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], learning_rate=0.0).train()
+    assert all(torch.equal(a, b) for a, b in zip(before, omegas(model), strict=True))
+    assert not (tmp_path / "residual_profile.json").exists()
 
 
 def test_the_batch_of_transformers_own_collator_works(tmp_path, dataset):
