@@ -72,7 +72,7 @@ def page(results: list[dict[str, Any]]) -> str:
     for result in results:
         lines += ["", f"## {result['name']}", "", _description(result), ""]
         lines += [f"![Loss curves](figures/{result['name']}.png)", "", *_evaluations(result)]
-    lines += ["", "## Depth", "", *_comparison(results), "", "![Training loss at depth](figures/depth.png)"]
+    lines += ["", "## The deepest runs", "", *_comparison(results), "", "![Training loss](figures/depth.png)"]
     lines += ["", "## ω after profiling", "", "![ω by sub-layer](figures/omega.png)", ""]
     return "\n".join(lines)
 
@@ -154,8 +154,8 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     for result in results:
         series = {"training, smoothed labels": curve(result, "loss"), "validation, nll": curve(result, "eval_loss")}
         _plot(folder / f"{result['name']}.png", result["name"], "loss per target token", series)
-    deep = {result["name"]: curve(result, "loss") for result in _deep(results)}
-    _plot(folder / "depth.png", "Deep and narrow: same seed, data and learning rate", "training loss", deep)
+    deep = {result["model"]["encoder_residual"]: curve(result, "loss") for result in _deep(results)}
+    _plot(folder / "depth.png", "The deepest runs: same seed, data and learning rate", "training loss", deep)
     omega = {
         f"{result['name']}, {stack}": (list(range(1, len(profile["omega"]) + 1)), profile["omega"])
         for result in results
