@@ -17,6 +17,8 @@ from pathlib import Path
 import datasets
 import transformers
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from admin_hf import (
@@ -103,8 +105,8 @@ def check_model(model_args: args.ModelArguments) -> None:
         AdminConfig(**config_changes(model_args, AdminConfig), vocab_size=model_args.vocab_size)
         if model_args.residual_profile:
             ResidualProfile.load(model_args.residual_profile)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
@@ -124,12 +126,12 @@ def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> Pre
     output_dir = Path(training_args.output_dir)
     if name := model_args.tokenizer_name or model_args.model_name_or_path:
         return load_tokenizer(name, model_args)
-    if (output_dir / "tokenizer_config.json").exists():
-        return load_tokenizer(str(output_dir), model_args)
+    if (output_dir / "tokenizer_config.json").exists() and (output_dir / args.ARGUMENTS_NAME).exists():
+        return load_tokenizer(str(output_dir), model_args)  # of the run that is gone on with
     logger.info(f"Training a joint BPE tokenizer with {model_args.vocab_size:,} entries.")
     tokenizer = train_tokenizer(text_batches(raw["train"]), model_args.vocab_size, model_args.lowercase)
     save_tokenizer(tokenizer, output_dir)
-    return tokenizer
+    return load_tokenizer(str(output_dir), model_args)  # as every other process and session will see it
 
 
 def tokenize(
@@ -148,12 +150,15 @@ def tokenize(
 def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
     """Load the model to go on from, or make a new one for this tokenizer."""
     model_args, data_args, training_args = arguments
-    if source := args.finished_checkpoint(training_args) or model_args.model_name_or_path:
+    source = model_args.model_name_or_path
+    if training_args.do_train or not source:
+        source = args.finished_checkpoint(training_args) or source
+    if source:
         try:
             model = AdminForConditionalGeneration.from_pretrained(
-                source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+                source, cache_dir=model_args.cache_dir, revision=model_args.model_revision, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise InputError(f"The model {source} cannot be loaded: {error}") from error
     else:
         model = AdminForConditionalGeneration(
@@ -177,7 +182,10 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
     model.config.label_smoothing = training_args.label_smoothing_factor
     set_generation(model, data_args.val_max_target_length, training_args.generation_num_beams or data_args.num_beams)
     if model_args.residual_profile:
-        initialize_omega(model, ResidualProfile.load(model_args.residual_profile))
+        try:
+            initialize_omega(model, ResidualProfile.load(model_args.residual_profile))
+        except ValueError as error:
+            raise InputError(f"--residual_profile {model_args.residual_profile}: {error}") from error
     return model
 
 
@@ -189,7 +197,8 @@ def build_trainer(
     stop: StopOnSignal,
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
-    lowercase = "Lowercase" in str(getattr(tokenizer, "backend_tokenizer", tokenizer).normalizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    lowercase = backend is not None and "Lowercase" in str(backend.normalizer)
     return TranslationTrainer(
         metric=TranslationMetric(lowercase=lowercase),
         model=model,
@@ -208,6 +217,7 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     checkpoint = training_args.resume_from_checkpoint or args.get_last_checkpoint_or_none(training_args)
     if trainer.is_world_process_zero():
         args.record_arguments(arguments)
+        args.remove_incomplete_checkpoints(training_args)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(f"Training {parameters:,} parameters{f', going on from {checkpoint}' if checkpoint else ''}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -230,7 +240,8 @@ def predict(trainer: TranslationTrainer, dataset: Dataset, raw: Dataset) -> None
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return
     translations = [""] * len(dataset)
-    for index, text in zip(dataset["index"], trainer.decode(output.predictions), strict=True):
+    decoded = trainer.decode(output.predictions[: len(dataset)])
+    for index, text in zip(dataset["index"], decoded, strict=True):
         translations[index] = " ".join(text.split())
     sources = list(raw["source"])
     translations = [text if (source or "").strip() else "" for source, text in zip(sources, translations, strict=True)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import MarianConfig
+from transformers.activations import ACT2FN
 
 from .residual import SYSTEMS
 
@@ -92,7 +93,10 @@ class AdminConfig(MarianConfig):
         for field in ("encoder_attention_heads", "decoder_attention_heads"):
             if self.d_model % (heads := getattr(self, field)):
                 raise ValueError(f"d_model={self.d_model} must be divisible by {field}={heads}.")
-        for field in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function={self.activation_function!r} is not one of {', '.join(ACT2FN)}.")
+        rates = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
+        for field in (*rates, "label_smoothing"):
             if not 0 <= (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 0 and below 1.")
 

@@ -86,8 +86,10 @@ class ResidualProfile:
                 f"{path} is not a residual profile as ResidualProfile.save writes it: {error}."
             ) from error
         for name, stack in (("encoder", profile.encoder), ("decoder", profile.decoder)):
-            if len({len(column) for column in asdict(stack).values()}) != 1:
-                raise ValueError(f"{path} is damaged: the lists of its {name} have different lengths.")
+            if not _is_sound(stack):
+                raise ValueError(
+                    f"{path} is damaged: its {name} must hold lists of names and of numbers, all as long."
+                )
         return profile
 
     def table(self, rows: int = 6) -> str:
@@ -103,6 +105,15 @@ class ResidualProfile:
                 for i in shown
             ]
         return "\n".join(lines)
+
+
+def _is_sound(stack: StackProfile) -> bool:
+    columns = asdict(stack)
+    if not all(isinstance(column, list) and len(column) == len(stack.names) for column in columns.values()):
+        return False
+    names = columns.pop("names")
+    numbers = [value for column in columns.values() for value in column]
+    return all(isinstance(name, str) for name in names) and all(isinstance(n, int | float) for n in numbers)
 
 
 def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> ResidualProfile:
@@ -274,6 +285,8 @@ def _observed(stack: nn.Module, tokens: Tensor, profile: StackProfile) -> Iterat
 
 def _variance(x: Tensor, tokens: Tensor, name: str) -> float:
     """Population variance over all entries of the real tokens as one pool, accumulated in float32."""
+    if not tokens.any():
+        raise ValueError("The batch holds padding only on one side: there is nothing to profile.")
     variance = float(x[tokens].float().var(correction=0))
     if not variance < float("inf"):
         raise ValueError(f"The variance at {name} is {variance}: the batch or the model's weights are not finite.")

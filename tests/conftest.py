@@ -34,13 +34,13 @@ def tiny_model(seed: int = 0, **changes) -> AdminForConditionalGeneration:
     return AdminForConditionalGeneration(tiny_config(**changes)).eval()
 
 
-def randomize(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 1, scale: float = 0.1) -> torch.nn.Module:
     """Move all weights away from their initial values (positions and the zero padding rows excepted)."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed_positions" not in name:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter += scale * torch.randn_like(parameter)
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0

@@ -5,8 +5,9 @@ import pytest
 from datasets import Dataset
 
 from training.arguments import DataTrainingArguments, ModelArguments
-from training.data import count_lines, load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
+from training.data import load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
 from training.errors import InputError
+from training.files import count_lines
 from training.tokenization import train_tokenizer
 
 
@@ -55,6 +56,27 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
     assert dataset.cache_files, "memory-mapped, not in memory"
 
 
+@pytest.mark.parametrize("form", ["array.json", "windows.csv", "windows prefix", "dates.jsonl"])
+def test_what_other_programs_write_is_read_as_it_is(tmp_path, form):
+    if form == "array.json":
+        path = tmp_path / "train.json"
+        path.write_text(json.dumps([{"translation": {"en": s, "de": t, "id": 1}} for s, t in PAIRS], indent=1))
+        expected = PAIRS
+    elif form == "dates.jsonl":
+        path, expected = tmp_path / "train.jsonl", [("2020-01-01", "true"), ("1.50", "null")]
+        path.write_text("".join(json.dumps({"en": s, "de": t}) + "\n" for s, t in expected))
+    elif form == "windows.csv":
+        path, expected = tmp_path / "train.csv", [("a", "b"), ("", ""), ("007", "d")]
+        path.write_bytes(b"\xef\xbb\xbfen,de\r\na,b\r\n\r\n007,d\r\n")
+    else:
+        path, expected = tmp_path / "train", [("a", "c"), ("b", "d")]
+        (tmp_path / "train.en").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+        (tmp_path / "train.de").write_bytes(b"c\r\nd")
+    data = arguments(train_file=str(path))
+    dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+    assert list(zip(dataset["source"], dataset["target"], strict=True)) == expected
+
+
 @pytest.mark.parametrize("form", ["prefix", "plain file", "columns.jsonl"])
 def test_source_text_alone_can_be_translated(tmp_path, form):
     if form == "columns.jsonl":
@@ -97,7 +119,7 @@ def test_different_line_counts_are_told(tmp_path):
     ],
 )
 def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path, monkeypatch, block, content, message):
-    monkeypatch.setattr("training.data.READ_BLOCK", block)
+    monkeypatch.setattr("training.files.READ_BLOCK", block)
     (tmp_path / "text.en").write_bytes(content)
     with pytest.raises(InputError, match=message):
         count_lines(tmp_path / "text.en")
@@ -105,7 +127,7 @@ def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("block", [3, 2**24])
 def test_lines_are_counted_with_and_without_a_last_line_break(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("training.data.READ_BLOCK", block)
+    monkeypatch.setattr("training.files.READ_BLOCK", block)
     (tmp_path / "a").write_text("ä\n\nö\n", encoding="utf-8")
     (tmp_path / "b").write_text("ä\n\nö", encoding="utf-8")
     assert count_lines(tmp_path / "a") == count_lines(tmp_path / "b") == 3
@@ -113,9 +135,10 @@ def test_lines_are_counted_with_and_without_a_last_line_break(tmp_path, monkeypa
 
 def test_unusual_line_separators_do_not_shift_the_sides(tmp_path):
     """Only a line feed ends a line: str.splitlines would also split at U+2028, form feeds and others."""
-    sources = ["one\u2028still one", "two\x0cstill two", "three\x85"]
-    (tmp_path / "train.en").write_text("".join(f"{s}\n" for s in sources), encoding="utf-8")
-    (tmp_path / "train.de").write_text("eins\nzwei\ndrei\n", encoding="utf-8")
+    sources = ["one\u2028still one", "two\x0cstill two", "three\x85", "four\rstill four"]
+    with (tmp_path / "train.en").open("w", encoding="utf-8", newline="") as file:
+        file.write("".join(f"{s}\n" for s in sources))
+    (tmp_path / "train.de").write_text("eins\nzwei\ndrei\nvier\n", encoding="utf-8")
     data = arguments(train_file=str(tmp_path / "train"))
     dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
     assert list(dataset["source"]) == sources
@@ -128,7 +151,14 @@ def test_unusual_line_separators_do_not_shift_the_sides(tmp_path):
         ("train.jsonl", None, "does not exist"),
         ("train.jsonl", '{"translation": {"en": "a", "fr": "b"}}\n', r"no language key 'de'; it has 'en', 'fr'"),
         ("train.csv", "english,german\na,b\n", r"no language key 'en'; it has 'english', 'german'"),
-        ("train.jsonl", "this is no JSON\n", r"train\.jsonl cannot be read as JSONL"),
+        ("train.jsonl", "this is no JSON\n", r"train\.jsonl cannot be read as JSONL: line 1"),
+        ("train.jsonl", '{"en": "a", "de": "b"}\n{"en": 5, "de": "b"}\n', r"line 2: 'en' is 5; expected text"),
+        ("train.jsonl", '{"en": "a", "de": "b"}\nnull\n', r"line 2, is 'None'; expected an object"),
+        ("train.jsonl", '{"en": ["a"], "de": "b"}\n', r"'en' is \['a'\]; expected text"),
+        ("train.json", "[]", "has no rows"),
+        ("train.csv", "en,de\n", "has no rows"),
+        ("train.csv", "en,de\na,b,c\nd,e\n", r"line 2, has 3 fields; the header has 2"),
+        ("train.tsv", "en\tde\na\tb\nc\n", r"line 3, has 1 fields; the header has 2"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path, name, content, message):

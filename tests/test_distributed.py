@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import randomize
+
+import run_translation
+from admin_hf import AdminForConditionalGeneration
+from training.embedded_data import write_embedded_data
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
@@ -14,16 +19,19 @@ SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
 
 def launch(folder: Path, processes: int, *options: str) -> list[dict]:
     """Train the tiny model of the script and return what every rank reports."""
-    command = [sys.executable, str(SCRIPT), str(folder), *options]
-    if processes > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = launcher + command[1:]
+    run_processes([str(SCRIPT), str(folder), *options], processes)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+def run_processes(script: list[str], processes: int) -> None:
+    """Run a Python script in one process, or in several by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["tests", "."])}
     done = subprocess.run(
         command, cwd=SCRIPT.parents[2], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.mark.slow
@@ -43,3 +51,45 @@ def test_ranks_stay_identical_while_they_train(tmp_path):
     assert two[0]["weights"] == two[1]["weights"]
     assert two[0]["omega"] == two[1]["omega"]
     assert (tmp_path / "residual_profile.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_and_translate_as_one(tmp_path):
+    """13 sentences, which neither the processes nor the batches divide."""
+    data = tmp_path / "data"
+    write_embedded_data(data, train=60, validation=13, test=13)
+    model = tmp_path / "model"
+    config = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
+    config += ",encoder_attention_heads=2,decoder_attention_heads=2"
+    common = [
+        "--train_file",
+        f"{data}/train",
+        "--validation_file",
+        f"{data}/validation",
+        "--test_file",
+        f"{data}/test",
+    ]
+    common += ["--source_lang", "en", "--target_lang", "de", "--val_max_target_length", "16", "--disable_tqdm", "True"]
+    train = [*common, "--do_train", "--max_steps", "1", "--vocab_size", "200", "--config_overrides", config]
+    assert run_translation.main([*train, "--output_dir", str(model)]) == 0
+    randomize(AdminForConditionalGeneration.from_pretrained(model), scale=0.5).save_pretrained(model)
+    results, lines = [], []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        script = [str(SCRIPT.parents[2] / "run_translation.py"), *common, "--do_eval", "--do_predict"]
+        script += [
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(output),
+            "--per_device_eval_batch_size",
+            "2",
+        ]
+        run_processes(script, processes)
+        results.append(json.loads((output / "all_results.json").read_text()))
+        lines.append((output / "generated_predictions.txt").read_text().splitlines())
+    assert lines[0] == lines[1] and len(lines[0]) == 13 and len(set(lines[0])) > 2
+    for name in ("eval_bleu", "eval_chrf", "test_bleu", "test_ter"):
+        assert results[0][name] == results[1][name], name
+    # Trainer counts the sentences that fill up the last batch in the mean of the loss
+    assert abs(results[0]["eval_loss"] / results[1]["eval_loss"] - 1) < 0.1

@@ -66,7 +66,8 @@ def _source_distribution() -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         fetched = subprocess.run([*pip, "--dest", CACHE, requirement], capture_output=True, text=True)
         if fetched.returncode or not path.exists():
-            pytest.skip(f"pip cannot fetch the source of {requirement}: {fetched.stderr.strip()[-300:]}")
+            give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+            give_up(f"pip cannot fetch the source of {requirement}: {fetched.stderr.strip()[-300:]}")
     return path
 
 
@@ -89,7 +90,7 @@ def marian(common_tests):
 
 @pytest.mark.parametrize("case", ["AdminTest", "PostLNTest", "PreLNTest", "PostLNPreLNTest"])
 def test_passes_what_stock_marian_passes(case, common_tests, marian):
-    assert marian.ok and len(marian.passed) > 50, marian.report
+    assert marian.ok and len(marian.passed) >= 102, marian.report
     admin = _run(common_tests, case)
     assert admin.ok, admin.report
     assert admin.passed == marian.passed

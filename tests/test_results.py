@@ -15,6 +15,7 @@ def fake_run(folder: Path, residual: str, bleu: float) -> Path:
     arguments |= {
         "config_name": "hub_configs/demo",
         "max_steps": 20,
+        "output_dir": "runs/x",
         "seed": 1234,
         "train_file": "a/path/of/a/machine",
     }

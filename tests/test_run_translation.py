@@ -147,6 +147,7 @@ def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_pat
     # A checkpoint that was being written when the machine went down is not picked up
     (tmp_path / "parts" / "checkpoint-5").mkdir()
     (tmp_path / "parts" / "checkpoint-5" / "model.safetensors").write_bytes(b"half a file")
+    (tmp_path / "parts" / "checkpoint-best").mkdir()  # a user's own
     assert run(data, tmp_path / "parts", **options, max_steps=6) == 0
     assert "missing keys" not in caplog.text
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
@@ -228,6 +229,13 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"config_overrides": "encoder_residual=resnet"}, "encoder_residual='resnet' is not a residual system"),
         ({"config_overrides": "depth=12"}, "'depth=12' is not a field"),
         ({"config_overrides": "d_model=wide"}, "d_model='wide'"),
+        ({"config_overrides": "d_model=1e3"}, "d_model"),
+        ({"config_overrides": "vocab_size=100"}, "vocab_size is set by the tokenizer"),
+        ({"config_overrides": "activation_function=foo"}, "activation_function='foo'"),
+        ({"label_smoothing_factor": 1.5}, "--label_smoothing_factor 1.5"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0"),
+        ({"resume_from_checkpoint": "no/such"}, "--resume_from_checkpoint no/such"),
+        ({"output_dir": "/dev/null/out"}, "no folder that can be written to"),
         ({"config_overrides": SHAPE + ",encoder_layers=0"}, "encoder_layers=0 must be at least 1"),
         ({"config_name": "no/such/config"}, "--config_name no/such/config"),
         ({"vocab_size": 100000}, "--vocab_size 100000 does not fit the data"),
@@ -247,6 +255,42 @@ def test_a_wrong_argument(data, tmp_path, capsys, changes, message):
         assert exit.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_loaded(data, tmp_path, capsys):
+    assert run(data, tmp_path / "model") == 0
+    weights_file = tmp_path / "model" / "model.safetensors"
+    whole = weights_file.read_bytes()
+    from_model = {"model_name_or_path": tmp_path / "model", "config_overrides": None}
+    weights_file.write_bytes(whole[:1000])
+    assert "cannot be loaded" in error(capsys, data, tmp_path / "out", **from_model)
+    weights_file.unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"a pickle, say")
+    assert "cannot be loaded" in error(capsys, data, tmp_path / "out", **from_model)
+
+
+def test_a_profile_of_another_model_is_refused(data, tmp_path, capsys):
+    assert run(data, tmp_path / "model") == 0
+    profile = tmp_path / "model" / "residual_profile.json"
+    deeper = SHAPE.replace("encoder_layers=1", "encoder_layers=2")
+    message = error(capsys, data, tmp_path / "out", config_overrides=deeper, residual_profile=profile)
+    assert "The profile has 2 sub-layers in its encoder, the model has 4" in message
+
+
+def test_what_a_failed_run_left_is_not_taken_over(data, tmp_path, capsys):
+    assert "No training pair is left" in error(capsys, data, tmp_path / "out", max_source_length=2)
+    assert run(data, tmp_path / "out", vocab_size=220) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 220
+
+
+def test_the_model_that_is_named_is_the_one_that_translates(data, tmp_path):
+    assert run(data, tmp_path / "a", seed=1) == 0
+    assert run(data, tmp_path / "b", seed=2) == 0
+    predict = {"do_train": None, "do_predict": True, "model_name_or_path": tmp_path / "a", "config_overrides": None}
+    assert run(data, tmp_path / "b", **predict) == 0
+    assert run(data, tmp_path / "c", **predict) == 0
+    losses = [json.loads((tmp_path / name / "test_results.json").read_text())["test_loss"] for name in ("b", "c")]
+    assert losses[0] == losses[1]
+
+
 def test_a_folder_with_another_run_is_refused_and_left_alone(data, tmp_path, capsys):
     assert run(data, tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -260,7 +304,7 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(data, tmp_path, cap
 
 def test_no_token_is_written(data, tmp_path):
     assert run(data, tmp_path, hub_token="hf_secret") == 0
-    assert not any(b"hf_secret" in path.read_bytes() for path in tmp_path.rglob("*.json"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
 
 
 @pytest.mark.skipif(

@@ -1,7 +1,10 @@
 """Arguments of run_translation.py: the names and meanings of Hugging Face's own script, and a few of ours."""
 
 import json
+import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
     try:
         arguments = parser.parse_args_into_dataclasses(argv)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"The arguments cannot be used: {error}") from error
     check_arguments(*arguments)
     return arguments
@@ -175,9 +178,21 @@ def check_arguments(
             if getattr(data, f"{split}_file") is None:
                 flag = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
                 raise InputError(f"--{flag} needs --{split}_file (or --dataset_name).")
-    for name in ("max_source_length", "max_target_length", "val_max_target_length", "num_beams", "max_train_samples"):
-        if (value := getattr(data, name)) is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1.")
+    at_least_one = ("max_source_length", "max_target_length", "val_max_target_length", "num_beams")
+    at_least_one += ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+    at_least_one += ("vocab_size", "per_device_train_batch_size", "per_device_eval_batch_size")
+    values = vars(training) | vars(model) | vars(data)
+    for name in at_least_one:
+        if values[name] is not None and values[name] < 1:
+            raise InputError(f"--{name} {values[name]} must be at least 1.")
+    if not 0 <= training.label_smoothing_factor < 1:
+        raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be at least 0 and below 1.")
+    if training.seed < 0:
+        raise InputError(f"--seed {training.seed} must be at least 0.")
+    if (resume := training.resume_from_checkpoint) and not Path(resume, "trainer_state.json").is_file():
+        raise InputError(
+            f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
+        )
     if model.model_name_or_path and (model.config_name or model.config_overrides):
         raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
     if not training.do_train and not model.model_name_or_path and get_last_checkpoint_or_none(training) is None:
@@ -210,8 +225,27 @@ def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str |
     folder = Path(training.output_dir)
     if not folder.is_dir():
         return None
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def remove_incomplete_checkpoints(training: TranslationTrainingArguments) -> None:
+    """Remove what a killed run was writing: Trainer would count it as its newest checkpoint, and delete good ones."""
+    for path in _checkpoints(Path(training.output_dir)):
+        if not _is_complete(path):
+            shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # --- one output_dir, one run ----------------------------------------------------------------------
@@ -236,13 +270,16 @@ def check_output_dir(arguments: Arguments) -> None:
     """
     folder = Path(arguments[2].output_dir)
     record = folder / ARGUMENTS_NAME
-    if not arguments[2].do_train or not folder.exists():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
+    if not arguments[2].do_train:
         return
     afresh = (
         f"To go on with that run repeat its arguments; to start afresh remove {folder} or choose another --output_dir."
     )
-    if not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file; choose a folder.")
     if not record.exists():
         if get_last_checkpoint(str(folder)) is not None:
             raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")

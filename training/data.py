@@ -1,7 +1,5 @@
 """Parallel text through `datasets`: every form becomes the columns `source` and `target`, memory-mapped and cached."""
 
-import codecs
-import csv
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -9,48 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Sequence, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Sequence, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataTrainingArguments, ModelArguments
 from .errors import InputError
+from .files import TABLE_FORMATS, count_lines, load_file
 
 
 logger = logging.getLogger(__name__)
 
-TABLE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
-READ_BLOCK = 2**24
 
-
-# --- text files, checked before anything is computed ----------------------------------------------
-
-
-def count_lines(path: Path) -> int:
-    """Count the lines of a UTF-8 text file, a block at a time.
-
-    Raises:
-        InputError: the file is missing, empty, or not UTF-8 (naming the line).
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is not a file.")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines, last = 0, b""
-    with path.open("rb") as file:
-        while block := file.read(READ_BLOCK):
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as error:
-                # error.object is what was left of the block before, then this block
-                line = lines + 1 + error.object[: error.start].count(b"\n")
-                raise InputError(
-                    f"{path} is not UTF-8 text: line {line} cannot be decoded ({error.reason})."
-                ) from None
-            lines, last = lines + block.count(b"\n"), block[-1:]
-    if decoder.getstate()[0]:
-        raise InputError(f"{path} is not UTF-8 text: line {lines + 1} ends in the middle of a character.")
-    if not last:
-        raise InputError(f"{path} is empty.")
-    return lines + (last != b"\n")
+# --- loading ---------------------------------------------------------------------------------------
 
 
 def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[Path]:
@@ -79,9 +47,6 @@ def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[Pa
     return paths
 
 
-# --- loading --------------------------------------------------------------------------------------
-
-
 def load_pairs(split: str, data: DataTrainingArguments, model: ModelArguments) -> Dataset:
     """Load a split (`"train"`, `"validation"` or `"test"`): columns `source` and, but for source text, `target`.
 
@@ -90,42 +55,12 @@ def load_pairs(split: str, data: DataTrainingArguments, model: ModelArguments) -
     """
     if data.dataset_name is not None and (split != "test" or data.test_file is None):
         dataset = _load_from_hub(split, data, model)
-        origin = f"{data.dataset_name} ({split})"
+        dataset = _as_pairs(dataset, data, source_only=split == "test")
     else:
-        file = getattr(data, f"{split}_file")
-        paths = resolve_files(file, data, split)
-        origin = file
-        if paths[0].suffix not in TABLE_FORMATS:
-            return _limit(_load_lines(paths, model), split, data)
-        dataset = _load_table(paths[0], model)
-    return _limit(_as_pairs(dataset, data, origin, source_only=split == "test"), split, data)
-
-
-def _load_lines(paths: list[Path], model: ModelArguments) -> Dataset:
-    columns = [
-        load_dataset("text", data_files=str(path), split="train", cache_dir=model.cache_dir).rename_column(
-            "text", name
-        )
-        for path, name in zip(paths, ("source", "target"), strict=False)
-    ]
-    return concatenate_datasets(columns, axis=1)
-
-
-def _load_table(path: Path, model: ModelArguments) -> Dataset:
-    options: dict[str, Any] = {}
-    if TABLE_FORMATS[path.suffix] == "csv":
-        # Quotes are text in every parallel corpus in TSV; a sentence may well be "null" or "007"
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"delimiter": ","}
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file, **dialect))
-        options = {**dialect, "keep_default_na": False, "features": Features(dict.fromkeys(header, Value("string")))}
-    try:
-        return load_dataset(
-            TABLE_FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=model.cache_dir, **options
-        )
-    except Exception as error:  # datasets wraps whatever the reader of the format raises
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be read as {path.suffix[1:].upper()}: {cause}") from error
+        paths = resolve_files(getattr(data, f"{split}_file"), data, split)
+        languages = [data.source_lang, data.target_lang]
+        dataset = load_file(paths, languages, source_only=split == "test", cache_dir=model.cache_dir)
+    return _limit(dataset, split, data)
 
 
 def _load_from_hub(split: str, data: DataTrainingArguments, model: ModelArguments) -> Dataset:
@@ -135,7 +70,7 @@ def _load_from_hub(split: str, data: DataTrainingArguments, model: ModelArgument
         raise InputError(f"The {split} split of data set {data.dataset_name} cannot be loaded: {error}") from error
 
 
-def _as_pairs(dataset: Dataset, data: DataTrainingArguments, origin: str, source_only: bool) -> Dataset:
+def _as_pairs(dataset: Dataset, data: DataTrainingArguments, source_only: bool) -> Dataset:
     languages = [data.source_lang, data.target_lang]
     if "translation" in dataset.column_names:
         dataset = dataset.select_columns("translation").flatten()
@@ -144,9 +79,8 @@ def _as_pairs(dataset: Dataset, data: DataTrainingArguments, origin: str, source
         languages = [data.source_lang]
     for language in languages:
         if language not in dataset.column_names:
-            raise InputError(
-                f"{origin} has no language key {language!r}; it has {', '.join(map(repr, dataset.column_names))}."
-            )
+            found = ", ".join(map(repr, dataset.column_names))
+            raise InputError(f"{data.dataset_name} has no language key {language!r}; it has {found}.")
     dataset = dataset.select_columns(languages).rename_columns(
         dict(zip(languages, ("source", "target"), strict=False))
     )
@@ -165,6 +99,7 @@ def _limit(dataset: Dataset, split: str, data: DataTrainingArguments) -> Dataset
 # --- tokenisation ---------------------------------------------------------------------------------
 
 _IDS = Sequence(Value("int32"))  # half the disk of int64: 36 million pairs matter
+_EMPTY, _LONG = 1, 2  # why a training pair is skipped
 
 
 def tokenize_for_training(
@@ -176,12 +111,12 @@ def tokenize_for_training(
         InputError: no pair is left.
     """
     limits = (data.max_source_length, data.max_target_length)
-    features = Features({"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("string")})
+    features = Features({"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("int8")})
     encode = partial(_encode_pairs, tokenizer=tokenizer, prefix=data.source_prefix or "", limits=limits)
     dataset = _map(dataset, encode, features, data, "Tokenising the training pairs")
     skip = dataset.with_format("numpy")["skip"][:]
-    kept = np.flatnonzero(skip == "")
-    empty, long = int((skip == "empty").sum()), int((skip == "long").sum())
+    kept = np.flatnonzero(skip == 0)
+    empty, long = int((skip == _EMPTY).sum()), int((skip == _LONG).sum())
     summary = (
         f"{len(kept):,} of {len(skip):,} training pairs are used; skipped: {empty:,} empty on one side, {long:,} "
         f"longer than {limits[0]:,} source or {limits[1]:,} target tokens."
@@ -199,10 +134,10 @@ def _encode_pairs(
     input_ids = tokenizer([prefix + text for text in sources], verbose=False)["input_ids"]
     labels = tokenizer(text_target=targets, verbose=False)["input_ids"]
 
-    def skip(i: int) -> str:
+    def skip(i: int) -> int:
         if not sources[i].strip() or not targets[i].strip():
-            return "empty"
-        return "long" if len(input_ids[i]) > limits[0] or len(labels[i]) > limits[1] else ""
+            return _EMPTY
+        return _LONG if len(input_ids[i]) > limits[0] or len(labels[i]) > limits[1] else 0
 
     length = [max(len(source), len(target)) for source, target in zip(input_ids, labels, strict=True)]
     return {"input_ids": input_ids, "labels": labels, "length": length, "skip": [skip(i) for i in range(len(length))]}

@@ -1,11 +1,20 @@
 """Configuration, tokenizer and generation settings of the model that run_translation.py trains."""
 
+import dataclasses
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import ModelArguments
 from .errors import InputError
+
+
+# What the script sets in the configuration, and from where
+NOT_OF_THE_CONFIGURATION = dict.fromkeys(
+    ("vocab_size", "decoder_vocab_size", "pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"),
+    "the tokenizer (--vocab_size, --tokenizer_name)",
+) | {"label_smoothing": "--label_smoothing_factor"}
 
 
 def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -21,7 +30,7 @@ def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfi
     if arguments.config_name:
         try:
             config = AutoConfig.from_pretrained(arguments.config_name, cache_dir=arguments.cache_dir)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, StrictDataclassError) as error:
             raise InputError(f"--config_name {arguments.config_name} cannot be used: {error}") from error
         if not isinstance(config, config_class):
             raise InputError(
@@ -29,16 +38,19 @@ def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfi
                 f"{config_class.model_type!r}."
             )
         values = config.to_diff_dict()
-    values |= _parse_overrides(arguments.config_overrides or "", config_class())
-    from_tokenizer = ("vocab_size", "decoder_vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
-    return {name: value for name, value in values.items() if name not in from_tokenizer}
+    values = {name: value for name, value in values.items() if name not in NOT_OF_THE_CONFIGURATION}
+    return values | _parse_overrides(arguments.config_overrides or "", config_class)
 
 
-def _parse_overrides(text: str, defaults: PretrainedConfig) -> dict[str, Any]:
+def _parse_overrides(text: str, config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    defaults = config_class()
+    fields = {field.name for field in dataclasses.fields(config_class)} & vars(defaults).keys()
     values: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not hasattr(defaults, name):
+        if name in NOT_OF_THE_CONFIGURATION:
+            raise InputError(f"--config_overrides: {name} is set by {NOT_OF_THE_CONFIGURATION[name]}.")
+        if not equals or name not in fields:
             raise InputError(
                 f"--config_overrides: {item!r} is not a field and its value; expected e.g. 'd_model=128,dropout=0.3'."
             )
@@ -70,10 +82,14 @@ def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerB
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"The tokenizer {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {name} needs a padding and an end-of-sentence token.")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError(f"The tokenizer {name} pads with its end-of-sentence token, which could never be learnt.")
+    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise InputError(f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}.")
     return tokenizer
 
 

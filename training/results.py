@@ -27,6 +27,7 @@ STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":
 
 # Which arguments tell one run from another, for the table
 SHOWN = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "label_smoothing_factor", "bf16", "seed")
+OTHER_ARGUMENTS = ("config_name", "config_overrides", "max_steps", "output_dir")
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def collect(run: Path) -> dict[str, Any]:
     shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")
     return {
         "name": run.name if run.parent.name == "runs" else f"{run.parent.name}-{run.name}",
-        "arguments": {name: arguments[name] for name in (*SHOWN, "config_name", "config_overrides", "max_steps")},
+        "arguments": {name: arguments[name] for name in (*SHOWN, *OTHER_ARGUMENTS)},
         "model": {name: config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
         "curves": [{k: v for k, v in entry.items() if k != "total_flos"} for entry in state["log_history"]],
         **{
@@ -101,7 +102,8 @@ def _description(result: dict[str, Any]) -> str:
     steps = max(entry["step"] for entry in result["curves"])
     overrides = arguments["config_overrides"]
     command = f"python run_translation.py {arguments['config_name']}/recipe.json"
-    command += f" --config_overrides {overrides} --output_dir runs/..." if overrides else ""
+    command += f" --config_overrides {overrides}" if overrides else ""
+    command += f" --output_dir {arguments['output_dir']}"
     return "\n".join(
         [
             f"`{command}`",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch.utils.data import SequentialSampler
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
@@ -17,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PredictionOutput
 
 from .metrics import TranslationMetric
@@ -62,9 +63,25 @@ class TranslationTrainer(Seq2SeqTrainer):
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         if not self.args.predict_with_generate or self._references is None:
             return {}
-        scores = self.metric.compute(predictions=self.decode(prediction.predictions), references=self._references)
+        # Several processes fill the last batch up with sentences from the start
+        predictions = self.decode(prediction.predictions[: len(self._references)])
+        scores = self.metric.compute(predictions=predictions, references=self._references)
         self.signatures = {name: score for name, score in scores.items() if isinstance(score, str)}
         return {name: score for name, score in scores.items() if name not in self.signatures}
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.lengths = sampler.lengths[:]  # a list at once: a column of a data set is read one by one
+        return sampler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # training_args.bin holds all arguments, but is no place for a token
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args.hub_token = token
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -93,7 +110,7 @@ class TranslationCollator(DataCollatorForSeq2Seq):
 class StopOnSignal(TrainerCallback):
     """Ends training with a checkpoint when the process is asked to stop (Ctrl-C or SIGTERM).
 
-    The update under way is finished, then a checkpoint is saved. A second Ctrl-C stops at once.
+    The update (and evaluation) under way is finished, then a checkpoint is saved. A second Ctrl-C stops at once.
 
     Attributes:
         received: the signal that was received, if any.
@@ -112,7 +129,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        logger.warning(f"{self.received.name} received: saving a checkpoint after this update.")
+        logger.warning(f"{self.received.name} received: saving a checkpoint after the update or evaluation under way.")
 
     def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:
