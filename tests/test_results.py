@@ -49,7 +49,7 @@ def test_the_page_is_made_from_what_the_runs_recorded(tmp_path, docs):
     runs = [fake_run(tmp_path / "runs" / name, name, bleu) for name, bleu in (("admin", 41.07), ("post_ln", 3.21))]
     results.main([str(run) for run in runs])
     page = (docs / "results.md").read_text()
-    assert "| admin | test | 41.07 |" in page and "`nrefs:1|x`" in page and "| post_ln | test | 3.21 |" in page
+    assert "| admin | test | 41.07 |" in page and "`nrefs:1\\|x`" in page and "| post_ln | test | 3.21 |" in page
     assert "| post_ln | 5.25 | 4.12 | 3.50 |" in page and "seed 1234" in page and "2 minutes" in page
     figures = {"admin.png", "post_ln.png", "depth.png", "omega.png"}
     assert {path.name for path in (docs / "figures").iterdir()} == figures

@@ -86,7 +86,7 @@ def _scores(results: list[dict[str, Any]]) -> list[str]:
             scores = result["scores"]
             if f"{prefix}_loss" in scores:
                 values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
-                signature = scores.get(f"{prefix}_bleu_signature")
+                signature = scores.get(f"{prefix}_bleu_signature", "").replace("|", "\\|")  # no end of a table cell
                 rows.append(
                     f"| {result['name']} | {split} | {' | '.join(values)} | {f'`{signature}`' if signature else ''} |"
                 )
