@@ -7,8 +7,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .callback import AdminProfilingCallback
 from .configuration_admin import AdminConfig
-from .modeling_admin import AdminForConditionalGeneration, AdminModel, AdminPreTrainedModel
+from .modeling_admin import AdminForConditionalGeneration, AdminModel
+from .pretrained import AdminPreTrainedModel
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
+from .reparameterization import reparameterize
 
 
 AutoConfig.register(AdminConfig.model_type, AdminConfig)
@@ -26,4 +28,5 @@ __all__ = [
     "ResidualProfile",
     "initialize_omega",
     "profile_residuals",
+    "reparameterize",
 ]

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from .modeling_admin import AdminPreTrainedModel
+from .pretrained import AdminPreTrainedModel
 from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
 from .residual import AdminConnection
 

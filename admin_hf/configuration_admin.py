@@ -110,8 +110,15 @@ class AdminConfig(MarianConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json; a stock Marian's is completed with Marian's own defaults, not with ours."""
+        """Read a config.json; a stock Marian's is completed with Marian's own defaults, not with ours.
+
+        Raises:
+            OSError: there is no config.json, or it holds no JSON object.
+            ValueError: it is another model's.
+        """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict or not isinstance(config_dict, dict):
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json with the fields of a model.")
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == MarianConfig.model_type:
             config_dict = MarianConfig.from_dict(config_dict).to_dict() | {"model_type": cls.model_type}

@@ -17,14 +17,13 @@ from transformers.models.marian.modeling_marian import (
     MarianEncoderLayer,
     MarianModel,
     MarianMTModel,
-    MarianPreTrainedModel,
-    MarianSinusoidalPositionalEmbedding,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_admin import AdminConfig
 from .loss import linear_cross_entropy
+from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
 from .residual import SYSTEMS, AdminConnection, ResidualSystem
 
 
@@ -99,21 +98,6 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         return self.residual(self.final_layer_norm, x, self.feed_forward)
 
 
-def _embedding_init(weight: Tensor, padding_idx: int | None) -> None:
-    """fairseq's N(0, D^-1/2), with a zero row for padding."""
-    init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
-    # The slice below loses the mark of a loaded tensor
-    if padding_idx is not None and not getattr(weight, "_is_hf_initialized", False):
-        init.zeros_(weight[padding_idx])
-
-
-def _logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
-    """Padding is never predicted. Not -inf: Trainer's label smoother sums log-probabilities over the vocabulary."""
-    value = torch.zeros_like(bias)
-    value[:, pad_token_id] = -1e4
-    init.copy_(bias, value)
-
-
 @contextmanager
 def _stock_constructor(config: AdminConfig) -> Iterator[None]:
     """Around Marian's constructor, whose layers or stacks are replaced at once: they need no initialisation, and must
@@ -123,58 +107,6 @@ def _stock_constructor(config: AdminConfig) -> Iterator[None]:
         yield
     if legacy is not None:
         config.gradient_checkpointing = legacy
-
-
-class AdminPreTrainedModel(MarianPreTrainedModel):
-    config: AdminConfig
-    _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """The standard initialisation (fairseq's), which residual systems refine by marking projections."""
-        if isinstance(module, nn.Linear):
-            getattr(module, "initializer", init.xavier_uniform_)(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding) and not isinstance(module, MarianSinusoidalPositionalEmbedding):
-            _embedding_init(module.weight, module.padding_idx)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, AdminConnection):
-            init.ones_(module.omega)
-        if isinstance(module, AdminForConditionalGeneration):
-            _logits_bias_init(module.final_logits_bias, self.padding_id)
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        """The last step of loading: from here on ω counts as initialised.
-
-        A checkpoint without any ω is plain Post-LN, where ω = 1. Positions are frozen again, which loading forgets and
-        DistributedDataParallel would mistake for parameters without a gradient.
-        """
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        omegas = {f"{name}.omega" for name, m in self.named_modules() if isinstance(m, AdminConnection)}
-        if omegas and omegas == set(loading_info.missing_keys):
-            loading_info.missing_keys = set()
-            logger.warning(
-                "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
-            )
-        for name, module in self.named_modules():
-            if isinstance(module, AdminConnection):
-                module.initialized = f"{name}.omega" not in loading_info.missing_keys
-            elif isinstance(module, MarianSinusoidalPositionalEmbedding):
-                module.weight.requires_grad_(False)
-
-    @property
-    def padding_id(self) -> int:
-        return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
-
-    @property
-    def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where the model has no ω."""
-        return all(m.initialized for m in self.modules() if isinstance(m, AdminConnection))
 
 
 def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
@@ -318,12 +250,14 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     ```
     """
 
+    _default_auto_class = "AutoModelForSeq2SeqLM"
+
     def __init__(self, config: AdminConfig) -> None:
         with _stock_constructor(config):
             super().__init__(config)
         self.model = AdminModel(config)
-        _logits_bias_init(self.final_logits_bias, self.padding_id)
-        self.lm_head.initializer = partial(_embedding_init, padding_idx=config.pad_token_id)
+        logits_bias_init(self.final_logits_bias, self.padding_id)
+        self.lm_head.initializer = partial(embedding_init, padding_idx=config.pad_token_id)
         self.post_init()
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
@@ -409,4 +343,4 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         return Seq2SeqLMOutput(loss=loss, **outputs)
 
 
-__all__ = ["AdminForConditionalGeneration", "AdminModel", "AdminPreTrainedModel"]
+__all__ = ["AdminForConditionalGeneration", "AdminModel"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.marian.modeling_marian import shift_tokens_right
 
-from .modeling_admin import AdminPreTrainedModel
+from .pretrained import AdminPreTrainedModel
 from .residual import AdminConnection, residual_connections
 
 

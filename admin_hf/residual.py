@@ -18,8 +18,10 @@ A system of your own is a class and a line, and no edit of the model:
 >>> from admin_hf.residual import SYSTEMS, PostLNConnection, ResidualSystem
 
 >>> class HalfBranchConnection(PostLNConnection):
+...     branch_scale = 0.5  # what `reparameterize` folds away
+...
 ...     def forward(self, shortcut, branch):
-...         return super().forward(shortcut, 0.5 * branch)
+...         return super().forward(shortcut, self.branch_scale * branch)
 
 >>> class HalfBranch(ResidualSystem):
 ...     def connection(self, sublayer_idx):
@@ -68,7 +70,15 @@ class ResidualConnection(nn.Module):
 
 
 class PostLNConnection(nn.LayerNorm, ResidualConnection):
-    """``x_i = LN(x_{i-1} + f_i(x_{i-1}))``, the connection of the original Transformer."""
+    """``x_i = LN(x_{i-1} + f_i(x_{i-1}))``, the connection of the original Transformer.
+
+    Attributes:
+        shortcut_scale, branch_scale: what a subclass multiplies shortcut and branch by, a number or a vector of shape
+            `(d_model,)`. [`reparameterize`] folds them into the weights around the connection.
+    """
+
+    shortcut_scale: Tensor | float = 1.0
+    branch_scale: Tensor | float = 1.0
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(shortcut + branch)
@@ -100,6 +110,10 @@ class AdminConnection(PostLNConnection):
         super().__init__(d_model)
         self.omega = nn.Parameter(torch.ones(d_model, dtype=torch.float32))
         self.initialized = False
+
+    @property
+    def shortcut_scale(self) -> Tensor:  # type: ignore[override]
+        return self.omega
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(shortcut * self.omega.to(shortcut.dtype), branch)

@@ -1,0 +1,209 @@
+"""What all Admin models share beside the network: initialisation, loading, saving and publishing."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.models.marian.modeling_marian import MarianPreTrainedModel, MarianSinusoidalPositionalEmbedding
+from transformers.utils import logging
+
+from .checkpoints import check_finite, explained_errors, replaced_model
+from .configuration_admin import AdminConfig
+from .residual import AdminConnection
+
+
+logger = logging.get_logger(__name__)
+
+
+def embedding_init(weight: Tensor, padding_idx: int | None) -> None:
+    """fairseq's N(0, D^-1/2), with a zero row for padding."""
+    init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
+    # The slice below loses the mark of a loaded tensor
+    if padding_idx is not None and not getattr(weight, "_is_hf_initialized", False):
+        init.zeros_(weight[padding_idx])
+
+
+def logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
+    """Padding is never predicted. Not -inf: Trainer's label smoother sums log-probabilities over the vocabulary."""
+    value = torch.zeros_like(bias)
+    value[:, pad_token_id] = -1e4
+    init.copy_(bias, value)
+
+
+class AdminPreTrainedModel(MarianPreTrainedModel):
+    config: AdminConfig
+    _default_auto_class = "AutoModel"
+    _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The standard initialisation (fairseq's), which residual systems refine by marking projections."""
+        if isinstance(module, nn.Linear):
+            getattr(module, "initializer", init.xavier_uniform_)(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and not isinstance(module, MarianSinusoidalPositionalEmbedding):
+            embedding_init(module.weight, module.padding_idx)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, AdminConnection):
+            init.ones_(module.omega)
+        if hasattr(module, "final_logits_bias"):
+            logits_bias_init(cast(Tensor, module.final_logits_bias), self.padding_id)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """The last step of loading: from here on ω counts as initialised.
+
+        A checkpoint without any ω is plain Post-LN, where ω = 1. Positions are frozen again, which loading forgets and
+        DistributedDataParallel would mistake for parameters without a gradient.
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        omegas = {f"{name}.omega" for name, m in self.named_modules() if isinstance(m, AdminConnection)}
+        if omegas and omegas == set(loading_info.missing_keys):
+            loading_info.missing_keys = set()
+            logger.warning(
+                "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
+            )
+        for name, module in self.named_modules():
+            if isinstance(module, AdminConnection):
+                module.initialized = f"{name}.omega" not in loading_info.missing_keys
+            elif isinstance(module, MarianSinusoidalPositionalEmbedding):
+                module.weight.requires_grad_(False)
+
+    @property
+    def padding_id(self) -> int:
+        return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
+
+    @property
+    def omega_initialized(self) -> bool:
+        """Whether ω was measured or loaded. False after construction; true where the model has no ω."""
+        return all(m.initialized for m in self.modules() if isinstance(m, AdminConnection))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        use_safetensors: bool = True,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an Admin checkpoint, or a stock Marian one, which goes on with ω = 1.
+
+        As [`~transformers.PreTrainedModel.from_pretrained`], but for what it does with a checkpoint that cannot be
+        used: pickles are refused unless `use_safetensors=False`, and what is damaged gets one sentence.
+
+        Raises:
+            OSError: no weights, or weights that are truncated, damaged or pickled.
+            ValueError: a config.json of another model or with wrong values, or NaN or infinite weights.
+            RuntimeError: weights of other shapes than config.json says.
+        """
+        source = pretrained_model_name_or_path
+        with explained_errors(source):
+            model, info = cast(Any, super()).from_pretrained(
+                source,
+                *model_args,
+                use_safetensors=use_safetensors,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            name, found, expected = min(info["mismatched_keys"])
+            raise RuntimeError(
+                f"The weights of {source} do not fit its config.json: {name} has the shape {tuple(found)}, expected "
+                f"{tuple(expected)}{_and_others(info['mismatched_keys'])}."
+            )
+        check_finite(model, f"The checkpoint {source}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        reparameterize: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model to a folder: with ω, to train on, or as the vanilla checkpoint that needs none of this code.
+
+        As [`~transformers.PreTrainedModel.save_pretrained`], and with `push_to_hub=True` as [`push_to_hub`] after it.
+
+        Args:
+            reparameterize: save what [`reparameterize`] makes of the model. It is folded and verified before anything
+                is written, and takes the place of what the folder holds only when it is complete. False where unset;
+                what goes to the Hub is folded unless this is False.
+
+        Raises:
+            ValueError: the model cannot be folded (see [`reparameterize`]).
+            NotADirectoryError: `save_directory` is a file.
+        """
+        if not reparameterize:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        elif is_main_process:
+            folded = self._reparameterized(state_dict)
+            with replaced_model(save_directory) as folder:
+                folded.save_pretrained(folder, **kwargs)
+        if push_to_hub and is_main_process:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, reparameterize=reparameterize is not False, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, reparameterize: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.
+
+        Args:
+            repo_id: the repository, such as `"me/en-de"`; made if there is none.
+            reparameterize: set to False to upload the model with its ω. It needs `admin_hf` to be loaded then, or its
+                code beside it: call `register_for_auto_class` first.
+            kwargs: as [`~transformers.PreTrainedModel.push_to_hub`].
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
+        """
+        if reparameterize:
+            return self._reparameterized().push_to_hub(repo_id, **kwargs)
+        return cast(Any, super()).push_to_hub(repo_id, **kwargs)
+
+    def _reparameterized(self, state_dict: dict[str, Tensor] | None = None) -> Any:
+        from .reparameterization import reparameterize  # which knows the models that are defined on top of this
+
+        model: Any = self
+        if state_dict is not None:  # of a model whose weights are spread over processes
+            model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
+            model.load_state_dict(state_dict)
+            model.generation_config = self.generation_config
+        return reparameterize(model)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
+        """Let `save_pretrained` put the code of the model beside its weights.
+
+        Such a folder is loaded by `AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)` where
+        `admin_hf` is not installed.
+
+        Args:
+            auto_class: the class that loads it, where another than `AutoModelForSeq2SeqLM` (for
+                [`AdminForConditionalGeneration`]) or `AutoModel` (for [`AdminModel`]) is wanted.
+        """
+        AdminConfig.register_for_auto_class()
+        super().register_for_auto_class(auto_class or cls._default_auto_class)
+
+
+def _and_others(items: Any) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+__all__ = ["AdminPreTrainedModel"]

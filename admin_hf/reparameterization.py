@@ -1,0 +1,296 @@
+"""Folding a trained model into the plain Transformer that it is equal to (Appendix C of the paper).
+
+Scales on the shortcut and on the branch of a Post-LN connection, ``x_i = LN(s_i ⊙ x_{i-1} + r_i ⊙ f_i(x_{i-1}))``,
+are only another way to write weights: s_i goes into the LayerNorm before and, as its inverse, into the projections
+that read it; r_i goes into the projection that ends the branch. What is left is stock Marian.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.marian.configuration_marian import MarianConfig
+from transformers.models.marian.modeling_marian import MarianModel, MarianMTModel
+from transformers.models.pegasus.configuration_pegasus import PegasusConfig
+from transformers.models.pegasus.modeling_pegasus import PegasusForConditionalGeneration, PegasusModel
+
+from .checkpoints import check_finite
+from .modeling_admin import AdminForConditionalGeneration
+from .pretrained import AdminPreTrainedModel
+from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
+
+
+# What the branch behind each connection reads its shortcut with, and what it ends with. Keys and values of the
+# encoder-attention read the encoder's output, on which no scale is left.
+BRANCHES = {
+    "self_attn_layer_norm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
+    "encoder_attn_layer_norm": (("encoder_attn.q_proj",), "encoder_attn.out_proj"),
+    "final_layer_norm": (("fc1",), "fc2"),
+}
+
+# Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
+MIN_SCALE = 1e-4
+
+# Largest difference between logits of model and export, as a share of the largest logit, by the export's dtype. Both
+# run in float64, so only the rounding of the weights is left: seen are 2e-7, 2e-3 and 2e-2. A number on the first
+# shortcut of a stack adds the ε of LayerNorm, 1e-5.
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+
+Stock = tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
+MARIAN: Stock = (MarianConfig, MarianModel, MarianMTModel)
+PEGASUS: Stock = (PegasusConfig, PegasusModel, PegasusForConditionalGeneration)
+
+
+def stock_architecture(model: AdminPreTrainedModel) -> Stock:
+    """Return the configuration, base model and translation model of Transformers that can hold this model's function.
+
+    Raises:
+        ValueError: there is none: Post-LN is mixed with Pre-LN, or a connection is of neither family.
+    """
+    connections = [module for module in model.modules() if isinstance(module, ResidualConnection)]
+    if all(isinstance(connection, PostLNConnection) for connection in connections):
+        return MARIAN
+    if all(isinstance(connection, PreLNConnection) for connection in connections):
+        if not (model.config.share_encoder_decoder_embeddings and model.config.tie_word_embeddings):
+            raise ValueError(
+                "Transformers' Pre-LN model (Pegasus) shares one embedding matrix, this model does not. "
+                + _UNFOLDED.format(name=type(model).__name__)
+            )
+        return PEGASUS
+    raise ValueError(
+        f"No architecture of Transformers computes encoder_residual={model.config.encoder_residual!r} with "
+        f"decoder_residual={model.config.decoder_residual!r}: only Post-LN systems (Marian) and pre_ln in both stacks "
+        "(Pegasus) can be folded. " + _UNFOLDED.format(name=type(model).__name__)
+    )
+
+
+_UNFOLDED = (
+    "It can be published as it is, with its code: `{name}.register_for_auto_class()`, then `save_pretrained(folder)` "
+    "or `push_to_hub(repo_id, reparameterize=False)`."
+)
+
+
+@torch.no_grad()
+def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Return the stock Transformers model that computes what `model` computes, with no scale left on any shortcut.
+
+    Folded in float64, rounded once, and verified: on random batches (padding, and a row of the greatest length) the
+    logits of both are compared in float64, and the tokens of greedy decoding wherever no tie explains a difference.
+    For half precision the fold is verified twice, before it is rounded that far and after.
+    The given model and all random states are left as they were.
+
+    Args:
+        model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
+            and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`.
+        dtype: floating-point type of the result; the model's own where unset.
+
+    Returns:
+        A `MarianMTModel` or `MarianModel` for the Post-LN family, a `PegasusForConditionalGeneration` or
+        `PegasusModel` for `pre_ln`, in eval mode on the model's device, with its generation config.
+
+    Raises:
+        ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a scale has
+            an entry below 1e-4; or what comes out differs from the model by more than the tolerance for `dtype`
+            (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). Each names the parameter.
+
+    Example:
+
+    ```python
+    >>> from admin_hf import AdminConfig, AdminForConditionalGeneration, reparameterize
+
+    >>> config = AdminConfig(vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2)
+    >>> type(reparameterize(AdminForConditionalGeneration(config))).__name__
+    'MarianMTModel'
+
+    ```
+    """
+    stock = stock_architecture(model)
+    dtype = dtype or model.dtype
+    if dtype not in TOLERANCES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
+    check_finite(model, "The model")
+    with torch.random.fork_rng(devices=[]):  # constructors draw weights
+        original = type(model)(copy.deepcopy(model.config)).double().eval()
+        original.load_state_dict(model.state_dict())
+        folded = _stock_model(original, stock).eval()
+    original.set_attn_implementation("sdpa")  # flash attention knows no float64
+    for precision in dict.fromkeys((torch.float32, dtype)):
+        rounded = copy.deepcopy(folded).to(precision)
+        check_finite(rounded, f"The folded model, rounded to {precision},")
+        verify(original, rounded.double(), TOLERANCES[precision])
+    if isinstance(model, AdminForConditionalGeneration):
+        folded.generation_config = copy.deepcopy(model.generation_config)
+    return folded.to(model.device, dtype)
+
+
+# --- folding --------------------------------------------------------------------------------------
+
+
+def _stock_model(model: AdminPreTrainedModel, stock: Stock) -> PreTrainedModel:
+    """The folded model, in float64 as `model` is."""
+    config_class, base_class, translation_class = stock
+    own = {field.name for field in dataclasses.fields(type(model.config))}
+    foreign = own - {field.name for field in dataclasses.fields(config_class)}
+    foreign |= {"model_type", "architectures", "auto_map", "dtype", "transformers_version"}
+    values = {name: value for name, value in model.config.to_dict().items() if name not in foreign}
+    is_base = model.base_model is model
+    folded = (base_class if is_base else translation_class)(config_class(**values)).double()
+    weights = {name: value for name, value in folded_weights(model).items() if "embed_positions" not in name}
+    result = folded.load_state_dict(weights, strict=False)
+    missing = [name for name in result.missing_keys if "embed_positions" not in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{', '.join([*missing, *result.unexpected_keys])}: no weight of {type(folded).__name__} matches. "
+            "Only shortcut_scale and branch_scale of a Post-LN connection can be folded."
+        )
+    return folded
+
+
+def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of `model` under Marian's names, with all scales folded into them, in the model's dtype.
+
+    Raises:
+        ValueError: a scale has an entry that is too near to zero, or the first shortcut of a stack, before which
+            there is no LayerNorm, is scaled by a vector.
+    """
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    for stack in ("encoder", "decoder"):
+        before = None
+        for path, connection in residual_connections(getattr(model.base_model, stack)):
+            name = f"{prefix}{stack}.{path}"
+            if isinstance(connection, PostLNConnection):
+                _fold(weights, name, connection, before)
+            for parameter, _ in connection.named_parameters():
+                if parameter not in ("weight", "bias"):
+                    del weights[f"{name}.{parameter}"]
+            before = name
+    return weights
+
+
+def _fold(weights: dict[str, Tensor], name: str, connection: PostLNConnection, before: str | None) -> None:
+    """Fold the scales s and r of ``LN(s ⊙ x + r ⊙ f(x))`` into the weights around it.
+
+    Args:
+        weights: all weights, changed in place.
+        name: of the connection.
+        before: name of the LayerNorm that x comes from; unset for the first sub-layer of a stack.
+    """
+    layer, _, sublayer = name.rpartition(".")
+    inputs, output = BRANCHES[sublayer]
+    s, r = _scale(connection, "shortcut_scale", name), _scale(connection, "branch_scale", name)
+    if before is None:
+        if bool((s != s[0]).any()):
+            raise ValueError(
+                f"{name} scales the first shortcut of the stack by a vector, and no LayerNorm precedes it into which "
+                "that could be folded: use a number there."
+            )
+        s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), but for the ε of LN
+    else:
+        weights[f"{before}.weight"] *= s  # γ ← γ s
+        weights[f"{before}.bias"] *= s  # ν ← ν s
+    for projection in inputs:
+        weights[f"{layer}.{projection}.weight"] /= s  # W ← W / s, along the input dimension
+    weights[f"{layer}.{output}.weight"] *= r.reshape(-1, 1)  # W ← r W, along the output dimension
+    weights[f"{layer}.{output}.bias"] *= r
+
+
+def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
+    value = getattr(connection, attribute)
+    scale = torch.as_tensor(value, dtype=torch.float64, device=connection.weight.device).reshape(-1)
+    if bool((scale.abs() < MIN_SCALE).any()):
+        parameter = next((n for n, p in connection.named_parameters() if p is value), attribute)
+        index = int(scale.abs().argmin())
+        raise ValueError(
+            f"{name}.{parameter} has the entry {float(scale[index]):.3g} at {index}, too near to zero to be folded "
+            f"(|entry| must be at least {MIN_SCALE:g}): export an earlier checkpoint, or the model as it is."
+        )
+    return scale
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) -> None:
+    """Compare two models on random batches, both in eval mode and of the same dtype.
+
+    Args:
+        tolerance: largest difference allowed, as a share of the largest output of `model`.
+
+    Raises:
+        ValueError: their outputs differ by more, or they decode different tokens where no tie explains it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    longest = model.config.max_position_embeddings
+    for rows, length in ((4, min(24, longest)), (1, longest)):
+        batch = _random_batch(model, rows, length, generator)
+        expected, found = _outputs(model, batch), _outputs(folded, batch)
+        largest = float(expected.abs().max())
+        difference = float((expected - found).abs().max())
+        if not difference <= tolerance * largest:
+            raise ValueError(
+                f"The folded model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
+                "is allowed, so nothing was exported: a connection computes something else than its shortcut_scale "
+                "and branch_scale say."
+            )
+        if rows > 1 and model.can_generate():
+            _compare_greedy(model, folded, batch, 2 * tolerance * largest)
+
+
+def _random_batch(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random tokens but padding; every row but the first is shorter than the one before, and padded."""
+    config = model.config
+    sides = {}
+    for prefix, vocab_size in (("", config.vocab_size), ("decoder_", config.decoder_vocab_size or config.vocab_size)):
+        ids = torch.randint(vocab_size - 1, (rows, length), generator=generator)
+        ids += ids >= config.pad_token_id
+        lengths = torch.linspace(length, min(2, length), rows).long()
+        mask = torch.arange(length) < lengths[:, None]
+        sides[f"{prefix}input_ids"] = ids.where(mask, config.pad_token_id).to(model.device)
+        sides[f"{prefix}attention_mask"] = mask.long().to(model.device)
+    sides["decoder_input_ids"][:, 0] = config.decoder_start_token_id
+    return sides
+
+
+def _outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the real positions without the padding token's; hidden states where there is no output layer."""
+    outputs = model(**batch, use_cache=False)
+    real = batch["decoder_attention_mask"].bool()
+    if not model.can_generate():
+        return outputs.last_hidden_state[real]
+    tokens = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device)
+    return outputs.logits[real][:, tokens != model.config.pad_token_id]
+
+
+def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: float) -> None:
+    config = model.config
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_length=min(16, config.max_position_embeddings),
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected, found = (m.generate(**source, generation_config=settings) for m in (model, folded))
+    steps = min(expected.sequences.shape[1], found.sequences.shape[1])
+    differs = expected.sequences[:, :steps] != found.sequences[:, :steps]
+    for row in differs.any(1).nonzero().flatten().tolist():
+        step = int(differs[row].int().argmax()) - 1  # the first token is the decoder's start
+        best, second = expected.logits[step][row].topk(2).values.tolist()
+        if best - second > margin:
+            raise ValueError(
+                f"The folded model decodes other tokens than the model: at step {step} of greedy decoding the best "
+                f"two logits are {best - second:.2g} apart, so nothing was exported."
+            )
+
+
+__all__ = ["reparameterize"]
