@@ -5,7 +5,7 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
-from .callback import AdminProfilingCallback
+from .callback import AdminProfilingCallback, AdminPublishingCallback
 from .configuration_admin import AdminConfig
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
@@ -25,6 +25,7 @@ __all__ = [
     "AdminModel",
     "AdminPreTrainedModel",
     "AdminProfilingCallback",
+    "AdminPublishingCallback",
     "ResidualProfile",
     "initialize_omega",
     "profile_residuals",

@@ -1,5 +1,7 @@
-"""Profiling inside a Trainer. All logic lives in [`profile_residuals`] and [`initialize_omega`], for custom loops."""
+"""Profiling and publishing inside a Trainer. All logic lives in functions of the library, for custom loops."""
 
+import functools
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,9 +11,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 
 from .pretrained import AdminPreTrainedModel
 from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
+from .reparameterization import stock_architecture
 from .residual import AdminConnection
 
 
@@ -49,7 +53,7 @@ class AdminProfilingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        model = cast(AdminPreTrainedModel, extract_model_from_parallel(model, keep_fp32_wrapper=False))
+        model = _unwrapped(model)
         omegas = [m.omega for m in model.modules() if isinstance(m, AdminConnection)]
         if not omegas or state.global_step > 0:
             return
@@ -105,3 +109,84 @@ def _check_writable(args: TrainingArguments) -> None:
             f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "
             f"for each GPU with torchrun or `accelerate launch`, set CUDA_VISIBLE_DEVICES to one GPU, or {by_hand}"
         )
+
+
+class AdminPublishingCallback(TrainerCallback):
+    """Makes `push_to_hub=True` of any [`~transformers.Seq2SeqTrainer`] end with the vanilla model on the Hub.
+
+    A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback the model in
+    that folder is the vanilla one, folded and verified whenever it is saved there, and it is pushed when training
+    ends; checkpoints (`checkpoint-500`) keep ω, so that they resume. What is pushed *during* training
+    (`hub_strategy="every_save"`) is a copy of a checkpoint, with ω. A `hub_token` is moved from the arguments to the
+    environment (`HF_TOKEN`): Trainer would upload it in training_args.bin.
+
+    Raises:
+        ValueError: the model cannot be folded, when the Trainer is made.
+
+    Example:
+
+    ```python
+    args = Seq2SeqTrainingArguments(output_dir="en-de", push_to_hub=True)
+    callbacks = [AdminProfilingCallback(), AdminPublishingCallback()]
+    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
+    trainer.train()
+    trainer.push_to_hub()  # adds Trainer's model card; the model is there already
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        model = _unwrapped(model)
+        if model is self._model:
+            return
+        stock_architecture(model)
+        if args.hub_token is not None:
+            os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+        save_pretrained = model.save_pretrained
+
+        @functools.wraps(save_pretrained)
+        def save_vanilla_in_output_dir(save_directory: str | os.PathLike, *positional: Any, **options: Any) -> None:
+            if Path(save_directory).resolve() == Path(str(args.output_dir)).resolve():
+                options.setdefault("reparameterize", True)
+            save_pretrained(save_directory, *positional, **options)
+
+        self._model, model.save_pretrained = model, save_vanilla_in_output_dir  # type: ignore[method-assign]
+
+    on_train_begin = on_init_end  # of a callback that is added later
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not (args.push_to_hub and state.is_world_process_zero):
+            return
+        repo_id = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+        push = functools.partial(
+            _unwrapped(model).push_to_hub,
+            repo_id,
+            commit_message="Vanilla model",
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+        )
+        try:
+            # Behind the uploads of checkpoints, which go on in the background of the same client
+            hf_api().run_as_future(push).result()
+        except Exception as error:  # whatever the network does, the trained model must not be lost
+            logger.error(f"The vanilla model was not pushed to {repo_id}: {error}. Push it by trainer.push_to_hub().")
+
+
+def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:
+    return cast(AdminPreTrainedModel, extract_model_from_parallel(model, keep_fp32_wrapper=False))

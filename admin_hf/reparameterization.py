@@ -116,7 +116,8 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
     check_finite(model, "The model")
     with torch.random.fork_rng(devices=[]):  # constructors draw weights
         original = type(model)(copy.deepcopy(model.config)).double().eval()
-        original.load_state_dict(model.state_dict())
+        _load(original, model.state_dict())
+        _check_positions(model, original)
         folded = _stock_model(original, stock).eval()
     original.set_attn_implementation("sdpa")  # flash attention knows no float64
     for precision in dict.fromkeys((torch.float32, dtype)):
@@ -140,15 +141,25 @@ def _stock_model(model: AdminPreTrainedModel, stock: Stock) -> PreTrainedModel:
     values = {name: value for name, value in model.config.to_dict().items() if name not in foreign}
     is_base = model.base_model is model
     folded = (base_class if is_base else translation_class)(config_class(**values)).double()
-    weights = {name: value for name, value in folded_weights(model).items() if "embed_positions" not in name}
-    result = folded.load_state_dict(weights, strict=False)
-    missing = [name for name in result.missing_keys if "embed_positions" not in name]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{', '.join([*missing, *result.unexpected_keys])}: no weight of {type(folded).__name__} matches. "
-            "Only shortcut_scale and branch_scale of a Post-LN connection can be folded."
-        )
+    _load(folded, folded_weights(model))
     return folded
+
+
+def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Load all weights but the positions, which every model makes for itself and no checkpoint holds."""
+    result = model.load_state_dict({k: v for k, v in weights.items() if "embed_positions" not in k}, strict=False)
+    wrong = result.unexpected_keys + [name for name in result.missing_keys if "embed_positions" not in name]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: not in both the model and {type(model).__name__}, so there is no vanilla checkpoint."
+        )
+
+
+def _check_positions(model: AdminPreTrainedModel, standard: AdminPreTrainedModel) -> None:
+    weights, rounding = model.state_dict(), torch.finfo(model.dtype).eps
+    for name, value in standard.state_dict().items():
+        if "embed_positions" in name and bool((weights[name].to(value) - value).abs().gt(rounding).any()):
+            raise ValueError(f"{name} is not the sinusoidal table, which is all that stock checkpoints have.")
 
 
 def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:

@@ -1,0 +1,85 @@
+"""Command line of the library: `python -m admin_hf --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
+from .checkpoints import replaced_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 an input cannot be used."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m admin_hf", description="Tools for trained Admin models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "export",
+        help="make a trained model a stock Transformers checkpoint",
+        description="Fold ω away and write a stock Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
+        "which Transformers and CTranslate2 load without this project. It is verified against the model before it is "
+        "written; an error leaves OUT as it was.",
+        epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de-vanilla --dtype float16",
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved model, or its id on the Hub")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; an earlier export in it is replaced")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the exported weights; default: the checkpoint's",
+    )
+    command.set_defaults(run=export)
+    return parser
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the vanilla checkpoint of a saved model.
+
+    Raises:
+        OSError, ValueError, RuntimeError: the checkpoint cannot be read or folded, or OUT not be written.
+    """
+    checkpoint, out = arguments.checkpoint, arguments.out
+    if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/"))):
+        raise NotADirectoryError(f"There is no folder {checkpoint}.")
+    config = AdminConfig.from_pretrained(checkpoint)
+    if (out / "config.json").exists() and AdminConfig.get_config_dict(out)[0].get("encoder_residual"):
+        raise ValueError(f"{out} holds a model to train on, which the export would replace: name another folder.")
+    model_class = AdminModel if config.architectures == ["AdminModel"] else AdminForConditionalGeneration
+    model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{checkpoint} lacks {min(info['missing_keys'])}: half a model is not exported.")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    folded = reparameterize(model, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except (OSError, ValueError):
+        tokenizer = None
+    with replaced_model(out) as folder:
+        folded.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    size, kind = folded.num_parameters(only_trainable=True) / 1e6, str(folded.dtype).removeprefix("torch.")
+    print(f"{out}: {type(folded).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
+    if tokenizer is None:
+        print(f"There is no tokenizer in {checkpoint}: save one to {out} before you publish it.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
