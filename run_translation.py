@@ -5,10 +5,12 @@
         --source_lang en --target_lang de --output_dir runs/my-model
 
 or `python run_translation.py recipe.json`, where the file holds the same arguments. The same command on its own
-output_dir goes on where the run was stopped. Exit codes: 0 done, 2 an input cannot be used, 130 and 143 stopped by
-Ctrl-C and SIGTERM with a checkpoint.
+output_dir goes on where the run was stopped. The trained model is also exported to output_dir/vanilla, a stock
+checkpoint without ω, which `--push_to_hub` publishes. Exit codes: 0 done, 2 an input cannot be used (or the Hub not be
+reached), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint.
 """
 
+import copy
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,10 +18,10 @@ from pathlib import Path
 
 import datasets
 import transformers
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, set_seed
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -27,12 +29,17 @@ from admin_hf import (
     AdminProfilingCallback,
     ResidualProfile,
     initialize_omega,
+    reparameterize,
 )
+from admin_hf.checkpoints import replaced_model
+from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training.errors import InputError
+from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
+from training.model_card import write_card
 from training.tokenization import save_tokenizer, text_batches, train_tokenizer
 from training.trainer import StopOnSignal, TranslationCollator, TranslationTrainer
 
@@ -40,6 +47,7 @@ from training.trainer import StopOnSignal, TranslationCollator, TranslationTrain
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_NAME = "generated_predictions.txt"
+VANILLA_NAME = "vanilla"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +69,7 @@ def run(arguments: args.Arguments) -> int:
     model_args, data_args, training_args = arguments
     args.check_output_dir(arguments)
     check_model(model_args)
+    check_access(training_args)
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="preparing the data"):
@@ -79,10 +88,14 @@ def run(arguments: args.Arguments) -> int:
     if stop.received is not None:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
         return 128 + stop.received
+    exported = training_args.do_train and export(trainer)
+    vanilla = build_vanilla_trainer(trainer) if exported and training_args.predict_with_generate else None
     if training_args.do_eval:
-        evaluate(trainer)
+        evaluate(trainer, vanilla)
     if training_args.do_predict:
-        predict(trainer, data["test"], raw["test"])
+        predict(trainer, vanilla, data["test"], raw["test"])
+    if exported:
+        finish_vanilla(trainer)
     return 0
 
 
@@ -158,7 +171,7 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
             model = AdminForConditionalGeneration.from_pretrained(
                 source, cache_dir=model_args.cache_dir, revision=model_args.model_revision, use_safetensors=True
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"The model {source} cannot be loaded: {error}") from error
     else:
         model = AdminForConditionalGeneration(
@@ -179,6 +192,11 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
             f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
             f"{model.config.max_position_embeddings}."
         )
+    if training_args.push_to_hub:
+        try:
+            stock_architecture(model)
+        except ValueError as error:
+            raise InputError(f"--push_to_hub: {error}") from error
     model.config.label_smoothing = training_args.label_smoothing_factor
     set_generation(model, data_args.val_max_target_length, training_args.generation_num_beams or data_args.num_beams)
     if model_args.residual_profile:
@@ -199,16 +217,19 @@ def build_trainer(
     """Put model, data, scores and callbacks together."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     lowercase = backend is not None and "Lowercase" in str(backend.normalizer)
-    return TranslationTrainer(
-        metric=TranslationMetric(lowercase=lowercase),
-        model=model,
-        args=arguments[2],
-        train_dataset=data.get("train"),
-        eval_dataset=data.get("validation"),
-        processing_class=tokenizer,
-        data_collator=TranslationCollator(tokenizer, model=model),
-        callbacks=[AdminProfilingCallback(), stop],
-    )
+    try:
+        return TranslationTrainer(
+            metric=TranslationMetric(lowercase=lowercase),
+            model=model,
+            args=arguments[2],
+            train_dataset=data.get("train"),
+            eval_dataset=data.get("validation"),
+            processing_class=tokenizer,
+            data_collator=TranslationCollator(tokenizer, model=model),
+            callbacks=[AdminProfilingCallback(), stop],
+        )
+    except HfHubHTTPError as error:  # Trainer makes the repository
+        raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
 
 
 def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
@@ -226,17 +247,56 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     report(trainer, "train", result.metrics)
 
 
-def evaluate(trainer: TranslationTrainer) -> None:
-    """Score the validation pairs."""
+def export(trainer: TranslationTrainer) -> bool:
+    """Write the vanilla model and its tokenizer to output_dir/vanilla; False where it has no stock architecture."""
+    folder = Path(trainer.args.output_dir) / VANILLA_NAME
+    refusal = [None]
+    if trainer.is_world_process_zero():
+        try:
+            folded = reparameterize(trainer.model)
+            with replaced_model(folder) as staging:
+                folded.save_pretrained(staging)
+                trainer.processing_class.save_pretrained(staging)
+        except ValueError as error:
+            refusal = [str(error)]
+        except OSError as error:
+            raise InputError(f"The vanilla model cannot be written to {folder}: {error}") from error
+    broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        logger.warning(f"There is no vanilla model: {refusal[0]}")
+    return refusal[0] is None
+
+
+def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
+    """Load the exported model as anybody would, to evaluate it as the trained one is."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
+    training_args = copy.copy(trainer.args)
+    training_args.report_to, training_args.push_to_hub = [], False
+    return TranslationTrainer(
+        metric=trainer.metric,
+        model=model,
+        args=training_args,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        data_collator=TranslationCollator(trainer.processing_class, model=model),
+    )
+
+
+def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> None:
+    """Score the validation pairs, by the trained model and by the vanilla one."""
     metrics = trainer.evaluate()
     report(trainer, "eval", metrics | {f"eval_{name}": value for name, value in trainer.signatures.items()})
+    if vanilla is not None:
+        compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
 
 
-def predict(trainer: TranslationTrainer, dataset: Dataset, raw: Dataset) -> None:
+def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> None:
     """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "test", metrics)
+    if vanilla is not None and "target" in dataset.column_names:
+        compare(trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics)
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return
     translations = [""] * len(dataset)
@@ -252,6 +312,28 @@ def predict(trainer: TranslationTrainer, dataset: Dataset, raw: Dataset) -> None
     for source, translation in list(zip(sources, translations, strict=True))[:3]:
         print(f"  {source}\n  -> {translation}")
     print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
+
+
+def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> None:
+    """Print the scores of the trained and of the vanilla model side by side, and save the latter."""
+    names = [f"{split}_{name}" for name in trainer.metric.scorers]
+    trainer.save_metrics(f"vanilla_{split}", {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names})
+    if trainer.is_world_process_zero():
+        print(f"{'':12}{'with ω':>10}{'vanilla':>10}")
+        for name in names:
+            print(f"{name:12}{metrics[name]:>10.2f}{vanilla_metrics[f'vanilla_{name}']:>10.2f}")
+
+
+def finish_vanilla(trainer: TranslationTrainer) -> None:
+    """Put the model card beside the vanilla model, and push the folder where that is asked for."""
+    if not trainer.is_world_process_zero():
+        return
+    run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
+    folder = run / VANILLA_NAME
+    write_card(run, folder, repo_id or run.name)
+    print(f"Vanilla model, for stock Transformers: {folder}")
+    if trainer.args.push_to_hub:
+        print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")
 
 
 def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def trained_model(encoder: str = "admin", decoder: str = "admin", **changes) -> 
 
 @torch.no_grad()
 def logits(model, batch) -> torch.Tensor:
-    return model(**{name: value for name, value in batch.items()}).logits[batch["labels"] != -100]
+    return model(**batch).logits[batch["labels"] != -100]
 
 
 def assert_same_function(model, folded, tolerance: float = 1e-5) -> None:
@@ -373,10 +374,8 @@ def test_a_killed_export_leaves_the_old_one(tmp_path):
             print("writing", flush=True)
             time.sleep(60)
     """
-    command = [sys.executable, "-c", "\n".join(line[8:] for line in script.splitlines())]
-    with subprocess.Popen(
-        [*command, str(tmp_path), str(Path(__file__).parents[1])], stdout=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parents[1])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
     assert {name: content for name, content in files(tmp_path).items() if not name.startswith(".export")} == before

@@ -1,6 +1,7 @@
 """The script end to end, at tiny size: real files, real Trainer, real signals."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MULTI30K, randomize
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, PegasusForConditionalGeneration
 
 import run_translation
 from admin_hf import AdminForConditionalGeneration, ResidualProfile
@@ -102,6 +104,43 @@ def test_trains_profiles_evaluates_and_translates(data, tmp_path, capsys):
     assert len(tokenizer) == model.config.vocab_size == 250
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 4
+
+
+def test_the_vanilla_model_is_written_scored_and_described(data, tmp_path, capsys):
+    assert (
+        run(data, tmp_path / "out", do_eval=True, do_predict=True, num_beams=2, max_steps=40, learning_rate=3e-2) == 0
+    )
+    printed, folder = capsys.readouterr().out, tmp_path / "out" / "vanilla"
+    assert str(folder) in printed
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    for name in ("eval_bleu", "eval_chrf", "eval_ter", "test_bleu"):
+        assert results[f"vanilla_{name}"] == results[name]
+        assert re.search(rf"{name} +{results[name]:.2f} +{results[name]:.2f}\n", printed), "side by side"
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is MarianMTModel and len(tokenizer) == model.config.vocab_size
+    assert model.generation_config.num_beams == 2
+    source = tokenizer((data / "test.en").read_text().splitlines()[0], return_tensors="pt")
+    translation = tokenizer.decode(model.generate(**source)[0], skip_special_tokens=True)
+    assert " ".join(translation.split()) == (tmp_path / "out/generated_predictions.txt").read_text().splitlines()[0]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
+    assert [round(results["vanilla_eval_bleu"], 2), round(results["vanilla_test_bleu"], 2)] == [
+        result.metric_value for result in card.data.eval_results
+    ]
+    assert results["eval_bleu_signature"] in card.text and "omega.png" in card.text and '"learning_rate"' in card.text
+    assert str(tmp_path) not in card.content, "a card names no folder of this machine"
+    assert (folder / "omega.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pre_ln_becomes_pegasus_and_a_mix_stays_as_it_is(data, tmp_path, caplog):
+    shape = f"{SHAPE},encoder_residual=pre_ln"
+    both = {"config_overrides": f"{shape},decoder_residual=pre_ln", "do_eval": True}
+    assert run(data, tmp_path / "pre", **both) == 0
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "pre/vanilla")) is PegasusForConditionalGeneration
+    assert "omega.png" not in (tmp_path / "pre/vanilla/README.md").read_text()
+    assert run(data, tmp_path / "mix", config_overrides=shape, do_eval=True) == 0
+    assert "no vanilla model: No architecture of Transformers computes encoder_residual='pre_ln'" in caplog.text
+    assert not (tmp_path / "mix" / "vanilla").exists()
 
 
 def test_predictions_are_in_input_order_whatever_their_length(data, tmp_path):
@@ -244,6 +283,8 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"max_source_length": 5000}, "max_position_embeddings is 1024"),
         ({"tokenizer_name": "no/such/tokenizer"}, "The tokenizer no/such/tokenizer cannot be loaded"),
         ({"residual_profile": "no/such/profile.json"}, "no/such/profile.json"),
+        ({"push_to_hub": True, "do_train": None, "do_eval": True, "model_name_or_path": "x"}, "needs --do_train"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "--hub_strategy every_save: only 'end' is possible"),
         ({"learning_rat": 1}, "learning_rat"),
         ({"learning_rate": "fast"}, "fast"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from .errors import InputError
 
@@ -117,6 +117,13 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         default="group_by_length", metadata={"help": "Batches of similar length by default, to save padding."}
     )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many updates."})
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Push the vanilla model with tokenizer and model card to the Hub at the end."},
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "'end' is the only choice: checkpoints stay in output_dir."}
+    )
 
 
 Arguments = tuple[ModelArguments, DataTrainingArguments, TranslationTrainingArguments]
@@ -189,6 +196,10 @@ def check_arguments(
         raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be at least 0 and below 1.")
     if training.seed < 0:
         raise InputError(f"--seed {training.seed} must be at least 0.")
+    if training.push_to_hub and not training.do_train:
+        raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
+    if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
+        raise InputError(f"--hub_strategy {strategy.value}: only 'end' is possible, checkpoints stay here.")
     if (resume := training.resume_from_checkpoint) and not Path(resume, "trainer_state.json").is_file():
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # - BLEU, chrF and TER against the references' text, where the data set has it, not against detokenised labels
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
 # - evaluation keeps the order of its data set, and shortcut scales get no weight decay
+# - the folder of the run, with its checkpoints and arguments, is never what is pushed to the Hub
 class TranslationTrainer(Seq2SeqTrainer):
     """A [`~transformers.Seq2SeqTrainer`] that scores translations.
 
@@ -74,6 +75,9 @@ class TranslationTrainer(Seq2SeqTrainer):
         if isinstance(sampler, LengthGroupedSampler):
             sampler.lengths = sampler.lengths[:]  # a list at once: a column of a data set is read one by one
         return sampler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
+        super().save_model(output_dir, _internal_call=True)  # a call of the user's would push the folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # training_args.bin holds all arguments, but is no place for a token

@@ -1,0 +1,230 @@
+"""The model card of a run: README.md and a figure of ω beside the vanilla model, from what the run recorded."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from .arguments import (
+    ARGUMENTS_NAME,
+    DataTrainingArguments,
+    ModelArguments,
+    TranslationTrainingArguments,
+    recorded,
+)
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # the backend comes first
+
+
+FIGURE_NAME = "omega.png"
+PAPER = "https://aclanthology.org/2020.emnlp-main.463"
+SPLITS = {"eval": ("validation", "validation_file"), "test": ("test", "test_file")}
+METRICS = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
+# What says where a run was, not what it was
+PRIVATE = ("output_dir", "logging_dir", "hub_", "push_to_hub", "cache_dir", "resume_from_checkpoint", "project")
+PRIVATE += ("run_name", "report_to", "trackio", "use_cpu", "disable_tqdm", "local_rank", "do_", "logging_", "save_")
+
+TEMPLATE = """---
+{metadata}
+---
+
+# {title}
+
+Translates **{source} → {target}**. A Transformer with {depth} layers, width {width} and {parameters:.1f} M parameters,
+trained with [Admin]({paper}) (Adaptive Model Initialization). The shortcut scales ω of training are folded into the
+weights, so this is a plain {architecture} checkpoint: it needs nothing but 🤗 Transformers.
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{repo_id}")
+
+source = tokenizer(["{example}"], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**source), skip_special_tokens=True))
+```
+
+CTranslate2 takes it as well: `ct2-transformers-converter --model {repo_id} --output_dir ct2 --quantization int8`.
+
+## Scores
+
+{scores}
+
+## Data
+
+{data}
+
+## Training
+
+Residual connections: `{encoder_residual}` in the encoder, `{decoder_residual}` in the decoder. Arguments of
+`run_translation.py` that differ from its defaults:
+
+```json
+{arguments}
+```
+{figure}"""
+
+FIGURE = f"""
+![ω by sub-layer]({FIGURE_NAME})
+
+*ω by sub-layer: the value that was profiled on the first batch (dashed), and the mean and range of its entries after
+training.*
+"""
+
+
+def write_card(run: Path, vanilla: Path, repo_id: str) -> None:
+    """Write README.md, and omega.png where the model has ω, beside the vanilla model of a run.
+
+    Args:
+        run: output folder of run_translation.py.
+        vanilla: folder of the vanilla model.
+        repo_id: what the model is loaded by: its name on the Hub, or a name to be replaced.
+    """
+    arguments, scores = _read(run / ARGUMENTS_NAME), _read(run / "all_results.json")
+    config, profile = _read(run / "config.json"), _read(run / "residual_profile.json")
+    omegas = {stack: trained_omegas(run, stack) for stack in ("encoder", "decoder")}
+    if has_omega := any(omegas.values()):
+        _draw(omegas, profile, vanilla / FIGURE_NAME)
+    text = TEMPLATE.format(
+        metadata=_metadata(arguments, scores, repo_id).to_yaml(),
+        title=repo_id.rpartition("/")[2],
+        source=arguments["source_lang"],
+        target=arguments["target_lang"],
+        depth=f"{config['encoder_layers']}+{config['decoder_layers']}",
+        width=config["d_model"],
+        parameters=_parameters(vanilla) / 1e6,
+        paper=PAPER,
+        architecture=_read(vanilla / "config.json")["model_type"].capitalize(),
+        repo_id=repo_id,
+        example="A dog runs." if arguments["source_lang"].startswith("en") else "…",
+        scores=_scores(scores),
+        data=_data(arguments),
+        encoder_residual=config["encoder_residual"],
+        decoder_residual=config["decoder_residual"],
+        arguments=json.dumps(_changed(arguments), indent=1, ensure_ascii=False),
+        figure=FIGURE if has_omega else "",
+    )
+    temporary = vanilla / "README.tmp"
+    ModelCard(text).save(temporary)
+    temporary.replace(vanilla / "README.md")
+
+
+def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
+    """The trained ω of a stack by the name of its sub-layer, in execution order."""
+    found = {}
+    for file in run.glob("model*.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            for name in weights.keys():
+                if match := re.fullmatch(rf"model\.{stack}\.(layers\.\d+\.\w+)\.omega", name):
+                    found[match[1]] = weights.get_tensor(name).astype(np.float32)
+    order = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    place = {name: (int(name.split(".")[1]), order.index(name.split(".")[2])) for name in found}
+    return {name: found[name] for name in sorted(found, key=place.__getitem__)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _parameters(vanilla: Path) -> int:
+    count = 0
+    for file in vanilla.glob("model*.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+            count += sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "final_logits_bias")
+    return count
+
+
+def _dataset(arguments: dict[str, Any], split: str) -> str:
+    if arguments["dataset_name"]:
+        return " ".join(filter(None, (arguments["dataset_name"], arguments["dataset_config_name"])))
+    return Path(arguments[SPLITS[split][1]] or split).name
+
+
+def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -> ModelCardData:
+    languages = [arguments["source_lang"], arguments["target_lang"]]
+    results = [
+        EvalResult(
+            task_type="translation",
+            dataset_type=arguments["dataset_name"] or "text",
+            dataset_name=_dataset(arguments, split),
+            dataset_split=SPLITS[split][0],
+            metric_type="bleu",
+            metric_name=f"BLEU ({scores.get(f'{split}_bleu_signature', '')})",
+            metric_value=round(scores[f"vanilla_{split}_bleu"], 2),
+        )
+        for split in SPLITS
+        if f"vanilla_{split}_bleu" in scores
+    ]
+    return ModelCardData(
+        language=languages if all(re.fullmatch("[a-z]{2,3}", language) for language in languages) else None,
+        library_name="transformers",
+        pipeline_tag="translation",
+        tags=["translation", "admin"],
+        datasets=[arguments["dataset_name"]] if arguments["dataset_name"] else None,
+        metrics=["bleu", "chrf", "ter"] if results else None,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    rows = []
+    for split, (name, _) in SPLITS.items():
+        for metric, label in METRICS.items():
+            if f"vanilla_{split}_{metric}" in scores:
+                both = (f"{scores[key]:.2f}" for key in (f"vanilla_{split}_{metric}", f"{split}_{metric}"))
+                rows.append(f"| {name} | {label} | {' | '.join(both)} | `{scores[f'{split}_{metric}_signature']}` |")
+    if not rows:
+        return "This model was not evaluated."
+    head = ["| set | metric | this model | before folding | sacreBLEU signature |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join(head + rows)
+
+
+def _data(arguments: dict[str, Any]) -> str:
+    lines = []
+    for split in ("train", "validation", "test"):
+        if arguments["dataset_name"] or arguments[f"{split}_file"]:
+            name = arguments["dataset_name"] or Path(arguments[f"{split}_file"]).name
+            lines.append(f"- {split}: {name}")
+    case = "Text is lower-cased." if arguments["lowercase"] else "Text keeps its case."
+    return "\n".join([*lines, "", case])
+
+
+def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that were not left at their defaults, files by their names alone."""
+    training = TranslationTrainingArguments(output_dir="-", use_cpu=True)
+    defaults = recorded((ModelArguments(), DataTrainingArguments(), training))
+    changed = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and value != defaults.get(name) and not name.startswith(PRIVATE)
+    }
+    return {
+        name: Path(value).name if isinstance(value, str) and "/" in value and name != "dataset_name" else value
+        for name, value in changed.items()
+    }
+
+
+def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], path: Path) -> None:
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
+    for axis, (stack, values) in zip(axes, omegas.items(), strict=True):
+        names = profile.get(stack, {}).get("names", list(values))
+        where = [index for index, name in enumerate(names, start=1) if name in values]
+        trained = [values[names[index - 1]] for index in where]
+        axis.fill_between(where, [v.min() for v in trained], [v.max() for v in trained], color="#0072B2", alpha=0.2)
+        axis.plot(where, [v.mean() for v in trained], "o-", color="#0072B2", markersize=3, label="after training")
+        if profile:
+            start = [profile[stack]["omega"][index - 1] for index in where]
+            axis.plot(where, start, "--", color="#D55E00", label="profiled")
+        axis.set(title=stack, xlabel="sub-layer")
+    axes[0].set_ylabel("ω")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
