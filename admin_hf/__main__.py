@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
-from .checkpoints import replaced_model
+from .checkpoints import explained_errors, replaced_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,8 @@ def export(arguments: argparse.Namespace) -> None:
     checkpoint, out = arguments.checkpoint, arguments.out
     if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/"))):
         raise NotADirectoryError(f"There is no folder {checkpoint}.")
-    config = AdminConfig.from_pretrained(checkpoint)
+    with explained_errors(checkpoint):
+        config = AdminConfig.from_pretrained(checkpoint)
     if (out / "config.json").exists() and AdminConfig.get_config_dict(out)[0].get("encoder_residual"):
         raise ValueError(f"{out} holds a model to train on, which the export would replace: name another folder.")
     model_class = AdminModel if config.architectures == ["AdminModel"] else AdminForConditionalGeneration
