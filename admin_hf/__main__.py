@@ -1,6 +1,7 @@
 """Command line of the library: `python -m admin_hf --help`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise NotADirectoryError(f"There is no folder {checkpoint}.")
     with explained_errors(checkpoint):
         config = AdminConfig.from_pretrained(checkpoint)
-    if (out / "config.json").exists() and AdminConfig.get_config_dict(out)[0].get("encoder_residual"):
+    if (there := out / "config.json").exists() and json.loads(there.read_text()).get("model_type") == "admin":
         raise ValueError(f"{out} holds a model to train on, which the export would replace: name another folder.")
     model_class = AdminModel if config.architectures == ["AdminModel"] else AdminForConditionalGeneration
     model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)

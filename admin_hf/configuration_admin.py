@@ -4,10 +4,17 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MarianConfig
+from transformers import MarianConfig, PegasusConfig
 from transformers.activations import ACT2FN
 
 from .residual import SYSTEMS
+
+
+# The stock models that can be gone on from, and the residual systems that compute what they compute
+STOCK_CONFIGS: dict[str, tuple[type[MarianConfig | PegasusConfig], dict[str, str]]] = {
+    "marian": (MarianConfig, {"encoder_residual": "admin", "decoder_residual": "admin"}),
+    "pegasus": (PegasusConfig, {"encoder_residual": "pre_ln", "decoder_residual": "pre_ln"}),
+}
 
 
 @strict
@@ -110,7 +117,7 @@ class AdminConfig(MarianConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json; a stock Marian's is completed with Marian's own defaults, not with ours.
+        """Read a config.json; that of a stock model is completed with its own defaults, not with ours.
 
         Raises:
             OSError: there is no config.json, or it holds no JSON object.
@@ -120,11 +127,13 @@ class AdminConfig(MarianConfig):
         if not config_dict or not isinstance(config_dict, dict):
             raise OSError(f"{pretrained_model_name_or_path} has no config.json with the fields of a model.")
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type == MarianConfig.model_type:
-            config_dict = MarianConfig.from_dict(config_dict).to_dict() | {"model_type": cls.model_type}
+        if model_type in STOCK_CONFIGS:
+            config_class, residuals = STOCK_CONFIGS[model_type]
+            config_dict = config_class.from_dict(config_dict).to_dict() | residuals | {"model_type": cls.model_type}
         elif model_type != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin or Marian model."
+                f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "
+                "Pegasus, which exports are."
             )
         return config_dict, kwargs
 
