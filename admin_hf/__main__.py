@@ -71,7 +71,7 @@ def export(arguments: argparse.Namespace) -> None:
     folded = reparameterize(model, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError):
         tokenizer = None
     with replaced_model(out) as folder:
         folded.save_pretrained(folder)
@@ -80,7 +80,7 @@ def export(arguments: argparse.Namespace) -> None:
     size, kind = folded.num_parameters(only_trainable=True) / 1e6, str(folded.dtype).removeprefix("torch.")
     print(f"{out}: {type(folded).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
     if tokenizer is None:
-        print(f"There is no tokenizer in {checkpoint}: save one to {out} before you publish it.")
+        print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
 
 
 if __name__ == "__main__":
