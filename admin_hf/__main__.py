@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 an input cannot be used."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except (OSError, ValueError, RuntimeError) as error:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m admin_hf", description="Tools for trained Admin models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

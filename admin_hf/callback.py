@@ -189,4 +189,4 @@ class AdminPublishingCallback(TrainerCallback):
 
 
 def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:
-    return cast(AdminPreTrainedModel, extract_model_from_parallel(model, keep_fp32_wrapper=False))
+    return cast(AdminPreTrainedModel, extract_model_from_parallel(model))

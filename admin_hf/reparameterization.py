@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.marian.configuration_marian import MarianConfig
 from transformers.models.marian.modeling_marian import MarianModel, MarianMTModel
@@ -99,7 +100,8 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
     Raises:
         ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a scale has
             an entry below 1e-4; or what comes out differs from the model by more than the tolerance for `dtype`
-            (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). Each names the parameter.
+            (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is named, or the
+            first sub-layer that differs.
 
     Example:
 
@@ -249,11 +251,35 @@ def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) ->
         if not difference <= tolerance * largest:
             raise ValueError(
                 f"The folded model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
-                "is allowed, so nothing was exported: a connection computes something else than its shortcut_scale "
-                "and branch_scale say."
+                "is allowed, so nothing was exported. The first to differ is "
+                f"{_first_difference(model, folded, batch)}: its connection, or the one before, computes something "
+                "else than its scales say."
             )
         if rows > 1 and model.can_generate():
             _compare_greedy(model, folded, batch, 2 * tolerance * largest)
+
+
+def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
+    """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
+    ends = tuple(end for _, end in BRANCHES.values())
+    outputs: list[dict[str, Tensor]] = []
+    for either in (model, folded):
+        found: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(functools.partial(_keep_output, found, name))
+            for name, module in either.named_modules()
+            if name.endswith(ends)
+        ]
+        either(**batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        outputs.append({name: output / output.norm() for name, output in found.items()})
+    differing = (name for name, output in outputs[0].items() if not output.allclose(outputs[1][name], 1e-5, 1e-7))
+    return next(differing, "the output layer")
+
+
+def _keep_output(found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    found[name] = output
 
 
 def _random_batch(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from transformers import (
 from admin_hf import (
     AdminForConditionalGeneration,
     AdminProfilingCallback,
+    AdminPublishingCallback,
     ResidualProfile,
     initialize_omega,
     profile_residuals,
@@ -82,6 +83,17 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.omega.append(omegas(model))
+
+
+@pytest.mark.parametrize("callback", [AdminProfilingCallback, AdminPublishingCallback])
+def test_half_precision_stays_on(tmp_path, dataset, callback):
+    """Unwrapping a model for good would end its autocast, and train in float32 without a word."""
+    model, seen = tiny_model(), []
+    run = trainer(model, dataset, tmp_path, [callback()], bf16=True)
+    model.model.encoder.layers[0].fc1.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    run.train()
+    assert seen[-3:] == [torch.bfloat16] * 3
+    assert seen[:-3] == ([torch.float32] if callback is AdminProfilingCallback else []), "profiled in full precision"
 
 
 def test_a_plain_trainer_profiles_the_first_batch_before_step_one(tmp_path, dataset, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import randomize
+from transformers import AutoModelForSeq2SeqLM, MarianMTModel
 
 import run_translation
 from admin_hf import AdminForConditionalGeneration
@@ -93,3 +94,21 @@ def test_two_processes_evaluate_and_translate_as_one(tmp_path):
         assert results[0][name] == results[1][name], name
     # Trainer counts the sentences that fill up the last batch in the mean of the loss
     assert abs(results[0]["eval_loss"] / results[1]["eval_loss"] - 1) < 0.1
+
+
+@pytest.mark.slow
+def test_two_processes_export_and_score_the_vanilla_model(tmp_path):
+    write_embedded_data(tmp_path / "data", train=60, validation=13, test=2)
+    config = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
+    config += ",encoder_attention_heads=2,decoder_attention_heads=2"
+    values = {"train_file": tmp_path / "data/train", "validation_file": tmp_path / "data/validation"}
+    values |= {"source_lang": "en", "target_lang": "de", "do_train": True, "do_eval": True, "max_steps": 20}
+    values |= {"val_max_target_length": 16, "vocab_size": 200, "config_overrides": config, "learning_rate": 0.05}
+    values |= {"output_dir": tmp_path / "run", "disable_tqdm": True}
+    script = [str(SCRIPT.parents[2] / "run_translation.py")]
+    run_processes([*script, *(text for name, value in values.items() for text in (f"--{name}", str(value)))], 2)
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    for name in ("bleu", "chrf", "ter"):
+        assert results[f"vanilla_eval_{name}"] == results[f"eval_{name}"], name
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "vanilla")) is MarianMTModel
+    assert (tmp_path / "run" / "vanilla" / "README.md").exists()
