@@ -88,6 +88,7 @@ def run(arguments: args.Arguments) -> int:
     if stop.received is not None:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
         return 128 + stop.received
+    trainer.end_autocast()
     exported = training_args.do_train and export(trainer)
     vanilla = build_vanilla_trainer(trainer) if exported and training_args.predict_with_generate else None
     if training_args.do_eval:
@@ -272,7 +273,7 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
     model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
     training_args = copy.copy(trainer.args)
     training_args.report_to, training_args.push_to_hub = [], False
-    return TranslationTrainer(
+    vanilla = TranslationTrainer(
         metric=trainer.metric,
         model=model,
         args=training_args,
@@ -280,6 +281,8 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
         processing_class=trainer.processing_class,
         data_collator=TranslationCollator(trainer.processing_class, model=model),
     )
+    vanilla.end_autocast()
+    return vanilla
 
 
 def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> None:

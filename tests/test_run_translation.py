@@ -132,6 +132,18 @@ def test_the_vanilla_model_is_written_scored_and_described(data, tmp_path, capsy
     assert (folder / "omega.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_final_scores_are_those_of_the_saved_weights(data, tmp_path):
+    """Trained in bf16, scored as a stranger's process scores the folder: in float32."""
+    trained = {"bf16": True, "max_steps": 30, "learning_rate": 0.03, "do_eval": True}
+    assert run(data, tmp_path / "out", **trained) == 0
+    scored = {"do_train": None, "model_name_or_path": tmp_path / "out", "config_overrides": None, "do_eval": True}
+    assert run(data, tmp_path / "again", **scored) == 0
+    first, second = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("out", "again"))
+    for name in ("eval_loss", "eval_bleu", "eval_chrf"):
+        assert first[name] == second[name], name
+    assert first["vanilla_eval_chrf"] == first["eval_chrf"]
+
+
 def test_pre_ln_becomes_pegasus_and_a_mix_stays_as_it_is(data, tmp_path, caplog):
     shape = f"{SHAPE},encoder_residual=pre_ln"
     both = {"config_overrides": f"{shape},decoder_residual=pre_ln", "do_eval": True}

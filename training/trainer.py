@@ -54,6 +54,11 @@ class TranslationTrainer(Seq2SeqTrainer):
         self._references = _references(test_dataset)
         return super().predict(test_dataset, *args, **kwargs)
 
+    def end_autocast(self) -> None:
+        """Compute in the weights' own precision from here on, as the users of the saved model will."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.native_amp = False
+
     def decode(self, predictions: np.ndarray) -> list[str]:
         """Detokenise generated ids, `(sentences, longest)`, padded with −100 or the padding id."""
         tokenizer: PreTrainedTokenizerBase = self.processing_class
