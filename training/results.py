@@ -79,13 +79,14 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def _scores(results: list[dict[str, Any]]) -> list[str]:
-    header = "| run | split | BLEU | chrF2 | TER | loss | signature of BLEU |"
-    rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    header = "| run | split | BLEU | folded | chrF2 | TER | loss | signature of BLEU |"
+    rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     for result in results:
         for prefix, split in (("eval", "validation"), ("test", "test")):
             scores = result["scores"]
             if f"{prefix}_loss" in scores:
                 values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
+                values.insert(1, _number(scores.get(f"vanilla_{prefix}_bleu")))
                 signature = scores.get(f"{prefix}_bleu_signature", "").replace("|", "\\|")  # no end of a table cell
                 rows.append(
                     f"| {result['name']} | {split} | {' | '.join(values)} | {f'`{signature}`' if signature else ''} |"
