@@ -145,6 +145,8 @@ def _stock_model(model: AdminPreTrainedModel, stock: Stock) -> PreTrainedModel:
     foreign |= {"model_type", "architectures", "auto_map", "dtype", "transformers_version"}
     values = {name: value for name, value in model.config.to_dict().items() if name not in foreign}
     is_base = model.base_model is model
+    if config_class is PegasusConfig:  # as Google's own checkpoints say; CTranslate2's converter asks for it
+        values |= {"normalize_before": True, "normalize_embedding": False}
     folded = (base_class if is_base else translation_class)(config_class(**values)).double()
     _load(folded, folded_weights(model))
     return folded

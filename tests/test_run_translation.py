@@ -252,10 +252,14 @@ def test_a_profile_can_be_shared(data, tmp_path):
 
 def test_training_goes_on_from_a_model(data, tmp_path):
     assert run(data, tmp_path / "first") == 0
-    assert run(data, tmp_path / "second", model_name_or_path=tmp_path / "first", config_overrides=None) == 0
-    assert not (tmp_path / "second" / "residual_profile.json").exists()
-    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    for name, start in (("second", tmp_path / "first"), ("third", tmp_path / "first" / "vanilla")):
+        assert run(data, tmp_path / name, model_name_or_path=start, config_overrides=None) == 0
+        assert not (tmp_path / name / "residual_profile.json").exists(), "what was trained is not profiled again"
+        assert (tmp_path / name / "vanilla" / "README.md").exists()
+    first, second, third = (weights(tmp_path / name) for name in ("first", "second", "third"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
+    omegas = [value for name, value in third.items() if name.endswith("omega")]
+    assert omegas and all(0 < (omega - 1).abs().max() < 0.2 for omega in omegas), "trained from 1 on"
 
 
 # --- bad input ends in one sentence, exit code 2, and before any training ----------------------------
