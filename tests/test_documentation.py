@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 
+import admin_hf
 import run_translation
+from admin_hf.__main__ import build_parser
 from admin_hf.residual import SYSTEMS
+from benchmarks import decoding, report
 from training import arguments
 from training.model import config_changes
 
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-MODULES = ["residual", "configuration_admin", "modeling_admin", "profiling"]
+PAGES = {page: (REPO / page).read_text(encoding="utf-8") for page in ("README.md", "docs/publishing.md")}
+MODULES = ["residual", "configuration_admin", "modeling_admin", "profiling", "reparameterization"]
 
 
 @pytest.mark.parametrize("name", [*(f"admin_hf.{name}" for name in MODULES), "training.metrics"])
@@ -28,21 +32,37 @@ def test_examples_in_docstrings_run(name):
         SYSTEMS.pop("half_branch", None)
 
 
-def test_the_first_python_example_of_the_readme_runs(capsys):
-    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
+def test_the_python_example_of_the_readme_runs(capsys):
+    exec(re.search(r"## In Python\n\n```python\n(.*?)```", README, re.DOTALL)[1], {})
     assert "encoder.layers.0.self_attn_layer_norm" in capsys.readouterr().out
 
 
-def test_what_the_readme_links_to_exists():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
     assert links
     for link in links:
-        assert link.startswith("https://") or (REPO / link).exists(), link
+        assert link.startswith("https://") or ((REPO / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_the_library_are_understood(page):
+    commands = re.findall(r"^python -m admin_hf (.*?)(?: +#.*)?$", PAGES[page], re.MULTILINE)
+    assert commands
+    for command in commands:
+        build_parser().parse_args(command.split())
+
+
+def test_names_that_the_pages_import_exist():
+    imported = re.findall(r"^from admin_hf import (.*)$", "\n".join(PAGES.values()), re.MULTILINE)
+    assert len(imported) >= 4
+    for name in {name.strip() for line in imported for name in line.split(",")}:
+        assert hasattr(admin_hf, name), name
 
 
 def test_the_readmes_commands_are_understood(tmp_path, capsys):
-    commands = re.findall(r"^python run_translation\.py (.*?[^\\])$", README, re.DOTALL | re.MULTILINE)
-    assert len(commands) >= 2
+    commands = re.findall(r"^python run_translation\.py (.*?[^\\])(?: +#[^\n]*)?$", README, re.DOTALL | re.MULTILINE)
+    assert len(commands) >= 3
     for command in commands:
         parsed = arguments.parse_arguments(command.replace("\\\n", " ").split())
         config_changes(parsed[0], run_translation.AdminConfig)
@@ -62,3 +82,9 @@ def test_recipes_are_valid_and_name_their_own_folder(recipe, monkeypatch):
     values = json.loads(recipe.read_text())
     assert values["config_name"] == f"hub_configs/{recipe.parent.name}"
     run_translation.check_model(parsed[0])
+
+
+def test_measured_tables_are_those_of_the_recorded_numbers():
+    measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
+    assert decoding.table(measured) in README
+    assert report.page() == (REPO / "docs/performance.md").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Measurements of what the library makes; not part of it."""
