@@ -12,6 +12,7 @@ reached), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint.
 
 import copy
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from training.errors import InputError
 from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
-from training.model_card import write_card
+from training.model_card import VANILLA_NAME, write_card
 from training.tokenization import save_tokenizer, text_batches, train_tokenizer
 from training.trainer import StopOnSignal, TranslationCollator, TranslationTrainer
 
@@ -47,7 +48,6 @@ from training.trainer import StopOnSignal, TranslationCollator, TranslationTrain
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_NAME = "generated_predictions.txt"
-VANILLA_NAME = "vanilla"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,14 +89,18 @@ def run(arguments: args.Arguments) -> int:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
         return 128 + stop.received
     trainer.end_autocast()
-    exported = training_args.do_train and export(trainer)
+    problem = export(trainer) if training_args.do_train else None
+    exported = training_args.do_train and problem is None
     vanilla = build_vanilla_trainer(trainer) if exported and training_args.predict_with_generate else None
+    scores: dict = {}
     if training_args.do_eval:
-        evaluate(trainer, vanilla)
+        scores |= evaluate(trainer, vanilla)
     if training_args.do_predict:
-        predict(trainer, vanilla, data["test"], raw["test"])
+        scores |= predict(trainer, vanilla, data["test"], raw["test"])
     if exported:
-        finish_vanilla(trainer)
+        finish_vanilla(trainer, arguments, scores)
+    elif problem is not None and training_args.push_to_hub:
+        raise InputError(f"Nothing was pushed, because there is no vanilla model: {problem}")
     return 0
 
 
@@ -248,24 +252,23 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     report(trainer, "train", result.metrics)
 
 
-def export(trainer: TranslationTrainer) -> bool:
-    """Write the vanilla model and its tokenizer to output_dir/vanilla; False where it has no stock architecture."""
+def export(trainer: TranslationTrainer) -> str | None:
+    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why not, where that is impossible."""
     folder = Path(trainer.args.output_dir) / VANILLA_NAME
-    refusal = [None]
+    problem: list[str | None] = [None]
     if trainer.is_world_process_zero():
         try:
             folded = reparameterize(trainer.model)
             with replaced_model(folder) as staging:
                 folded.save_pretrained(staging)
                 trainer.processing_class.save_pretrained(staging)
-        except ValueError as error:
-            refusal = [str(error)]
-        except OSError as error:
-            raise InputError(f"The vanilla model cannot be written to {folder}: {error}") from error
-    broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        logger.warning(f"There is no vanilla model: {refusal[0]}")
-    return refusal[0] is None
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, and out of date now
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        logger.warning(f"There is no vanilla model: {problem[0]}")
+    return problem[0]
 
 
 def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
@@ -285,23 +288,27 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
     return vanilla
 
 
-def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> None:
+def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> dict:
     """Score the validation pairs, by the trained model and by the vanilla one."""
     metrics = trainer.evaluate()
-    report(trainer, "eval", metrics | {f"eval_{name}": value for name, value in trainer.signatures.items()})
+    metrics |= {f"eval_{name}": value for name, value in trainer.signatures.items()}
+    report(trainer, "eval", metrics)
     if vanilla is not None:
-        compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
+        metrics |= compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
+    return metrics
 
 
-def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> None:
+def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
     """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "test", metrics)
     if vanilla is not None and "target" in dataset.column_names:
-        compare(trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics)
+        metrics |= compare(
+            trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics
+        )
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
-        return
+        return metrics
     translations = [""] * len(dataset)
     decoded = trainer.decode(output.predictions[: len(dataset)])
     for index, text in zip(dataset["index"], decoded, strict=True):
@@ -315,25 +322,28 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     for source, translation in list(zip(sources, translations, strict=True))[:3]:
         print(f"  {source}\n  -> {translation}")
     print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
+    return metrics
 
 
-def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> None:
-    """Print the scores of the trained and of the vanilla model side by side, and save the latter."""
+def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
+    """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
     names = [f"{split}_{name}" for name in trainer.metric.scorers]
-    trainer.save_metrics(f"vanilla_{split}", {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names})
+    scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
+    trainer.save_metrics(f"vanilla_{split}", scores)
     if trainer.is_world_process_zero():
-        print(f"{'':12}{'with ω':>10}{'vanilla':>10}")
+        print(f"{'':12}{'trained':>10}{'vanilla':>10}")
         for name in names:
-            print(f"{name:12}{metrics[name]:>10.2f}{vanilla_metrics[f'vanilla_{name}']:>10.2f}")
+            print(f"{name:12}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
+    return scores
 
 
-def finish_vanilla(trainer: TranslationTrainer) -> None:
+def finish_vanilla(trainer: TranslationTrainer, arguments: args.Arguments, scores: dict) -> None:
     """Put the model card beside the vanilla model, and push the folder where that is asked for."""
     if not trainer.is_world_process_zero():
         return
     run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
     folder = run / VANILLA_NAME
-    write_card(run, folder, repo_id or run.name)
+    write_card(run, repo_id or run.name, args.recorded(arguments), scores)
     print(f"Vanilla model, for stock Transformers: {folder}")
     if trainer.args.push_to_hub:
         print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
 from .checkpoints import explained_errors, replaced_model
+from .configuration_admin import STOCK_CONFIGS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -59,19 +60,20 @@ def export(arguments: argparse.Namespace) -> None:
     checkpoint, out = arguments.checkpoint, arguments.out
     if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/"))):
         raise NotADirectoryError(f"There is no folder {checkpoint}.")
+    _check_out(Path(checkpoint), out)
     with explained_errors(checkpoint):
         config = AdminConfig.from_pretrained(checkpoint)
-    if (there := out / "config.json").exists() and json.loads(there.read_text()).get("model_type") == "admin":
-        raise ValueError(f"{out} holds a model to train on, which the export would replace: name another folder.")
-    model_class = AdminModel if config.architectures == ["AdminModel"] else AdminForConditionalGeneration
-    model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"{checkpoint} lacks {min(info['missing_keys'])}: half a model is not exported.")
+        is_base = config.architectures in (["AdminModel"], ["MarianModel"], ["PegasusModel"])
+        model_class = AdminModel if is_base else AdminForConditionalGeneration
+        model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        kind = "lacks" if info["missing_keys"] else "has no place for"
+        raise ValueError(f"{checkpoint} {kind} {min(wrong)}: config.json and weights do not belong together.")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     folded = reparameterize(model, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+    except Exception:  # there is none, or a stranger's
         tokenizer = None
     with replaced_model(out) as folder:
         folded.save_pretrained(folder)
@@ -81,6 +83,20 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{out}: {type(folded).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
     if tokenizer is None:
         print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
+
+
+def _check_out(checkpoint: Path, out: Path) -> None:
+    """Refuse to replace anything but an earlier export."""
+    if out.resolve() == checkpoint.resolve():
+        raise ValueError(f"{out} is the checkpoint itself: name another folder.")
+    if not (there := out / "config.json").exists():
+        return
+    try:
+        model_type = json.loads(there.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        model_type = None
+    if model_type not in STOCK_CONFIGS:
+        raise ValueError(f"{out} holds a {model_type!r} model, which the export would replace: name another folder.")
 
 
 if __name__ == "__main__":

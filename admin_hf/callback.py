@@ -114,14 +114,15 @@ def _check_writable(args: TrainingArguments) -> None:
 class AdminPublishingCallback(TrainerCallback):
     """Makes `push_to_hub=True` of any [`~transformers.Seq2SeqTrainer`] end with the vanilla model on the Hub.
 
-    A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback the model in
-    that folder is the vanilla one, folded and verified whenever it is saved there, and it is pushed when training
-    ends; checkpoints (`checkpoint-500`) keep ω, so that they resume. What is pushed *during* training
-    (`hub_strategy="every_save"`) is a copy of a checkpoint, with ω. A `hub_token` is moved from the arguments to the
-    environment (`HF_TOKEN`): Trainer would upload it in training_args.bin.
+    A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
+    to that folder is the vanilla model, folded and verified, and it is pushed when training ends; checkpoints
+    (`checkpoint-500`) keep ω, so that they resume. What Trainer pushes *during* training (`hub_strategy="every_save"`)
+    is a copy of a checkpoint, with ω. A `hub_token` is moved from the arguments to the environment (`HF_TOKEN`):
+    Trainer would upload it in training_args.bin. Where the trained model cannot be folded (an ω near zero), that is
+    logged and the folder gets the model with ω: nothing is lost.
 
     Raises:
-        ValueError: the model cannot be folded, when the Trainer is made.
+        ValueError: no stock architecture can hold the model, when the Trainer is made.
 
     Example:
 
@@ -134,9 +135,6 @@ class AdminPublishingCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self) -> None:
-        self._model: nn.Module | None = None
-
     def on_init_end(
         self,
         args: TrainingArguments,
@@ -145,21 +143,11 @@ class AdminPublishingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        model = _unwrapped(model)
-        if model is self._model:
-            return
-        stock_architecture(model)
         if args.hub_token is not None:
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-        save_pretrained = model.save_pretrained
-
-        @functools.wraps(save_pretrained)
-        def save_vanilla_in_output_dir(save_directory: str | os.PathLike, *positional: Any, **options: Any) -> None:
-            if Path(save_directory).resolve() == Path(str(args.output_dir)).resolve():
-                options.setdefault("reparameterize", True)
-            save_pretrained(save_directory, *positional, **options)
-
-        self._model, model.save_pretrained = model, save_vanilla_in_output_dir  # type: ignore[method-assign]
+        model = _unwrapped(model)
+        stock_architecture(model)
+        model.vanilla_folder = Path(str(args.output_dir)).resolve()
 
     on_train_begin = on_init_end  # of a callback that is added later
 
@@ -185,7 +173,8 @@ class AdminPublishingCallback(TrainerCallback):
             # Behind the uploads of checkpoints, which go on in the background of the same client
             hf_api().run_as_future(push).result()
         except Exception as error:  # whatever the network does, the trained model must not be lost
-            logger.error(f"The vanilla model was not pushed to {repo_id}: {error}. Push it by trainer.push_to_hub().")
+            advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."
+            logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
 
 
 def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:

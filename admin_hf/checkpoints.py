@@ -4,52 +4,78 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 
 # Without one of these no loader finds a model, so they come last when a folder is written.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+
+# What says where a checkpoint comes from, among the arguments of from_pretrained.
+_ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def replaced_model(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder whose files take the place of the model in `folder` at the end.
+    """Yield an empty folder whose content takes the place of the model in `folder` at the end.
 
     An error, a full disk or a killed process before the end leaves `folder` as it was. While the files are moved, it
     holds no weights, so that nothing can load half of the old model and half of the new. Files of other names stay.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
+        OSError: `folder` is a file, or what belongs into it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write the model to.")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".export-*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".export-*"):  # of a process that was killed; a younger one may be at work
+        if leftover.stat().st_mtime < time.time() - 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
     try:
         yield staging
-        for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        for name in _WEIGHTS:
-            (folder / name).unlink(missing_ok=True)
-        for shard in folder.glob("model-*-of-*.safetensors"):
-            shard.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: path.name in _WEIGHTS):
-            path.replace(folder / path.name)
+        _move(staging, folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if created and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _move(staging: Path, folder: Path) -> None:
+    staged = sorted(staging.iterdir(), key=lambda path: path.name in _WEIGHTS)
+    for path in staged:
+        target = folder / path.name
+        if target.exists() and target.is_dir() != path.is_dir():
+            raise FileExistsError(f"{target} is in the way: remove it, or name another folder.")
+    for path in staging.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    if any(path.name in _WEIGHTS for path in staged):
+        for old in (*(folder / name for name in _WEIGHTS), *folder.glob("model-*-of-*.safetensors")):
+            old.unlink(missing_ok=True)
+    for path in staged:
+        if (target := folder / path.name).is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -57,7 +83,7 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
     """Turn what goes wrong while a checkpoint is read into one sentence that names it.
 
     Raises:
-        OSError: weights that are truncated, damaged or pickled, or a damaged index of shards.
+        OSError: files that are missing, truncated, damaged or pickled.
         ValueError: a config.json with values of the wrong type.
     """
     try:
@@ -65,16 +91,56 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"The weights of {source} are truncated or damaged: {error}.") from error
     except StrictDataclassError as error:
-        raise ValueError(f"The config.json of {source} cannot be used: {' '.join(str(error).split())}") from error
-    except (KeyError, json.JSONDecodeError) as error:
-        raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
+        raise ValueError(f"The config.json of {source} cannot be used: {_one_line(error)}") from error
+    except (ValueError, RuntimeError, ImportError):
+        raise
     except OSError as error:
-        if source is not None and (pickles := sorted(Path(source).glob("pytorch_model*.bin"))):
+        pickles = sorted(Path(source or "").glob("pytorch_model*.bin"))
+        if source is not None and pickles and not any(Path(source).glob("*.safetensors")):
             raise OSError(
                 f"{source} holds its weights as a pickle ({pickles[0].name}), which can run code, and is refused: ask "
                 "for safetensors, or pass use_safetensors=False if you trust where it comes from."
             ) from error
         raise
+    except Exception as error:  # a stranger's JSON can break any line that reads it
+        raise OSError(f"{source} cannot be read: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def check_weight_files(source: str | os.PathLike, **options: Any) -> None:
+    """Refuse what the loader would follow or cast without a word.
+
+    Args:
+        source: folder or Hub id.
+        options: the arguments of `from_pretrained`.
+
+    Raises:
+        OSError: an index of shards that names anything but safetensors files beside it, or a weight that is no
+            floating-point tensor.
+    """
+    origin = {name: options[name] for name in _ORIGIN if options.get(name) is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+    def find(name: str) -> str | None:
+        return cached_file(source, name, **origin, **quiet)
+
+    shards = {SAFE_WEIGHTS_NAME}
+    if find(SAFE_WEIGHTS_NAME) is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        try:
+            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
+        for shard in shards:
+            if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+                raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+    for path in filter(None, map(find, sorted(shards))):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                if (dtype := weights.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise OSError(f"{source} holds {name} as {dtype}; expected a floating-point tensor.")
 
 
 def check_finite(model: nn.Module, subject: str) -> None:

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.models.marian.modeling_marian import MarianPreTrainedModel, MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
 
-from .checkpoints import check_finite, explained_errors, replaced_model
+from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
 from .configuration_admin import AdminConfig
 from .residual import AdminConnection
 
@@ -35,7 +35,15 @@ def logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
 
 
 class AdminPreTrainedModel(MarianPreTrainedModel):
+    """The base of all Admin models.
+
+    Attributes:
+        vanilla_folder: the folder into which `save_pretrained` writes the vanilla model by default, where a Trainer
+            uploads it from ([`AdminPublishingCallback`] sets it).
+    """
+
     config: AdminConfig
+    vanilla_folder: Path | None = None
     _default_auto_class = "AutoModel"
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
 
@@ -108,6 +116,8 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
         """
         source = pretrained_model_name_or_path
         with explained_errors(source):
+            if source is not None and use_safetensors:
+                check_weight_files(source, **kwargs)
             model, info = cast(Any, super()).from_pretrained(
                 source,
                 *model_args,
@@ -141,22 +151,38 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
 
         Args:
             reparameterize: save what [`reparameterize`] makes of the model. It is folded and verified before anything
-                is written, and takes the place of what the folder holds only when it is complete. False where unset;
-                what goes to the Hub is folded unless this is False.
+                is written, and takes the place of what the folder holds only when it is complete. Where unset, a
+                folder gets the model with ω (unless it is `vanilla_folder`), and the Hub the vanilla one.
 
         Raises:
             ValueError: the model cannot be folded (see [`reparameterize`]).
             NotADirectoryError: `save_directory` is a file.
         """
-        if not reparameterize:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        elif is_main_process:
-            folded = self._reparameterized(state_dict)
+        if not is_main_process:
+            if not reparameterize:
+                super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            return
+        fold_by_default = reparameterize is None and Path(save_directory).resolve() == self.vanilla_folder
+        folded = None
+        if reparameterize or fold_by_default or (push_to_hub and reparameterize is None):
+            try:
+                folded = self._reparameterized(state_dict)
+            except ValueError as error:
+                if not fold_by_default or push_to_hub:
+                    raise
+                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
+        if folded is not None and (reparameterize or fold_by_default):
             with replaced_model(save_directory) as folder:
                 folded.save_pretrained(folder, **kwargs)
-        if push_to_hub and is_main_process:
+        else:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, reparameterize=reparameterize is not False, **kwargs)
+            kwargs.pop("variant", None)
+            if folded is not None:
+                folded.push_to_hub(repo_id, **kwargs)
+            else:
+                self.push_to_hub(repo_id, reparameterize=False, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, reparameterize: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
         """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.

@@ -1,3 +1,7 @@
+import copy
+import json
+import os
+import pickle
 import re
 
 import pytest
@@ -233,3 +237,49 @@ def test_the_batch_of_transformers_own_collator_works(tmp_path, dataset):
     run.train()
     assert (tmp_path / "residual_profile.json").exists()
     assert not model.model.shared.weight[PAD].any(), "under Trainer's own label smoother too"
+
+
+# --- publishing -------------------------------------------------------------------------------------
+
+
+def model_type(folder) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]
+
+
+def test_one_callback_serves_several_trainers(tmp_path, dataset, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    model, callback = tiny_model(), AdminPublishingCallback()
+    for name in ("one", "two"):
+        run = trainer(model, dataset, tmp_path / name, [callback], hub_token="hf_secret")
+        assert run.args.hub_token is None and os.environ["HF_TOKEN"] == "hf_secret"
+        run.train()
+        run.save_model()
+        run.save_model(tmp_path / f"{name}-kept")
+        assert model_type(tmp_path / name) == "marian" and model_type(tmp_path / f"{name}-kept") == "admin"
+        assert b"hf_secret" not in (tmp_path / name / "training_args.bin").read_bytes()
+
+
+def test_a_copy_of_a_published_model_saves_its_own_weights(tmp_path, dataset):
+    model = tiny_model()
+    run = trainer(model, dataset, tmp_path, [AdminPublishingCallback()])
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        twin.model.shared.weight[5] = 7.0
+    twin.save_pretrained(run.args.output_dir)
+    assert model_type(tmp_path) == "marian"
+    assert (AdminForConditionalGeneration.from_pretrained(tmp_path).model.shared.weight[5] == 7.0).all()
+
+
+def test_what_cannot_be_folded_is_saved_as_it_is(tmp_path, dataset, caplog):
+    model = tiny_model()
+    run = trainer(model, dataset, tmp_path, [AdminPublishingCallback()])
+    model.model.decoder.layers[1].final_layer_norm.omega.data[0] = 0.0
+    run.save_model()
+    assert model_type(tmp_path) == "admin" and "gets the model with ω" in caplog.text
+    assert "decoder.layers.1.final_layer_norm.omega" in caplog.text
+
+
+def test_a_mix_without_stock_architecture_is_refused_when_the_trainer_is_made(tmp_path, dataset):
+    model = tiny_model(encoder_residual="post_ln", decoder_residual="pre_ln")
+    with pytest.raises(ValueError, match="register_for_auto_class"):
+        trainer(model, dataset, tmp_path, [AdminPublishingCallback()])

@@ -10,7 +10,7 @@ import torch
 from conftest import padded_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from test_reparameterization import assert_same_function, files, trained_model
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, MarianMTModel
 
 from admin_hf import AdminForConditionalGeneration, AdminModel
 from admin_hf.__main__ import main
@@ -80,6 +80,10 @@ BAD = {
     "NaN": (
         change_weights(lambda tensors: tensors[FC1].view(-1)[3:4].fill_(float("nan"))),
         f"has NaN or infinite entries in {FC1}",
+    ),
+    "integers": (
+        change_weights(lambda tensors: tensors.update({FC1: tensors[FC1].long()})),
+        f"holds {FC1} as I64; expected a floating-point tensor",
     ),
     "infinity": (
         change_weights(lambda tensors: tensors[FC1].view(-1)[3:4].fill_(float("inf"))),
@@ -163,17 +167,78 @@ def test_a_base_model_is_exported_as_one(tmp_path):
 
 def test_a_checkpoint_to_train_on_is_never_replaced(good, tmp_path, capsys):
     trained_model().save_pretrained(tmp_path / "other")
-    for out in (good, tmp_path / "other"):
+    (tmp_path / "stranger").mkdir()
+    BartConfig().save_pretrained(tmp_path / "stranger")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[]")
+    (tmp_path / "link").symlink_to(good)
+    reasons = {good: "is the checkpoint itself", tmp_path / "link": "is the checkpoint itself"}
+    reasons |= {tmp_path / "other": "holds a 'admin' model", tmp_path / "stranger": "holds a 'bart' model"}
+    for out, reason in (reasons | {tmp_path / "odd": "holds a None model"}).items():
         before = files(out)
         assert main(["export", str(good), str(out)]) == 2
-        assert "holds a model to train on" in capsys.readouterr().err
+        assert reason in capsys.readouterr().err
         assert files(out) == before
 
 
 def test_half_a_checkpoint_is_not_exported(good, tmp_path, capsys):
     change_weights(lambda tensors: tensors.pop(FC1))(good)
     assert main(["export", str(good), str(tmp_path / "out")]) == 2
-    assert f"lacks {FC1}: half a model is not exported" in capsys.readouterr().err
+    assert f"lacks {FC1}: config.json and weights do not belong together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"encoder_layers": 1}, {"encoder_residual": "post_ln", "decoder_residual": "post_ln"}],
+    ids=["fewer layers", "no place for ω"],
+)
+def test_weights_that_config_json_has_no_place_for_are_not_dropped(changes, good, tmp_path, capsys):
+    change_config(**changes)(good)
+    assert main(["export", str(good), str(tmp_path / "out")]) == 2
+    assert "has no place for model." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["evil.bin", "../evil.safetensors", "/etc/passwd", "https://evil/x.safetensors", 3])
+def test_an_index_that_leads_elsewhere_is_refused(name, good, tmp_path):
+    """Transformers would read a pickle, or a file outside the folder, that an index of shards names."""
+    tensors = load_file(good / WEIGHTS)
+    (good / WEIGHTS).unlink()
+    torch.save(tensors, good / "evil.bin")
+    save_file(tensors, tmp_path / "evil.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (good / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(OSError, match="which is no safetensors file"):
+        AdminForConditionalGeneration.from_pretrained(good)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "null"),
+        ("config.json", '{"model_type": ["admin"]}'),
+        ("config.json", '{"model_type": "admin", "dtype": "evil"}'),
+        ("config.json", '{"model_type": "admin", "id2label": "x"}'),
+        ("config.json", '{"model_type": "admin", "quantization_config": 3}'),
+        (f"{WEIGHTS}.index.json", "[]"),
+        (f"{WEIGHTS}.index.json", '{"weight_map": "x"}'),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", "3"),
+    ],
+)
+def test_json_of_a_stranger_ends_in_one_sentence(file, content, good, tmp_path, capsys):
+    if "index" in file:
+        (good / WEIGHTS).unlink()
+    (good / file).write_text(content)
+    assert main(["export", str(good), str(tmp_path / "out")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len([line for line in errors if line.startswith("error: ")]) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"tokenizer_class": 3}'])
+def test_a_tokenizer_that_cannot_be_loaded_is_said_to_be_missing(content, good, tmp_path, capsys):
+    (good / "tokenizer_config.json").write_text(content)
+    assert main(["export", str(good), str(tmp_path / "out")]) == 0
+    assert "has no tokenizer that can be loaded" in capsys.readouterr().out
 
 
 def test_a_mix_without_stock_architecture_is_explained(tmp_path, capsys):

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import padded_batch, randomize, tiny_config, tiny_model
+from safetensors import SafetensorError
 from transformers import AutoModelForSeq2SeqLM, BartConfig, MarianModel, MarianMTModel, PegasusForConditionalGeneration
 
 from admin_hf import (
@@ -260,6 +262,50 @@ def test_a_wrong_fold_is_refused(monkeypatch, tmp_path):
             reparameterize(trained_model(), dtype)
 
 
+CHANGES = {
+    "the embedding scale": lambda m: setattr(m.model.encoder, "embed_scale", 1.0),
+    "the configuration": lambda m: setattr(m.config, "activation_function", "gelu"),
+    "an activation": lambda m: setattr(m.model.decoder.layers[1], "activation_fn", torch.nn.GELU()),
+    "an epsilon": lambda m: setattr(m.model.decoder.layers[0].final_layer_norm, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_in_memory_alone_is_not_passed_over(change):
+    """The export is compared with the very model, not with one made again from its configuration."""
+    model = trained_model()
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match="nothing was exported"):
+        reparameterize(model)
+
+
+def test_a_large_bias_does_not_widen_the_tolerance(own_systems):
+    for token in (7, 8):
+        model = trained_model("secret", "secret")
+        model.final_logits_bias[0, token] = -1e4 if token == 7 else 900.0
+        with pytest.raises(ValueError, match="nothing was exported"):
+            reparameterize(model)
+
+
+def test_a_branch_scale_of_zero_folds(own_systems):
+    """ReZero's α starts there; it is never divided by."""
+    model = trained_model("shared", "shared")
+    for name, parameter in model.named_parameters():
+        if name.endswith("alpha"):
+            parameter.data.zero_()
+    assert_same_function(model, reparameterize(model))
+
+
+def test_wrapped_models_fold_and_hooks_are_not_run():
+    model, called = trained_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: called.append(module))
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+        assert_same_function(model, reparameterize(wrapped))
+        called.clear()
+    reparameterize(model)
+    assert not called
+
+
 def test_other_positions_are_refused():
     model = trained_model()
     model.model.encoder.embed_positions.weight.data[5] += 0.01
@@ -380,8 +426,12 @@ def test_a_killed_export_leaves_the_old_one(tmp_path):
         process.send_signal(signal.SIGKILL)
     assert {name: content for name, content in files(tmp_path).items() if not name.startswith(".export")} == before
     AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    trained_model().save_pretrained(tmp_path, reparameterize=True)
-    assert files(tmp_path).keys() == before.keys(), "what the killed process left is gone"
+    (leftover,) = tmp_path.glob(".export-*")
+    for age, stays in ((0, True), (7200, False)):  # a young one may be another process at work
+        os.utime(leftover, (time.time() - age,) * 2)
+        trained_model().save_pretrained(tmp_path, reparameterize=True)
+        assert leftover.exists() == stays
+    assert files(tmp_path).keys() == before.keys()
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
@@ -389,6 +439,31 @@ def test_a_file_in_the_way_is_refused(tmp_path):
     with pytest.raises(NotADirectoryError, match="out is a file"):
         trained_model().save_pretrained(tmp_path / "out", reparameterize=True)
     assert (tmp_path / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk full")])
+def test_what_cannot_be_written_is_an_oserror(error, tmp_path):
+    with pytest.raises(OSError, match="disk full"), replaced_model(tmp_path):
+        raise error
+
+
+def test_what_is_in_the_way_is_refused_before_anything_is_moved(tmp_path):
+    trained_model().save_pretrained(tmp_path, reparameterize=True)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").mkdir()
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match="generation_config.json is in the way"):
+        randomize(trained_model(), seed=9).save_pretrained(tmp_path, reparameterize=True)
+    assert files(tmp_path) == before
+
+
+def test_folders_are_replaced_too(tmp_path):
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "old").write_text("old")
+    with replaced_model(tmp_path) as folder:
+        (folder / "templates").mkdir()
+        (folder / "templates" / "new").write_text("new")
+    assert files(tmp_path) == {"templates/new": b"new"}
 
 
 def test_an_error_inside_leaves_no_trace(tmp_path):

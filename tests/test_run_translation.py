@@ -127,7 +127,7 @@ def test_the_vanilla_model_is_written_scored_and_described(data, tmp_path, capsy
     assert [round(results["vanilla_eval_bleu"], 2), round(results["vanilla_test_bleu"], 2)] == [
         result.metric_value for result in card.data.eval_results
     ]
-    assert results["eval_bleu_signature"] in card.text and "omega.png" in card.text and '"learning_rate"' in card.text
+    assert results["eval_bleu_signature"] in card.text.replace("\\|", "|") and "omega.png" in card.text and '"learning_rate"' in card.text
     assert str(tmp_path) not in card.content, "a card names no folder of this machine"
     assert (folder / "omega.png").read_bytes().startswith(b"\x89PNG")
 
@@ -144,12 +144,40 @@ def test_final_scores_are_those_of_the_saved_weights(data, tmp_path):
     assert first["vanilla_eval_chrf"] == first["eval_chrf"]
 
 
+def test_a_card_has_no_scores_of_an_earlier_model(data, tmp_path):
+    assert run(data, tmp_path, do_eval=True, lr_scheduler_type="constant") == 0
+    assert "validation | BLEU" in (tmp_path / "vanilla/README.md").read_text()
+    assert run(data, tmp_path, max_steps=6, lr_scheduler_type="constant") == 0
+    card = (tmp_path / "vanilla/README.md").read_text()
+    assert "was not evaluated" in card and '"max_steps": 6' in card
+    # A finished run that is evaluated on other sentences: the card says with which arguments
+    options = {"max_eval_samples": 5, "num_beams": 3, "do_eval": True}
+    assert run(data, tmp_path, max_steps=6, lr_scheduler_type="constant", **options) == 0
+    card = (tmp_path / "vanilla/README.md").read_text()
+    assert "validation | BLEU" in card and '"max_eval_samples": 5' in card and '"num_beams": 3' in card
+    assert "nrefs:1\\|case:mixed" in card, "a bar would end the table's cell"
+
+
+def test_an_omega_near_zero_ends_without_a_vanilla_model(data, tmp_path, monkeypatch, caplog, capsys):
+    assert run(data, tmp_path) == 0
+
+    def refuse(model):
+        raise ValueError("ω is too near to zero")
+
+    monkeypatch.setattr(run_translation, "reparameterize", refuse)
+    assert run(data, tmp_path, do_eval=True) == 0
+    assert "There is no vanilla model: ω is too near to zero" in caplog.text
+    assert not (tmp_path / "vanilla").exists(), "the one of before is out of date"
+    assert "eval_bleu" in (tmp_path / "all_results.json").read_text()
+
+
 def test_pre_ln_becomes_pegasus_and_a_mix_stays_as_it_is(data, tmp_path, caplog):
     shape = f"{SHAPE},encoder_residual=pre_ln"
     both = {"config_overrides": f"{shape},decoder_residual=pre_ln", "do_eval": True}
     assert run(data, tmp_path / "pre", **both) == 0
     assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "pre/vanilla")) is PegasusForConditionalGeneration
-    assert "omega.png" not in (tmp_path / "pre/vanilla/README.md").read_text()
+    card = (tmp_path / "pre/vanilla/README.md").read_text()
+    assert "omega.png" not in card and "Admin" not in card and "- admin" not in card
     assert run(data, tmp_path / "mix", config_overrides=shape, do_eval=True) == 0
     assert "no vanilla model: No architecture of Transformers computes encoder_residual='pre_ln'" in caplog.text
     assert not (tmp_path / "mix" / "vanilla").exists()

@@ -11,7 +11,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .arguments import (
-    ARGUMENTS_NAME,
     DataTrainingArguments,
     ModelArguments,
     TranslationTrainingArguments,
@@ -23,6 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # the backend comes first
 
 
+VANILLA_NAME = "vanilla"
 FIGURE_NAME = "omega.png"
 PAPER = "https://aclanthology.org/2020.emnlp-main.463"
 SPLITS = {"eval": ("validation", "validation_file"), "test": ("test", "test_file")}
@@ -37,9 +37,8 @@ TEMPLATE = """---
 
 # {title}
 
-Translates **{source} → {target}**. A Transformer with {depth} layers, width {width} and {parameters:.1f} M parameters,
-trained with [Admin]({paper}) (Adaptive Model Initialization). The shortcut scales ω of training are folded into the
-weights, so this is a plain {architecture} checkpoint: it needs nothing but 🤗 Transformers.
+Translates **{source} → {target}**. A Transformer with {depth} layers, width {width} and {parameters:.1f} M parameters.
+{admin}This is a plain {architecture} checkpoint: it needs nothing but 🤗 Transformers.
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -70,6 +69,9 @@ Residual connections: `{encoder_residual}` in the encoder, `{decoder_residual}` 
 ```
 {figure}"""
 
+ADMIN = f"""It was trained with [Admin]({PAPER}) (Adaptive Model Initialization), whose shortcut
+scales ω are folded into the weights. """
+
 FIGURE = f"""
 ![ω by sub-layer]({FIGURE_NAME})
 
@@ -78,28 +80,29 @@ training.*
 """
 
 
-def write_card(run: Path, vanilla: Path, repo_id: str) -> None:
+def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[str, Any]) -> None:
     """Write README.md, and omega.png where the model has ω, beside the vanilla model of a run.
 
     Args:
         run: output folder of run_translation.py.
-        vanilla: folder of the vanilla model.
         repo_id: what the model is loaded by: its name on the Hub, or a name to be replaced.
+        arguments: all arguments that the scores were computed with.
+        scores: what this model scored, before folding (`"test_bleu"`) and after (`"vanilla_test_bleu"`).
     """
-    arguments, scores = _read(run / ARGUMENTS_NAME), _read(run / "all_results.json")
+    vanilla = run / VANILLA_NAME
     config, profile = _read(run / "config.json"), _read(run / "residual_profile.json")
     omegas = {stack: trained_omegas(run, stack) for stack in ("encoder", "decoder")}
     if has_omega := any(omegas.values()):
         _draw(omegas, profile, vanilla / FIGURE_NAME)
     text = TEMPLATE.format(
-        metadata=_metadata(arguments, scores, repo_id).to_yaml(),
+        metadata=_metadata(arguments, scores, repo_id, has_omega).to_yaml(),
         title=repo_id.rpartition("/")[2],
         source=arguments["source_lang"],
         target=arguments["target_lang"],
         depth=f"{config['encoder_layers']}+{config['decoder_layers']}",
         width=config["d_model"],
         parameters=_parameters(vanilla) / 1e6,
-        paper=PAPER,
+        admin=ADMIN if has_omega else "",
         architecture=_read(vanilla / "config.json")["model_type"].capitalize(),
         repo_id=repo_id,
         example="A dog runs." if arguments["source_lang"].startswith("en") else "…",
@@ -147,7 +150,7 @@ def _dataset(arguments: dict[str, Any], split: str) -> str:
     return Path(arguments[SPLITS[split][1]] or split).name
 
 
-def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -> ModelCardData:
+def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, has_omega: bool) -> ModelCardData:
     languages = [arguments["source_lang"], arguments["target_lang"]]
     results = [
         EvalResult(
@@ -166,7 +169,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -
         language=languages if all(re.fullmatch("[a-z]{2,3}", language) for language in languages) else None,
         library_name="transformers",
         pipeline_tag="translation",
-        tags=["translation", "admin"],
+        tags=["translation", "admin"] if has_omega else ["translation"],
         datasets=[arguments["dataset_name"]] if arguments["dataset_name"] else None,
         metrics=["bleu", "chrf", "ter"] if results else None,
         model_name=repo_id.rpartition("/")[2],
@@ -180,7 +183,8 @@ def _scores(scores: dict[str, Any]) -> str:
         for metric, label in METRICS.items():
             if f"vanilla_{split}_{metric}" in scores:
                 both = (f"{scores[key]:.2f}" for key in (f"vanilla_{split}_{metric}", f"{split}_{metric}"))
-                rows.append(f"| {name} | {label} | {' | '.join(both)} | `{scores[f'{split}_{metric}_signature']}` |")
+                signature = scores[f"{split}_{metric}_signature"].replace("|", "\\|")  # no end of a table cell
+                rows.append(f"| {name} | {label} | {' | '.join(both)} | `{signature}` |")
     if not rows:
         return "This model was not evaluated."
     head = ["| set | metric | this model | before folding | sacreBLEU signature |", "| --- | --- | --- | --- | --- |"]
