@@ -127,7 +127,11 @@ def test_the_vanilla_model_is_written_scored_and_described(data, tmp_path, capsy
     assert [round(results["vanilla_eval_bleu"], 2), round(results["vanilla_test_bleu"], 2)] == [
         result.metric_value for result in card.data.eval_results
     ]
-    assert results["eval_bleu_signature"] in card.text.replace("\\|", "|") and "omega.png" in card.text and '"learning_rate"' in card.text
+    assert (
+        results["eval_bleu_signature"] in card.text.replace("\\|", "|")
+        and "omega.png" in card.text
+        and '"learning_rate"' in card.text
+    )
     assert str(tmp_path) not in card.content, "a card names no folder of this machine"
     assert (folder / "omega.png").read_bytes().startswith(b"\x89PNG")
 
