@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -106,10 +107,10 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
         `PegasusModel` for `pre_ln`, in eval mode on the model's device, with its generation config.
 
     Raises:
-        ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a scale has
-            an entry below 1e-4; or what comes out differs from the model by more than the tolerance for `dtype`
-            (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is named, or the
-            first sub-layer that differs.
+        ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a shortcut
+            scale has an entry within 1e-4 of zero; or what comes out differs from the model by more than the tolerance
+            for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is
+            named, or the first sub-layer that differs.
 
     Example:
 
@@ -150,10 +151,12 @@ def _exact_copy(model: AdminPreTrainedModel) -> AdminPreTrainedModel:
         ValueError: its positions are not the sinusoidal table, which is all that a stock checkpoint has.
     """
     rounding = torch.finfo(model.dtype).eps
-    original: Any = extract_model_from_parallel(copy.deepcopy(model), keep_fp32_wrapper=False).cpu().double().eval()
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
+    memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
+    original: Any = extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
+    original.cpu().double().eval()
     for name, module in original.named_modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
         if isinstance(module, MarianSinusoidalPositionalEmbedding):
             standard = module.create_weight().double()
             if bool((module.weight - standard).abs().gt(rounding).any()):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -297,8 +298,16 @@ def test_a_branch_scale_of_zero_folds(own_systems):
 
 
 def test_wrapped_models_fold_and_hooks_are_not_run():
+    class Recorder:
+        def __init__(self):
+            self.lock = threading.Lock()  # which cannot be copied
+
+        def __call__(self, module, *inputs_and_output):
+            called.append(module)
+
     model, called = trained_model(), []
-    model.register_forward_pre_hook(lambda module, inputs: called.append(module))
+    model.register_forward_pre_hook(Recorder())
+    model.model.encoder.layers[0].register_forward_hook(Recorder())
     for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
         assert_same_function(model, reparameterize(wrapped))
         called.clear()
