@@ -110,16 +110,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def check_weight_files(source: str | os.PathLike, **options: Any) -> None:
-    """Refuse what the loader would follow or cast without a word.
+def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, str]:
+    """Look at the weight files of a checkpoint before the loader follows and casts whatever is there.
 
     Args:
         source: folder or Hub id.
         options: the arguments of `from_pretrained`.
 
+    Returns:
+        The names of tensors that are no floating-point numbers, and their types.
+
     Raises:
-        OSError: an index of shards that names anything but safetensors files beside it, or a weight that is no
-            floating-point tensor.
+        OSError: an index of shards that names anything but safetensors files beside it.
     """
     origin = {name: options[name] for name in _ORIGIN if options.get(name) is not None}
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -136,11 +138,11 @@ def check_weight_files(source: str | os.PathLike, **options: Any) -> None:
         for shard in shards:
             if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
                 raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+    dtypes: dict[str, str] = {}
     for path in filter(None, map(find, sorted(shards))):
         with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():
-                if (dtype := weights.get_slice(name).get_dtype()) not in ("F64", "F32", "F16", "BF16"):
-                    raise OSError(f"{source} holds {name} as {dtype}; expected a floating-point tensor.")
+            dtypes |= {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+    return {name: dtype for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")}
 
 
 def check_finite(model: nn.Module, subject: str) -> None:

@@ -116,8 +116,7 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
         """
         source = pretrained_model_name_or_path
         with explained_errors(source):
-            if source is not None and use_safetensors:
-                check_weight_files(source, **kwargs)
+            odd = check_weight_files(source, **kwargs) if source is not None and use_safetensors else {}
             model, info = cast(Any, super()).from_pretrained(
                 source,
                 *model_args,
@@ -132,6 +131,8 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
                 f"The weights of {source} do not fit its config.json: {name} has the shape {tuple(found)}, expected "
                 f"{tuple(expected)}{_and_others(info['mismatched_keys'])}."
             )
+        for name in odd.keys() - set(info["unexpected_keys"]):
+            raise OSError(f"{source} holds {name} as {odd[name]}; expected a floating-point tensor.")
         check_finite(model, f"The checkpoint {source}")
         return (model, info) if output_loading_info else model
 
