@@ -32,16 +32,17 @@ from admin_hf import (
     initialize_omega,
     reparameterize,
 )
-from admin_hf.checkpoints import replaced_model
+from admin_hf.checkpoints import one_line, replaced_model
 from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training.errors import InputError
+from training.files import write_whole
 from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
 from training.model_card import VANILLA_NAME, write_card
-from training.tokenization import save_tokenizer, text_batches, train_tokenizer
+from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
 from training.trainer import StopOnSignal, TranslationCollator, TranslationTrainer
 
 
@@ -124,7 +125,7 @@ def check_model(model_args: args.ModelArguments) -> None:
         if model_args.residual_profile:
             ResidualProfile.load(model_args.residual_profile)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(one_line(error)) from error
 
 
 def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
@@ -220,11 +221,9 @@ def build_trainer(
     stop: StopOnSignal,
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    lowercase = backend is not None and "Lowercase" in str(backend.normalizer)
     try:
         return TranslationTrainer(
-            metric=TranslationMetric(lowercase=lowercase),
+            metric=TranslationMetric(lowercase=lowercases(tokenizer)),
             model=model,
             args=arguments[2],
             train_dataset=data.get("train"),
@@ -316,9 +315,7 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     sources = list(raw["source"])
     translations = [text if (source or "").strip() else "" for source, text in zip(sources, translations, strict=True)]
     path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{text}\n" for text in translations), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(f"{text}\n" for text in translations))
     for source, translation in list(zip(sources, translations, strict=True))[:3]:
         print(f"  {source}\n  -> {translation}")
     print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")

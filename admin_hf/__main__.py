@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
-from .checkpoints import explained_errors, replaced_model
+from .checkpoints import explained_errors, one_line, replaced_model
 from .configuration_admin import STOCK_CONFIGS
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -63,9 +63,9 @@ def export(arguments: argparse.Namespace) -> None:
     _check_out(Path(checkpoint), out)
     with explained_errors(checkpoint):
         config = AdminConfig.from_pretrained(checkpoint)
-        is_base = config.architectures in (["AdminModel"], ["MarianModel"], ["PegasusModel"])
-        model_class = AdminModel if is_base else AdminForConditionalGeneration
-        model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
+    is_base = config.architectures in (["AdminModel"], ["MarianModel"], ["PegasusModel"])
+    model_class = AdminModel if is_base else AdminForConditionalGeneration
+    model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
         kind = "lacks" if info["missing_keys"] else "has no place for"
         raise ValueError(f"{checkpoint} {kind} {min(wrong)}: config.json and weights do not belong together.")

@@ -91,7 +91,7 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
     except SafetensorError as error:
         raise OSError(f"The weights of {source} are truncated or damaged: {error}.") from error
     except StrictDataclassError as error:
-        raise ValueError(f"The config.json of {source} cannot be used: {_one_line(error)}") from error
+        raise ValueError(f"The config.json of {source} cannot be used: {one_line(error)}") from error
     except (ValueError, RuntimeError, ImportError):
         raise
     except OSError as error:
@@ -103,10 +103,11 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
             ) from error
         raise
     except Exception as error:  # a stranger's JSON can break any line that reads it
-        raise OSError(f"{source} cannot be read: {type(error).__name__}: {_one_line(error)}") from error
+        raise OSError(f"{source} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What the error says, as one sentence for people."""
     return " ".join(str(error).split())
 
 

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from admin_hf import AdminForConditionalGeneration
+from training.files import write_whole
 from training.metrics import TranslationMetric
+from training.tokenization import lowercases
 
 
 Batch = list[list[int]]
@@ -59,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     transformers.logging.disable_progress_bar()
     results = measure(arguments, sources, references)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(arguments.output)
+    write_whole(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(table(results))
 
 
@@ -134,7 +133,7 @@ def measure(arguments: argparse.Namespace, sources: list[str], references: list[
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     batches = [[ids[i] for i in order[j : j + arguments.batch_size]] for j in range(0, len(ids), arguments.batch_size)]
     systems = load_systems(arguments.checkpoint, tokenizer, arguments.threads)
-    metric = TranslationMetric(lowercase="Lowercase" in str(tokenizer.backend_tokenizer.normalizer))
+    metric = TranslationMetric(lowercase=lowercases(tokenizer))
     measurements = []
     for beams in BEAMS:
         for name, (seconds, translations) in take_turns(systems, batches, beams, arguments.rounds).items():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PAD, padded_batch, tiny_model
+from conftest import PAD, learn, padded_batch, tiny_model
 from transformers import AutoModelForSeq2SeqLM, MarianMTModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -30,12 +30,7 @@ def folder(tmp_path_factory):
     ends = batch["labels"].ne(-100).sum(1) - 1
     batch["labels"][torch.arange(len(ends)), ends] = EOS
     initialize_omega(model, profile_residuals(model, batch))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    model.train()
-    for _ in range(60):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model, batch)
     model.save_pretrained(folder / "vanilla", reparameterize=True)
     return folder
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import learn, tiny_model
 from safetensors.torch import load_file, save_file
 
 from admin_hf import AdminForConditionalGeneration, initialize_omega, profile_residuals
@@ -177,13 +177,7 @@ def trained(tokenizer, system: str) -> AdminForConditionalGeneration:
     batch["labels"].masked_fill_(batch["labels"] == tokenizer.pad_token_id, -100)
     if system == "admin":
         initialize_omega(model, profile_residuals(model, batch))
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    model.train()
-    for _ in range(60):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return learn(model, batch).eval()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from .errors import InputError
+from .files import write_whole
 
 
 ARGUMENTS_NAME = "arguments.json"
@@ -318,7 +319,4 @@ def recorded(arguments: Arguments) -> dict[str, Any]:
 def record_arguments(arguments: Arguments) -> None:
     """Write all arguments beside the run, to recognise it when it is resumed."""
     path = Path(arguments[2].output_dir) / ARGUMENTS_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(recorded(arguments), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Reading parallel text: UTF-8 files of any of the forms, line by line, with the line in every complaint."""
+"""Files: parallel text in any of its forms, read line by line with the line in every complaint; text written whole."""
 
 import codecs
 import csv
@@ -153,3 +153,11 @@ def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
                 f"{path} cannot be read as {path.suffix[1:].upper()}: line {number + error.lineno - 1}, {error.msg}."
             ) from error
         yield from ((number, item) for item in value) if isinstance(value, list) else ((number, value),)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name first: a crash leaves the old file, or none, and never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

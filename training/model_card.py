@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -16,10 +15,8 @@ from .arguments import (
     TranslationTrainingArguments,
     recorded,
 )
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # the backend comes first
+from .files import write_whole
+from .results import STYLES, pyplot, table_cell
 
 
 VANILLA_NAME = "vanilla"
@@ -113,9 +110,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         arguments=json.dumps(_changed(arguments), indent=1, ensure_ascii=False),
         figure=FIGURE if has_omega else "",
     )
-    temporary = vanilla / "README.tmp"
-    ModelCard(text).save(temporary)
-    temporary.replace(vanilla / "README.md")
+    write_whole(vanilla / "README.md", str(ModelCard(text)))
 
 
 def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
@@ -183,7 +178,7 @@ def _scores(scores: dict[str, Any]) -> str:
         for metric, label in METRICS.items():
             if f"vanilla_{split}_{metric}" in scores:
                 both = (f"{scores[key]:.2f}" for key in (f"vanilla_{split}_{metric}", f"{split}_{metric}"))
-                signature = scores[f"{split}_{metric}_signature"].replace("|", "\\|")  # no end of a table cell
+                signature = table_cell(scores[f"{split}_{metric}_signature"])
                 rows.append(f"| {name} | {label} | {' | '.join(both)} | `{signature}` |")
     if not rows:
         return "This model was not evaluated."
@@ -217,16 +212,17 @@ def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], path: Path) -> None:
+    (after, _), (before, dashed), *_ = STYLES
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
     for axis, (stack, values) in zip(axes, omegas.items(), strict=True):
         names = profile.get(stack, {}).get("names", list(values))
         where = [index for index, name in enumerate(names, start=1) if name in values]
         trained = [values[names[index - 1]] for index in where]
-        axis.fill_between(where, [v.min() for v in trained], [v.max() for v in trained], color="#0072B2", alpha=0.2)
-        axis.plot(where, [v.mean() for v in trained], "o-", color="#0072B2", markersize=3, label="after training")
+        axis.fill_between(where, [v.min() for v in trained], [v.max() for v in trained], color=after, alpha=0.2)
+        axis.plot(where, [v.mean() for v in trained], "o-", color=after, markersize=3, label="after training")
         if profile:
             start = [profile[stack]["omega"][index - 1] for index in where]
-            axis.plot(where, start, "--", color="#D55E00", label="profiled")
+            axis.plot(where, start, dashed, color=before, label="profiled")
         axis.set(title=stack, xlabel="sub-layer")
     axes[0].set_ylabel("ω")
     axes[0].legend(frameon=False)

@@ -87,11 +87,16 @@ def _scores(results: list[dict[str, Any]]) -> list[str]:
             if f"{prefix}_loss" in scores:
                 values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
                 values.insert(1, _number(scores.get(f"vanilla_{prefix}_bleu")))
-                signature = scores.get(f"{prefix}_bleu_signature", "").replace("|", "\\|")  # no end of a table cell
+                signature = table_cell(scores.get(f"{prefix}_bleu_signature", ""))
                 rows.append(
                     f"| {result['name']} | {split} | {' | '.join(values)} | {f'`{signature}`' if signature else ''} |"
                 )
     return rows
+
+
+def table_cell(text: str) -> str:
+    """Text for a cell of a Markdown table, which a bar would end."""
+    return text.replace("|", "\\|")
 
 
 def _number(value: float | None) -> str:

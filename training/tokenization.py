@@ -57,6 +57,12 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     )
 
 
+def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer lower-cases text, so that scores must ignore case."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and "Lowercase" in str(backend.normalizer)
+
+
 def text_batches(dataset: Dataset, batch_size: int = 1000) -> Iterator[list[str]]:
     """All sources and targets of a data set, some at a time, so that they need not fit in memory."""
     for batch in dataset.select_columns(["source", "target"]).iter(batch_size):
