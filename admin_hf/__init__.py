@@ -5,6 +5,7 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from .averaging import average_checkpoints, last_checkpoints
 from .callback import AdminProfilingCallback, AdminPublishingCallback
 from .configuration_admin import AdminConfig
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
@@ -27,7 +28,9 @@ __all__ = [
     "AdminProfilingCallback",
     "AdminPublishingCallback",
     "ResidualProfile",
+    "average_checkpoints",
     "initialize_omega",
+    "last_checkpoints",
     "profile_residuals",
     "reparameterize",
 ]

@@ -2,17 +2,26 @@
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
+from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .checkpoints import explained_errors, one_line, replaced_model
 from .configuration_admin import STOCK_CONFIGS
+
+
+# In the header of averaged weights: of which checkpoints. What has it may be replaced by another average.
+AVERAGED = "averaged_checkpoints"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +57,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the exported weights; default: the checkpoint's",
     )
     command.set_defaults(run=export)
+
+    command = commands.add_parser(
+        "average",
+        help="make the mean of a run's last checkpoints one model",
+        description="Write the mean of the weights of a run's last complete checkpoints, with configuration and "
+        "tokenizer, as a model that is loaded, exported or trained on as any checkpoint. It usually translates better "
+        "than the last checkpoint alone. Works for Trainer's checkpoints of every model; an error leaves OUT as it "
+        "was.",
+        epilog="example: python -m admin_hf average runs/en-de en-de-average --last 10, and then "
+        "python -m admin_hf export en-de-average en-de-vanilla",
+    )
+    command.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a training run")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; an earlier average in it is replaced")
+    command.add_argument(
+        "--last", metavar="N", type=int, default=10, help="how many checkpoints, the newest ones; default: 10"
+    )
+    command.set_defaults(run=average)
     return parser
 
 
@@ -71,10 +97,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{checkpoint} {kind} {min(wrong)}: config.json and weights do not belong together.")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     folded = reparameterize(model, dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception:  # there is none, or a stranger's
-        tokenizer = None
+    tokenizer = _load_tokenizer(checkpoint)
     with replaced_model(out) as folder:
         folded.save_pretrained(folder)
         if tokenizer is not None:
@@ -97,6 +120,58 @@ def _check_out(checkpoint: Path, out: Path) -> None:
         model_type = None
     if model_type not in STOCK_CONFIGS:
         raise ValueError(f"{out} holds a {model_type!r} model, which the export would replace: name another folder.")
+
+
+def average(arguments: argparse.Namespace) -> None:
+    """Write the mean of a run's last checkpoints.
+
+    Raises:
+        OSError, ValueError: checkpoints are too few, cannot be read or do not fit together, or OUT not be written.
+    """
+    run, out = arguments.run_folder, arguments.out
+    checkpoints = last_checkpoints(run, arguments.last)
+    _check_average_out(run, out)
+    tokenizer = _load_tokenizer(checkpoints[-1], run)
+    names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+    with replaced_model(out) as folder:
+        weights = average_checkpoints(checkpoints)
+        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt", AVERAGED: names})
+        for pattern in ("config.json", "generation_config.json", "*.py"):  # code of a model that brings its own
+            for path in checkpoints[-1].glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    size = sum(tensor.numel() for tensor in weights.values()) / 1e6
+    print(f"{out}: the mean of {names}, {size:.2f} M weights")
+    if tokenizer is None:
+        print(f"{run} has no tokenizer that can be loaded: save one to {out} before you translate with it.")
+
+
+def _check_average_out(run: Path, out: Path) -> None:
+    """Refuse to write into a run or a checkpoint of it, and to replace anything but an earlier average."""
+    if out.is_dir() and saved_checkpoints(out):
+        raise ValueError(f"{out} is the folder of a run, with its checkpoints: name another folder.")
+    place = out.resolve()
+    if place.is_relative_to(run.resolve()) and any(map(is_checkpoint_name, place.relative_to(run.resolve()).parts)):
+        raise ValueError(f"{out} is the place of a checkpoint of the run: name another folder.")
+    if any((out / name).exists() for name in ("config.json", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        try:
+            with safe_open(out / SAFE_WEIGHTS_NAME, framework="pt") as weights:
+                is_average = AVERAGED in (weights.metadata() or {})
+        except (OSError, SafetensorError):
+            is_average = False
+        if not is_average:
+            raise ValueError(f"{out} holds a model that is no average of checkpoints: name another folder.")
+
+
+def _load_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the first source that has one of ours or Transformers'."""
+    for source in sources:
+        try:
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception:  # there is none, or a stranger's
+            continue
+    return None
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
         if source is not None and pickles and not any(Path(source).glob("*.safetensors")):
             raise OSError(
                 f"{source} holds its weights as a pickle ({pickles[0].name}), which can run code, and is refused: ask "
-                "for safetensors, or pass use_safetensors=False if you trust where it comes from."
+                "for safetensors or, if you trust its source, load it with use_safetensors=False and save it again."
             ) from error
         raise
     except Exception as error:  # a stranger's JSON can break any line that reads it

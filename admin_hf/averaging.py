@@ -1,0 +1,234 @@
+"""The mean of the weights of a run's last checkpoints, which translates better than the last one alone.
+
+Vaswani et al. (2017, section 6.1) take the last 5 or 20 checkpoints, the Admin paper those of the last 10 epochs.
+Average first and export then: ω is folded into other weights, so the mean of exports is not the export of the mean.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .checkpoints import check_weight_files, explained_errors
+
+
+# What may differ between the config.json of checkpoints: it changes neither the weights nor what they compute.
+_FREE = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "init_std", "label_smoothing"),
+    *("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"),
+    *("encoder_layerdrop", "decoder_layerdrop"),
+}
+
+# Entries that are summed at once: 2 MB in float64.
+_BLOCK = 2**18
+
+
+# --- which checkpoints ----------------------------------------------------------------------------
+
+
+def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
+    """Find the newest complete checkpoints of a run.
+
+    Args:
+        run: the output folder of a Trainer, with folders `checkpoint-500`, `checkpoint-1000`, … in it.
+        last: how many.
+
+    Returns:
+        Their folders, the newest last.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: it has fewer complete checkpoints, or `last` is below 1.
+    """
+    if last < 1:
+        raise ValueError(f"The number of checkpoints to average is {last}; it must be at least 1.")
+    if not Path(run).is_dir():
+        raise NotADirectoryError(f"There is no folder {run}.")
+    complete = complete_checkpoints(run)
+    if not complete:
+        raise ValueError(f"{run} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+    if len(complete) < last:
+        raise ValueError(
+            f"{run} has {len(complete)} complete checkpoints, fewer than {last}: take the last {len(complete)}, or "
+            "keep more of them in training (save_total_limit)."
+        )
+    return complete[-last:]
+
+
+def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run that were written to the end, in the order of their steps.
+
+    Trainer writes trainer_state.json last; where it is missing or cut, the process was killed before.
+    """
+    return [folder for folder in saved_checkpoints(run) if _is_complete(folder)]
+
+
+def saved_checkpoints(run: str | os.PathLike) -> list[Path]:
+    """All folders `checkpoint-N` of a run, complete or not, in the order of their steps."""
+    found = [path for path in Path(run).iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether Trainer names a checkpoint so."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# --- their mean -----------------------------------------------------------------------------------
+
+
+class _Stored(NamedTuple):
+    """Where a tensor of a checkpoint is, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def average_checkpoints(checkpoints: Sequence[str | os.PathLike]) -> dict[str, Tensor]:
+    """Average the weights of checkpoints of one model, of any architecture.
+
+    Sums are in float64. The checkpoints are compared before any weight is read, and read some entries at a time, so
+    memory holds the mean and little else, however many they are.
+
+    Args:
+        checkpoints: folders, each with a config.json and its weights in safetensors files, one or several.
+
+    Returns:
+        The mean of each tensor by name, in the shape and dtype of the checkpoints. Tied copies, which no checkpoint
+        holds, are left out. Tensors of integers are those of the checkpoints.
+
+    Raises:
+        OSError: a folder, its config.json or a file of its weights is missing, damaged, or a pickle.
+        ValueError: no checkpoints; a config.json of another model; tensors of other names, shapes or dtypes; integers
+            that differ; NaN or infinite entries.
+
+    Example:
+
+    ```python
+    average = average_checkpoints(last_checkpoints("runs/en-de", 10))
+    model.load_state_dict(average, strict=False)  # tied copies and positions are never saved
+    ```
+    """
+    folders = [Path(checkpoint) for checkpoint in checkpoints]
+    if not folders:
+        raise ValueError("There are no checkpoints to average: name at least one.")
+    _check_configs(folders)
+    stored = [_stored_tensors(folder) for folder in folders]
+    _check_same_tensors(folders, stored)
+    return {name: _average(name, [tensors[name] for tensors in stored]) for name in stored[0]}
+
+
+def _check_configs(folders: list[Path]) -> None:
+    first = _read_config(folders[0])
+    for folder in folders[1:]:
+        config = _read_config(folder)
+        for key in sorted((first.keys() | config.keys()) - _FREE):
+            if (value := config.get(key)) != (expected := first.get(key)):
+                raise ValueError(
+                    f"{folder} holds another model than {folders[0]}: {key} is {value!r} in its config.json, expected "
+                    f"{expected!r}."
+                )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise NotADirectoryError(f"There is no folder {folder}.")
+    with explained_errors(folder):
+        config, _ = PretrainedConfig.get_config_dict(folder)
+    if not config or not isinstance(config, dict):
+        raise OSError(f"{folder} has no config.json with the fields of a model.")
+    return config
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """The tensors of a checkpoint, from the headers of its files alone."""
+    tensors = {}
+    with explained_errors(folder):
+        check_weight_files(folder)
+        for file in _weight_files(folder):
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():
+                    part = weights.get_slice(name)
+                    tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    names = [SAFE_WEIGHTS_NAME]
+    if not (folder / SAFE_WEIGHTS_NAME).exists() and (index := folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder} has no file named {name}, which its weights should be in.")
+    return [folder / name for name in names]
+
+
+def _check_same_tensors(folders: list[Path], stored: list[dict[str, _Stored]]) -> None:
+    for folder, tensors in zip(folders, stored, strict=True):
+        for name in sorted(stored[0].keys() ^ tensors.keys()):
+            has, lacks = (folder, folders[0]) if name in tensors else (folders[0], folder)
+            raise ValueError(f"{lacks} has no tensor {name}, which {has} has.")
+        for name, expected in stored[0].items():
+            for what in ("shape", "dtype"):
+                if (value := getattr(tensors[name], what)) != getattr(expected, what):
+                    raise ValueError(
+                        f"{name} has the {what} {value} in {folder}, expected {getattr(expected, what)} as in "
+                        f"{folders[0]}."
+                    )
+
+
+def _average(name: str, stored: list[_Stored]) -> Tensor:
+    files = [tensor.file for tensor in stored]
+    average = torch.empty_like(_read(name, files[0]))
+    combine = _mean if average.is_floating_point() else _common
+    for start in range(0, len(average), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        average[block] = combine(name, files, block)
+    return average.view(stored[0].shape)
+
+
+def _read(name: str, file: Path) -> Tensor:
+    """A tensor as one row. It is mapped: entries take memory from their use to the end of the last reference."""
+    with explained_errors(file.parent), safe_open(file, framework="pt") as weights:
+        return weights.get_tensor(name).flatten()
+
+
+def _mean(name: str, files: list[Path], block: slice) -> Tensor:
+    total = torch.tensor(-0.0, dtype=torch.float64)  # −0 + x is x, also where x is −0
+    for file in files:
+        part = _read(name, file)[block].double()
+        if not bool(part.isfinite().all()):
+            raise ValueError(f"The checkpoint {file.parent} has NaN or infinite entries in {name}.")
+        total = total + part
+    return total / len(files)
+
+
+def _common(name: str, files: list[Path], block: slice) -> Tensor:
+    value = _read(name, files[0])[block]
+    for file in files[1:]:
+        if not torch.equal(_read(name, file)[block], value):
+            raise ValueError(
+                f"{name} is no floating-point tensor, and differs between {files[0].parent} and {file.parent}."
+            )
+    return value
+
+
+__all__ = ["average_checkpoints", "complete_checkpoints", "last_checkpoints"]
