@@ -18,46 +18,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_smoothing: float, pad_id: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         with torch.autocast(device_type, enabled=False):
-            w, b = weight.to(dtype), bias.float()
+            w, b = weight.to(dtype), bias.to(dtype)
             smoothed = label_smoothing / (weight.shape[0] - 1)
             # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
             w_sum = weight.float().sum(0) - weight[pad_id].float()
-            b_sum = b[:pad_id].sum() + b[pad_id + 1 :].sum()
+            b_sum = bias[:pad_id].float().sum() + bias[pad_id + 1 :].float().sum()
             needs_hidden, needs_weight = ctx.needs_input_grad[:2]
             grad_hidden = torch.empty_like(hidden) if needs_hidden else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            loss = hidden.new_zeros((), dtype=torch.float32)
+            loss, nll = hidden.new_zeros(2, dtype=torch.float32)
 
             rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
             for start in range(0, hidden.shape[0], rows):
-                h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows]
+                h, y = hidden[start : start + rows], labels[start : start + rows]
                 real = y.ne(-100).float()
                 y = y.clamp(min=0).unsqueeze(1)
-                z = (h @ w.T).float() + b
-                lse = z.logsumexp(dim=1)
-                nll = lse - (1 - label_smoothing) * z.gather(1, y).squeeze(1)
-                loss += ((nll - smoothed * (h.float() @ w_sum + b_sum)) * real).sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding
-                dz = z.sub_(lse.unsqueeze(1)).exp_().sub_(smoothed)
-                dz.scatter_add_(1, y, torch.full_like(y, label_smoothing - 1, dtype=dz.dtype))
+                z = torch.addmm(b, h.to(dtype), w.T)
+                p = z.softmax(dim=1, dtype=torch.float32)
+                lse = z.amax(dim=1).float() - p.amax(dim=1).log()
+                z_y = z.gather(1, y).squeeze(1).float()
+                nll += ((lse - z_y) * real).sum()
+                smoothing = label_smoothing * z_y - smoothed * (h.float() @ w_sum + b_sum)
+                loss += ((lse - z_y + smoothing) * real).sum()
+                # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind
+                # the products, where it is a vector
+                dz = p.scatter_add_(1, y, torch.full_like(y, label_smoothing - 1, dtype=p.dtype))
                 dz[:, pad_id] = 0
-                dz = dz.mul_(real.unsqueeze(1)).to(dtype)
+                dz = dz.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = dz @ w
+                    grad_hidden[start : start + rows] = (dz @ w - smoothed * w_sum) * real.unsqueeze(1)
                 if grad_weight is not None:
-                    grad_weight += dz.T @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
+                    h = h * real.unsqueeze(1)
+                    grad_weight += dz.T @ h.to(dtype)
+                    grad_weight -= smoothed * h.float().sum(0)
+            if grad_weight is not None:
+                grad_weight[pad_id] = 0
+                grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -72,7 +79,7 @@ def linear_cross_entropy(
     pad_token_id: int,
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the output layer's predictions, averaged over real targets, with label smoothing ε.
 
         loss = lse(z) − (1−ε) z_y − ε/(V−1) Σ_{v≠pad} z_v,    z = hidden · weightᵀ + bias
@@ -92,7 +99,7 @@ def linear_cross_entropy(
             average over all targets of an update; by default the targets of this batch.
 
     Returns:
-        The loss, a float32 scalar.
+        The loss and, without smoothing and without a gradient, the negative log-likelihood: float32 scalars.
     """
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
@@ -101,5 +108,5 @@ def linear_cross_entropy(
         # Selecting rows would make a GPU wait for the CPU; there, padded rows are computed and weighted with 0
         real = labels.ne(-100)
         hidden, labels = hidden[real], labels[real]
-    total = _LinearCrossEntropy.apply(hidden, weight, bias.flatten(), labels, label_smoothing, pad_token_id)
-    return total / num_items_in_batch
+    loss, nll = _LinearCrossEntropy.apply(hidden, weight, bias.flatten(), labels, label_smoothing, pad_token_id)
+    return loss / num_items_in_batch, nll / num_items_in_batch

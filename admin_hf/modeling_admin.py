@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_admin import AdminConfig
+from .dropout import dropout
 from .loss import linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
 from .residual import SYSTEMS, AdminConnection, ResidualSystem
@@ -42,11 +44,11 @@ class _ResidualLayer(nn.Module):
     def residual(self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
         f = branch(connection.branch_input(x))
-        return connection(x, nn.functional.dropout(f, p=self.dropout, training=self.training))
+        return connection(x, dropout(f, self.dropout, self.training))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         x = self.activation_fn(self.fc1(x))
-        return self.fc2(nn.functional.dropout(x, p=self.activation_dropout, training=self.training))
+        return self.fc2(dropout(x, self.activation_dropout, self.training))
 
 
 # Differences to MarianEncoderLayer:
@@ -228,6 +230,17 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
         self.post_init()
 
 
+@dataclass
+class AdminSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """What a model in train mode returns: `loss` is smoothed, `logits` is None.
+
+    Attributes:
+        nll_loss: the loss without label smoothing, a scalar without a gradient.
+    """
+
+    nll_loss: Tensor | None = None
+
+
 class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     """An Admin Transformer for translation, to be used as any sequence-to-sequence model of Transformers.
 
@@ -321,7 +334,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         }
         if labels is not None and self.training:
             decoded = self.model(**inputs)
-            loss = linear_cross_entropy(
+            loss, nll = linear_cross_entropy(
                 decoded.last_hidden_state,
                 self.lm_head.weight,
                 self.final_logits_bias,
@@ -330,7 +343,8 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
                 label_smoothing=self.config.label_smoothing,
                 num_items_in_batch=num_items_in_batch,
             )
-            return Seq2SeqLMOutput(loss=loss, **{k: v for k, v in decoded.items() if k != "last_hidden_state"})
+            rest = {name: value for name, value in decoded.items() if name != "last_hidden_state"}
+            return AdminSeq2SeqLMOutput(loss=loss, nll_loss=nll, **rest)
 
         outputs = super().forward(**inputs)
         if torch.is_grad_enabled():

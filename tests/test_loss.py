@@ -38,7 +38,7 @@ def test_loss_and_gradients_equal_the_plain_computation(problem, smoothing, chun
     hidden, weight, bias, labels = problem
     expected = plain_loss(hidden, weight, bias, labels, smoothing).mean()
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, smoothing)
+    loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, smoothing)
     grads = torch.autograd.grad(loss, (hidden, weight))
     # Sums are in float32 whatever the input
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
@@ -51,17 +51,17 @@ def test_num_items_in_batch_divides_the_summed_loss(problem):
     hidden, weight, bias, labels = problem
     total = plain_loss(hidden, weight, bias, labels, 0.1).sum()
     for items in (100, torch.tensor(100)):
-        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1, num_items_in_batch=items)
+        loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1, num_items_in_batch=items)
         torch.testing.assert_close(loss.double(), total / 100, rtol=1e-6, atol=1e-6)
 
 
 def test_padded_rows_count_nothing_where_they_are_not_cut_out(problem):
     """On a GPU rows are weighted, not selected: both give the same."""
     hidden, weight, bias, labels = problem
-    selected = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    selected, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
     selected_grads = torch.autograd.grad(selected, (hidden, weight))
     rows, targets = hidden.flatten(0, 1), labels.flatten()
-    total = admin_hf.loss._LinearCrossEntropy.apply(rows, weight, bias.flatten(), targets, 0.1, PAD)
+    total, _ = admin_hf.loss._LinearCrossEntropy.apply(rows, weight, bias.flatten(), targets, 0.1, PAD)
     weighted = total / targets.ne(-100).sum()
     torch.testing.assert_close(weighted, selected)
     torch.testing.assert_close(torch.autograd.grad(weighted, (hidden, weight)), selected_grads)
@@ -70,7 +70,7 @@ def test_padded_rows_count_nothing_where_they_are_not_cut_out(problem):
 def test_no_gradients_are_computed_where_none_is_wanted(problem):
     hidden, weight, bias, labels = problem
     with torch.no_grad():
-        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD)
+        loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD)
     assert not loss.requires_grad
     torch.testing.assert_close(
         loss.double(), plain_loss(hidden, weight, bias, labels, 0.0).mean(), rtol=1e-6, atol=1e-6
@@ -79,7 +79,7 @@ def test_no_gradients_are_computed_where_none_is_wanted(problem):
 
 def test_a_batch_without_targets_has_loss_zero(problem):
     hidden, weight, bias, labels = problem
-    loss = linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, -100), PAD, 0.1)
+    loss, _ = linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, -100), PAD, 0.1)
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
 
@@ -88,7 +88,7 @@ def test_autocast_computes_products_in_bfloat16_and_sums_in_float32(problem):
     hidden, weight, bias, labels = (t.detach().float() if t.is_floating_point() else t for t in problem)
     hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+        loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
     expected = plain_loss(hidden, weight, bias, labels, 0.1).mean()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
