@@ -6,7 +6,7 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .averaging import average_checkpoints, last_checkpoints
-from .callback import AdminProfilingCallback, AdminPublishingCallback
+from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
 from .configuration_admin import AdminConfig
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
@@ -31,6 +31,7 @@ __all__ = [
     "average_checkpoints",
     "initialize_omega",
     "last_checkpoints",
+    "profile_and_initialize",
     "profile_residuals",
     "reparameterize",
 ]

@@ -74,7 +74,7 @@ def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
 
 def saved_checkpoints(run: str | os.PathLike) -> list[Path]:
     """All folders `checkpoint-N` of a run, complete or not, in the order of their steps."""
-    found = [path for path in Path(run).iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint_name(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 

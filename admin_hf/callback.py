@@ -2,10 +2,12 @@
 
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,8 +33,8 @@ class AdminProfilingCallback(TrainerCallback):
     happens when training is resumed, or when ω was initialised before or loaded.
 
     Raises:
-        RuntimeError: weights cannot be written in place at that moment (DeepSpeed, FSDP), or `DataParallel` would
-            throw the result away.
+        RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
+            called before; or `DataParallel` would throw the result away.
 
     Example:
 
@@ -44,6 +46,17 @@ class AdminProfilingCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._hook: Any = None
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if sharding(args) == "FSDP":
+            _make_embedding_one_module(_unwrapped(model))
 
     def on_train_begin(
         self,
@@ -68,11 +81,7 @@ class AdminProfilingCallback(TrainerCallback):
         # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
         def profile_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
             self._remove_hook()
-            profile = _profile_on_first_process(module, batch, args)
-            initialize_omega(module, profile)
-            if state.is_world_process_zero:
-                profile.save(Path(str(args.output_dir)) / PROFILE_NAME)
-                tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
+            profile_and_initialize(module, batch, str(args.output_dir))
 
         self._remove_hook()
         self._hook = model.register_forward_pre_hook(torch.compiler.disable(profile_first_batch), with_kwargs=True)
@@ -86,24 +95,91 @@ class AdminProfilingCallback(TrainerCallback):
             self._hook = None
 
 
-def _profile_on_first_process(
-    model: AdminPreTrainedModel, batch: dict[str, Any], args: TrainingArguments
+def profile_and_initialize(
+    model: AdminPreTrainedModel, batch: Mapping[str, Any], output_dir: str | os.PathLike
 ) -> ResidualProfile:
-    profiles = [profile_residuals(model, batch) if args.process_index == 0 else None]
+    """Profile the model on the first process, and initialise ω on all of them.
+
+    A table of ω is printed, and the profile is saved as `residual_profile.json` in `output_dir`. This is what
+    [`AdminProfilingCallback`] does with the first batch. Where weights will be sharded (see [`sharding`]), call it
+    before `trainer.train()`, while every process still has them whole. All processes must call it.
+
+    Args:
+        model: the model, not wrapped or sharded yet, with the same weights on every process.
+        batch: what the model's forward takes; only the first process's is used.
+        output_dir: where the first process saves the profile.
+
+    Returns:
+        The profile, the same on all processes.
+
+    Raises:
+        ValueError: as [`profile_residuals`] and [`initialize_omega`].
+
+    Example:
+
+    ```python
+    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=[AdminProfilingCallback()])
+    if sharding(args) and not model.omega_initialized:
+        batch = trainer.data_collator([dataset[i] for i in range(64)])
+        profile_and_initialize(model, batch, args.output_dir)
+    trainer.train()
+    ```
+    """
+    first = PartialState().is_main_process
+    profiles = [profile_residuals(model, batch) if first else None]
     broadcast_object_list(profiles)
-    return cast(ResidualProfile, profiles[0])
+    profile = cast(ResidualProfile, profiles[0])
+    initialize_omega(model, profile)
+    if first:
+        profile.save(Path(output_dir) / PROFILE_NAME)
+        tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
+    return profile
+
+
+def sharding(args: TrainingArguments) -> str | None:
+    """What spreads the model's weights over the processes when training begins: "FSDP", "DeepSpeed" or None.
+
+    It is asked for by a training argument or by `accelerate launch`.
+    """
+    for kind, argument in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
+        launched = parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}")
+        # On a CPU, Trainer turns both into DistributedDataParallel
+        if (argument or launched) and not args.use_cpu:
+            return kind
+    return None
+
+
+def _make_embedding_one_module(model: AdminPreTrainedModel) -> None:
+    """Hold the embedding in one module, under one name, where Marian has three modules that share its weight.
+
+    accelerate shards the one it knows of, and PyTorch then refuses the others. Nor does a checkpoint of FSDP2 load
+    again in which the weight of one module has several names.
+    """
+    base: Any = model.base_model
+    if not base.config.share_encoder_decoder_embeddings:
+        return
+    base.set_input_embeddings(base.get_input_embeddings())
+    aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+    def leave_out_aliases(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for alias in aliases:
+            state_dict.pop(prefix + alias)
+
+    def add_aliases(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (name := f"{prefix}shared.weight") in state_dict:
+            state_dict.update({prefix + alias: state_dict[name] for alias in aliases})
+
+    base.register_state_dict_post_hook(leave_out_aliases)
+    base.register_load_state_dict_pre_hook(add_aliases)
 
 
 def _check_writable(args: TrainingArguments) -> None:
     by_hand = (
-        "profile before the Trainer is built: `initialize_omega(model, profile_residuals(model, batch))`, with "
-        "`batch = data_collator([train_dataset[i] for i in range(64)])`."
+        "profile before the Trainer is built: `profile_and_initialize(model, batch, args.output_dir)`, which calls "
+        "`initialize_omega`, with `batch = data_collator([train_dataset[i] for i in range(64)])`."
     )
-    for kind, argument in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
-        launched = parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}")
-        # On a CPU, Trainer turns FSDP into DistributedDataParallel
-        if (argument or launched) and not args.use_cpu:
-            raise RuntimeError(f"Under {kind} the weights cannot be changed once the Trainer holds them: {by_hand}")
+    if kind := sharding(args):
+        raise RuntimeError(f"Under {kind} the weights cannot be changed once the Trainer holds them: {by_hand}")
     if args.n_gpu > 1:
         raise RuntimeError(
             f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "

@@ -159,6 +159,8 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             ValueError: the model cannot be folded (see [`reparameterize`]).
             NotADirectoryError: `save_directory` is a file.
         """
+        if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
+            state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
         if not is_main_process:
             if not reparameterize:
                 super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import randomize
+import torch
+from conftest import padded_batch, randomize
+from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM, MarianMTModel
 
 import run_translation
 from admin_hf import AdminForConditionalGeneration
+from admin_hf.__main__ import main as admin_hf_main
 from training.embedded_data import write_embedded_data
 
 
@@ -24,9 +27,9 @@ def launch(folder: Path, processes: int, *options: str) -> list[dict]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-def run_processes(script: list[str], processes: int) -> None:
-    """Run a Python script in one process, or in several by torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def run_processes(script: list[str], processes: int, launcher: list[str] | None = None) -> None:
+    """Run a Python script in one process, or in several by torchrun or by the launcher given."""
+    launcher = launcher or ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), *script]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["tests", "."])}
     done = subprocess.run(
@@ -112,3 +115,70 @@ def test_two_processes_export_and_score_the_vanilla_model(tmp_path):
         assert results[f"vanilla_eval_{name}"] == results[f"eval_{name}"], name
     assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "vanilla")) is MarianMTModel
     assert (tmp_path / "run" / "vanilla" / "README.md").exists()
+
+
+# --- sharded weights ------------------------------------------------------------------------------
+
+SHARDED_SCRIPT = SCRIPT.with_name("train_sharded.py")
+FSDP_CONFIG = SCRIPT.parents[2] / "hub_configs" / "accelerate" / "fsdp.yaml"
+
+
+@pytest.fixture(scope="module")
+def one_and_sharded(tmp_path_factory) -> tuple[Path, Path]:
+    """Runs on the same batches of 8: in one process, and on two that `accelerate launch` starts with fsdp.yaml."""
+    one, sharded = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("sharded")
+    run_processes([str(SHARDED_SCRIPT), str(one), "8"], 1)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(FSDP_CONFIG), "--num_processes", "2"]
+    run_processes([str(SHARDED_SCRIPT), str(sharded), "4"], 2, launcher)
+    return one, sharded
+
+
+def reports(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AdminForConditionalGeneration.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.slow
+def test_sharded_processes_train_as_one(one_and_sharded):
+    one, sharded = one_and_sharded
+    (expected,), (first, second) = reports(one), reports(sharded)
+    assert expected["held"] == 0 and first["held"] + second["held"] == first["parameters"] == expected["parameters"]
+    assert first["held"] < 0.6 * first["parameters"]
+    profiles = [(folder / "residual_profile.json").read_text() for folder in one_and_sharded]
+    assert profiles[0] == profiles[1]
+    for name in ("losses", "test_loss"):
+        assert first[name] == second[name] == pytest.approx(expected[name], rel=1e-6)
+    assert first["predictions"] == second["predictions"] == expected["predictions"]
+    weights, other = saved_weights(one / "checkpoint-4"), saved_weights(sharded / "checkpoint-4")
+    for name in weights:
+        if not name.endswith("k_proj.bias"):  # of which the gradient is 0, but for rounding, which Adam magnifies
+            assert torch.allclose(weights[name], other[name], rtol=0, atol=5e-6), name
+
+
+@pytest.mark.slow
+def test_a_sharded_run_resumes_exactly(one_and_sharded):
+    folder = one_and_sharded[1]
+    for report in reports(folder):
+        assert report["losses_resumed"] == report["losses"]
+    weights, resumed = saved_weights(folder / "checkpoint-4"), saved_weights(folder / "resumed" / "checkpoint-4")
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_sharded_run_is_whole_and_exports(one_and_sharded, tmp_path):
+    one, sharded = (folder / "checkpoint-4" for folder in one_and_sharded)
+    shapes = []
+    for folder in (one, sharded):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            shapes.append({name: file.get_slice(name).get_shape() for name in file.keys() if name != "lm_head.weight"})
+    assert shapes[0] == shapes[1]
+    assert admin_hf_main(["export", str(sharded), str(tmp_path / "vanilla")]) == 0
+    stock = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "vanilla").eval()
+    assert type(stock) is MarianMTModel
+    trained = AdminForConditionalGeneration.from_pretrained(one).eval()
+    with torch.no_grad():
+        logits, expected = (model(**padded_batch()).logits for model in (stock, trained))
+    assert torch.allclose(logits, expected, atol=2e-5)
