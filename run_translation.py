@@ -7,14 +7,17 @@
 or `python run_translation.py recipe.json`, where the file holds the same arguments. The same command on its own
 output_dir goes on where the run was stopped. The trained model is also exported to output_dir/vanilla, a stock
 checkpoint without ω, which `--push_to_hub` publishes. Exit codes: 0 done, 2 an input cannot be used (or the Hub not be
-reached), 130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint.
+reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143 stopped by Ctrl-C and SIGTERM with a
+checkpoint.
 """
 
 import copy
+import json
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import datasets
@@ -22,7 +25,8 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, set_seed
+from safetensors import SafetensorError
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -30,25 +34,35 @@ from admin_hf import (
     AdminProfilingCallback,
     ResidualProfile,
     initialize_omega,
+    profile_and_initialize,
     reparameterize,
 )
+from admin_hf.averaging import average_checkpoints, complete_checkpoints
+from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line, replaced_model
+from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
+from training.checkpointing import remove_incomplete_checkpoints, writing
+from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
 from training.files import write_whole
 from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
 from training.model_card import VANILLA_NAME, write_card
+from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
-from training.trainer import StopOnSignal, TranslationCollator, TranslationTrainer
+from training.trainer import EarlyStopping, TranslationCollator, TranslationTrainer
 
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_NAME = "generated_predictions.txt"
+DECODES_NAME = "decodes.jsonl"
+RESULTS_NAME = "results.json"
+RESULTS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Divergence as error:
+        print(f"{error} The last good checkpoint is kept.", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -83,12 +100,16 @@ def run(arguments: args.Arguments) -> int:
 
     if training_args.do_train and args.finished_checkpoint(training_args):
         logger.info("Nothing is left to train.")
-        trainer.save_model()  # in case that the run was killed just before
+        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+        save(trainer)  # in case that the run was killed just before
     elif training_args.do_train:
         train(trainer, arguments)
     if stop.received is not None:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
         return 128 + stop.received
+    weights = [model_args.model_name_or_path]
+    if training_args.do_train or not model_args.model_name_or_path:
+        weights = load_average(trainer) if training_args.average_last else [args.finished_checkpoint(training_args)]
     trainer.end_autocast()
     problem = export(trainer) if training_args.do_train else None
     exported = training_args.do_train and problem is None
@@ -98,6 +119,8 @@ def run(arguments: args.Arguments) -> int:
         scores |= evaluate(trainer, vanilla)
     if training_args.do_predict:
         scores |= predict(trainer, vanilla, data["test"], raw["test"])
+        log_decode(arguments, trainer, weights, scores)
+    write_results(trainer, weights, scores)
     if exported:
         finish_vanilla(trainer, arguments, scores)
     elif problem is not None and training_args.push_to_hub:
@@ -157,9 +180,9 @@ def tokenize(
     raw: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: args.Arguments
 ) -> dict[str, Dataset]:
     """Turn every split into token ids."""
-    _, data_args, _ = arguments
+    _, data_args, training_args = arguments
     return {
-        split: parallel.tokenize_for_training(dataset, tokenizer, data_args)
+        split: parallel.tokenize_for_training(dataset, tokenizer, data_args, training_args.max_tokens)
         if split == "train"
         else parallel.tokenize_for_evaluation(dataset, tokenizer, data_args, split)
         for split, dataset in raw.items()
@@ -204,7 +227,11 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
         except ValueError as error:
             raise InputError(f"--push_to_hub: {error}") from error
     model.config.label_smoothing = training_args.label_smoothing_factor
-    set_generation(model, data_args.val_max_target_length, training_args.generation_num_beams or data_args.num_beams)
+    if training_args.use_cpu and training_args.bf16:
+        # On a CPU the backward pass of PyTorch's fused attention takes more than half of a step in bfloat16
+        model.set_attn_implementation("eager")
+    num_beams = training_args.generation_num_beams or data_args.num_beams
+    set_generation(model, data_args.val_max_target_length, num_beams, data_args.length_penalty)
     if model_args.residual_profile:
         try:
             initialize_omega(model, ResidualProfile.load(model_args.residual_profile))
@@ -221,16 +248,23 @@ def build_trainer(
     stop: StopOnSignal,
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
+    training_args = arguments[2]
+    callbacks = [AdminProfilingCallback(), stop]
+    if training_args.early_stopping_patience:
+        callbacks.append(EarlyStopping(training_args.early_stopping_patience))
     try:
         return TranslationTrainer(
-            metric=TranslationMetric(lowercase=lowercases(tokenizer)),
+            metric=TranslationMetric(lowercases(tokenizer), arguments[1].target_lang),
+            residuals=ResidualMonitor(model),
             model=model,
-            args=arguments[2],
+            args=training_args,
             train_dataset=data.get("train"),
             eval_dataset=data.get("validation"),
             processing_class=tokenizer,
-            data_collator=TranslationCollator(tokenizer, model=model),
-            callbacks=[AdminProfilingCallback(), stop],
+            data_collator=TranslationCollator(
+                tokenizer, model=model, pad_to_multiple_of=training_args.pad_to_multiple_of
+            ),
+            callbacks=callbacks,
         )
     except HfHubHTTPError as error:  # Trainer makes the repository
         raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
@@ -242,13 +276,79 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     checkpoint = training_args.resume_from_checkpoint or args.get_last_checkpoint_or_none(training_args)
     if trainer.is_world_process_zero():
         args.record_arguments(arguments)
-        args.remove_incomplete_checkpoints(training_args)
+        remove_incomplete_checkpoints(Path(training_args.output_dir))
+        for outdated in (DIVERGENCE_NAME, *(f"{name}_results.json" for name in RESULTS)):
+            Path(training_args.output_dir, outdated).unlink(missing_ok=True)
+    if checkpoint is None:
+        profile_before_sharding(trainer)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(f"Training {parameters:,} parameters{f', going on from {checkpoint}' if checkpoint else ''}.")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except Divergence as divergence:
+        if trainer.is_world_process_zero():
+            divergence.save(Path(training_args.output_dir), args.get_last_checkpoint_or_none(training_args))
+        raise
+    save(trainer)
+    end_sharding(trainer)
     report(trainer, "train", result.metrics)
+
+
+def save(trainer: TranslationTrainer) -> None:
+    """Save the model and the state of its training, as the run's result.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    if trainer.state.global_step == 0:  # of an earlier session, which may have been killed before it saved this
+        folders = (trainer.args.output_dir, args.get_last_checkpoint_or_none(trainer.args))
+        states = [path for folder in folders if folder and (path := Path(folder, "trainer_state.json")).exists()]
+        trainer.state = TrainerState.load_from_json(states[0])
+    with writing(f"The model in {trainer.args.output_dir}"):
+        trainer.save_model()
+        trainer.save_state()
+
+
+def profile_before_sharding(trainer: TranslationTrainer) -> None:
+    """Initialise ω while every process has whole weights; where they stay whole, the callback does it at step 1."""
+    if sharding(trainer.args) is None or trainer.model.omega_initialized:
+        return
+    dataset = trainer._remove_unused_columns(trainer.train_dataset, "training")
+    rows = range(min(trainer.args.per_device_train_batch_size, len(dataset)))
+    if trainer.args.max_tokens:
+        rows = next(iter(trainer.batch_sampler))
+    batch = trainer.data_collator([dataset[i] for i in rows])
+    profile_and_initialize(trainer.model, batch, trainer.args.output_dir)
+
+
+def end_sharding(trainer: TranslationTrainer) -> None:
+    """Give every process the whole model that was saved, to be averaged, folded and scored."""
+    if sharding(trainer.args) is None:
+        return
+    trainer.accelerator.wait_for_everyone()
+    model = AdminForConditionalGeneration.from_pretrained(trainer.args.output_dir)
+    trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
+    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+
+
+def load_average(trainer: TranslationTrainer) -> list[str]:
+    """Give the model the mean of the run's last checkpoints, saved as the run's model; returns their folders.
+
+    Raises:
+        InputError: a checkpoint cannot be read, or does not fit the others.
+    """
+    checkpoints = complete_checkpoints(trainer.args.output_dir)[-trainer.args.average_last :]
+    if len(checkpoints) < trainer.args.average_last:
+        logger.warning(f"--average_last {trainer.args.average_last}: there are only {len(checkpoints)} checkpoints.")
+    try:
+        average = average_checkpoints(checkpoints)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--average_last: {one_line(error)}") from error
+    trainer.model.load_state_dict(average, strict=False)  # tied copies and positions are never saved
+    logger.info(f"The model is the mean of {', '.join(path.name for path in checkpoints)}.")
+    if trainer.args.do_train:
+        save(trainer)
+    return [str(path) for path in checkpoints]
 
 
 def export(trainer: TranslationTrainer) -> str | None:
@@ -261,7 +361,7 @@ def export(trainer: TranslationTrainer) -> str | None:
             with replaced_model(folder) as staging:
                 folded.save_pretrained(staging)
                 trainer.processing_class.save_pretrained(staging)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, SafetensorError) as error:
             problem = [str(error)]
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, and out of date now
     broadcast_object_list(problem)
@@ -283,6 +383,7 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
         processing_class=trainer.processing_class,
         data_collator=TranslationCollator(trainer.processing_class, model=model),
     )
+    vanilla.is_fsdp_enabled = vanilla.is_deepspeed_enabled = False
     vanilla.end_autocast()
     return vanilla
 
@@ -322,15 +423,39 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     return metrics
 
 
+def log_decode(arguments: args.Arguments, trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
+    """Add a line to decodes.jsonl: a test set that was decoded many times has been tuned on."""
+    if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
+        return
+    generation = trainer.model.generation_config
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "test": arguments[1].test_file or arguments[1].dataset_name,
+        "weights": weights,
+        "num_beams": generation.num_beams,
+        "length_penalty": generation.length_penalty,
+        **{name: score for name, score in scores.items() if name.startswith("test_")},
+    }
+    with Path(trainer.args.output_dir, DECODES_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def write_results(trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
+    """Write results.json: which weights were scored, and what they scored in this session."""
+    if trainer.is_world_process_zero():
+        record = {"weights": weights, "parameters": trainer.model.num_parameters(), "scores": scores}
+        write_whole(Path(trainer.args.output_dir, RESULTS_NAME), json.dumps(record, indent=1) + "\n")
+
+
 def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
     """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
     names = [f"{split}_{name}" for name in trainer.metric.scorers]
     scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
     trainer.save_metrics(f"vanilla_{split}", scores)
     if trainer.is_world_process_zero():
-        print(f"{'':12}{'trained':>10}{'vanilla':>10}")
+        print(f"{'':16}{'trained':>10}{'vanilla':>10}")
         for name in names:
-            print(f"{name:12}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
+            print(f"{name:16}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
     return scores
 
 

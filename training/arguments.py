@@ -1,21 +1,23 @@
 """Arguments of run_translation.py: the names and meanings of Hugging Face's own script, and a few of ours."""
 
 import json
-import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, get_last_checkpoint
+
+from admin_hf.averaging import complete_checkpoints
 
 from .errors import InputError
 from .files import write_whole
+from .optimization import RADAM
 
 
 ARGUMENTS_NAME = "arguments.json"
@@ -100,6 +102,10 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first validation pairs only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first test pairs only."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams of evaluation and prediction. Default: 1."})
+    length_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Beams are compared by log-likelihood / length^length_penalty. Default: 1."},
+    )
     source_prefix: str | None = field(default=None, metadata={"help": "Text to put before every source."})
 
     def __post_init__(self) -> None:
@@ -114,10 +120,44 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     predict_with_generate: bool = field(
         default=True, metadata={"help": "Translate when evaluating, which BLEU needs. Off: only the loss."}
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "Batches of similar length by default, to save padding."}
+    max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a batch on each device, in place of per_device_train_batch_size: pairs times longest "
+            "side, as fairseq counts. Pairs of similar length come together; longer pairs are skipped and counted."
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad lengths to a multiple of this, such as 8 for the tensor cores of a GPU."}
+    )
+    optim: str = field(
+        default=Seq2SeqTrainingArguments.default_optim,
+        metadata={"help": "'radam', or any optimiser of Trainer. All decay weights decoupled."},
+    )
+    warmup_init_lr: float = field(
+        default=0.0, metadata={"help": "Learning rate that warm-up starts from (the paper: 1e-7)."}
+    )
+    average_last: int | None = field(
+        default=None,
+        metadata={"help": "Average the last so many checkpoints when training is done; that is the run's model."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better score by metric_for_best_model ('bleu', 'loss')."
+        },
+    )
+    fp16_scale_window: int = field(
+        default=256, metadata={"help": "Updates without an overflow after which the loss scale of fp16 is doubled."}
+    )
+    fp16_min_scale: float = field(
+        default=0.03125, metadata={"help": "Smallest loss scale of fp16. Ten overflows in a row there are divergence."}
     )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many updates."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard" if is_tensorboard_available() else "none",
+        metadata={"help": "Where logs go: 'tensorboard' (if installed), 'wandb', 'trackio', 'all' or 'none'."},
+    )
     push_to_hub: bool = field(
         default=False,
         metadata={"help": "Push the vanilla model with tokenizer and model card to the Hub at the end."},
@@ -125,6 +165,16 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     hub_strategy: str = field(
         default="end", metadata={"help": "'end' is the only choice: checkpoints stay in output_dir."}
     )
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience and not self.average_last:
+            self.load_best_model_at_end = True
+        elif self.early_stopping_patience:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
+        super().__post_init__()
+        if optim == RADAM:  # which Trainer does not know
+            self.optim = RADAM
 
 
 Arguments = tuple[ModelArguments, DataTrainingArguments, TranslationTrainingArguments]
@@ -189,6 +239,8 @@ def check_arguments(
     at_least_one = ("max_source_length", "max_target_length", "val_max_target_length", "num_beams")
     at_least_one += ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
     at_least_one += ("vocab_size", "per_device_train_batch_size", "per_device_eval_batch_size")
+    at_least_one += ("max_tokens", "pad_to_multiple_of", "average_last", "early_stopping_patience")
+    at_least_one += ("fp16_scale_window",)
     values = vars(training) | vars(model) | vars(data)
     for name in at_least_one:
         if values[name] is not None and values[name] < 1:
@@ -197,6 +249,17 @@ def check_arguments(
         raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be at least 0 and below 1.")
     if training.seed < 0:
         raise InputError(f"--seed {training.seed} must be at least 0.")
+    if not 0 <= training.warmup_init_lr <= training.learning_rate:
+        raise InputError(
+            f"--warmup_init_lr {training.warmup_init_lr} must be at least 0 and at most the learning rate, "
+            f"{training.learning_rate}."
+        )
+    if training.fp16_min_scale <= 0:
+        raise InputError(f"--fp16_min_scale {training.fp16_min_scale} must be above 0.")
+    if training.early_stopping_patience and training.eval_strategy == IntervalStrategy.NO:
+        raise InputError("--early_stopping_patience needs --eval_strategy epoch or steps.")
+    if training.average_last:
+        _check_averaging(training)
     if training.push_to_hub and not training.do_train:
         raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
     if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
@@ -214,6 +277,16 @@ def check_arguments(
         )
 
 
+def _check_averaging(training: TranslationTrainingArguments) -> None:
+    last, kept = training.average_last, training.save_total_limit
+    if training.load_best_model_at_end:
+        raise InputError(f"--average_last {last} and --load_best_model_at_end choose different models: give one.")
+    if training.save_strategy == SaveStrategy.NO:
+        raise InputError(f"--average_last {last} needs checkpoints: give --save_strategy epoch or steps.")
+    if kept is not None and kept < last:
+        raise InputError(f"--average_last {last} needs more checkpoints than --save_total_limit {kept} keeps.")
+
+
 def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
     """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
 
@@ -226,38 +299,22 @@ def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
     done = state["global_step"] >= training.max_steps > 0 or (
         training.max_steps <= 0 and state["epoch"] >= training.num_train_epochs
     )
+    stopping = state["stateful_callbacks"].get("EarlyStopping")
+    if training.early_stopping_patience and stopping:
+        done |= stopping["attributes"]["early_stopping_patience_counter"] >= training.early_stopping_patience
     if training.do_train and not done:
         return None
     best = state.get("best_model_checkpoint")
-    return best if training.load_best_model_at_end and best and Path(best).is_dir() else checkpoint
+    if training.load_best_model_at_end and best:
+        best = Path(training.output_dir, Path(best).name)  # wherever the run has been moved to
+        checkpoint = str(best) if best.is_dir() else checkpoint
+    return checkpoint
 
 
 def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str | None:
     """The newest complete checkpoint of the run in output_dir. Trainer writes trainer_state.json last."""
-    folder = Path(training.output_dir)
-    if not folder.is_dir():
-        return None
-    complete = [path for path in _checkpoints(folder) if _is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def remove_incomplete_checkpoints(training: TranslationTrainingArguments) -> None:
-    """Remove what a killed run was writing: Trainer would count it as its newest checkpoint, and delete good ones."""
-    for path in _checkpoints(Path(training.output_dir)):
-        if not _is_complete(path):
-            shutil.rmtree(path)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    complete = complete_checkpoints(training.output_dir)
+    return str(complete[-1]) if complete else None
 
 
 # --- one output_dir, one run ----------------------------------------------------------------------
@@ -265,6 +322,7 @@ def _is_complete(checkpoint: Path) -> bool:
 # Arguments that may change between the sessions of one run, because they do not change what is trained.
 _FREE = {
     *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
+    *("length_penalty", "average_last", "early_stopping_patience"),
     *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
     *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),
@@ -272,6 +330,8 @@ _FREE = {
     *("local_rank", "ddp_timeout", "ddp_backend", "include_num_input_tokens_seen", "full_determinism"),
 }
 _FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "debug", "skip_memory")
+# These do, in spite of such a name
+_NOT_FREE = {"dataloader_drop_last"}
 
 
 def check_output_dir(arguments: Arguments) -> None:
@@ -301,10 +361,13 @@ def check_output_dir(arguments: Arguments) -> None:
     except ValueError as error:
         raise InputError(f"{record} is damaged ({error}). {afresh}") from error
     now = recorded(arguments)
+    defaults = {item.name: item.default for group in arguments for item in fields(group)} | {"world_size": 1}
+    before = {name: defaults.get(name) for name in now} | before  # of arguments that are newer than the run
     differing = [
         f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in _FREE and not name.startswith(_FREE_PREFIXES)
+        if before.get(name) != now.get(name)
+        and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
     ]
     if differing:
         raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
@@ -313,7 +376,8 @@ def check_output_dir(arguments: Arguments) -> None:
 def recorded(arguments: Arguments) -> dict[str, Any]:
     """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
     model, data, training = arguments
-    return json.loads(json.dumps(asdict(model) | asdict(data) | training.to_dict()))
+    values = asdict(model) | asdict(data) | training.to_dict() | {"world_size": training.world_size}
+    return json.loads(json.dumps(values))
 
 
 def record_arguments(arguments: Arguments) -> None:

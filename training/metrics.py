@@ -4,7 +4,32 @@ from typing import Any
 
 import datasets
 import evaluate
+import sacremoses
 from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.bleu import BLEUScore
+
+
+class MosesBLEU(BLEU):
+    """BLEU of text in the tokens of Moses, which papers call tokenised BLEU. No other figure is comparable with it.
+
+    Args:
+        language: of the text, such as `"de"`.
+        lowercase: ignore case.
+    """
+
+    def __init__(self, language: str, lowercase: bool = False) -> None:
+        super().__init__(tokenize="none", lowercase=lowercase, force=True)
+        self.moses = sacremoses.MosesTokenizer(language)
+
+    def corpus_score(self, hypotheses: list[str], references: list[list[str]], **kwargs: Any) -> BLEUScore:
+        return super().corpus_score(self._tokens(hypotheses), [self._tokens(texts) for texts in references], **kwargs)
+
+    def get_signature(self) -> str:
+        moses = f"tok:moses-{self.moses.lang}-sacremoses-{sacremoses.__version__}"
+        return str(super().get_signature()).replace("tok:none", moses)
+
+    def _tokens(self, texts: list[str]) -> list[str]:
+        return [self.moses.tokenize(text, return_str=True, escape=False) for text in texts]
 
 
 class TranslationMetric(evaluate.Metric):
@@ -12,6 +37,7 @@ class TranslationMetric(evaluate.Metric):
 
     Args:
         lowercase: ignore case, as for a model of lower-cased text; it shows in the signatures.
+        target_lang: adds tokenised BLEU, `moses_bleu`, of this language.
 
     Example:
 
@@ -23,13 +49,15 @@ class TranslationMetric(evaluate.Metric):
     ```
     """
 
-    def __init__(self, lowercase: bool = False, **kwargs: Any) -> None:
+    def __init__(self, lowercase: bool = False, target_lang: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.scorers = {
             "bleu": BLEU(lowercase=lowercase),
             "chrf": CHRF(lowercase=lowercase),
             "ter": TER(case_sensitive=not lowercase),
         }
+        if target_lang is not None:
+            self.scorers["moses_bleu"] = MosesBLEU(target_lang, lowercase)
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")

@@ -82,7 +82,7 @@ def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerB
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"The tokenizer {name} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {name} needs a padding and an end-of-sentence token.")
@@ -93,7 +93,7 @@ def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def set_generation(model: Any, max_length: int, num_beams: int | None) -> None:
+def set_generation(model: Any, max_length: int, num_beams: int | None, length_penalty: float | None) -> None:
     """Make the settings of this run those of `model.generate`, which are saved with the model.
 
     A stock generation config cuts every translation at 20 tokens.
@@ -101,3 +101,5 @@ def set_generation(model: Any, max_length: int, num_beams: int | None) -> None:
     generation_config: GenerationConfig = model.generation_config
     generation_config.max_length = max_length
     generation_config.num_beams = num_beams or generation_config.num_beams or 1
+    if length_penalty is not None:
+        generation_config.length_penalty = length_penalty

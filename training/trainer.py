@@ -1,46 +1,57 @@
-"""Seq2SeqTrainer for translation: scores against the text itself, and stops when it is asked to."""
+"""Seq2SeqTrainer for translation: token batches, the paper's optimisation, scores against the text itself."""
 
-import logging
-import signal
+import functools
+import math
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import GradScalerKwargs
 from datasets import Dataset
-from torch.utils.data import Sampler, SequentialSampler
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
+from .batching import TokenBatchSampler
+from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
-
-
-logger = logging.getLogger(__name__)
+from .monitor import ResidualWatcher, TranslationProgress, UpdateMonitor
+from .optimization import RADAM, radam, warm_up_from
 
 
 # Differences to Seq2SeqTrainer:
 # - BLEU, chrF and TER against the references' text, where the data set has it, not against detokenised labels
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
+# - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
+# - every update is watched: for logs, for the progress bar, and for divergence
 # - evaluation keeps the order of its data set, and shortcut scales get no weight decay
 # - the folder of the run, with its checkpoints and arguments, is never what is pushed to the Hub
-class TranslationTrainer(Seq2SeqTrainer):
+class TranslationTrainer(ResumableTrainer):
     """A [`~transformers.Seq2SeqTrainer`] that scores translations.
 
     Args:
         metric: what scores translations.
+        residuals: what watches the model's residual connections, for the logs.
         kwargs: as [`~transformers.Seq2SeqTrainer`], with the tokenizer as `processing_class`.
     """
 
-    def __init__(self, metric: TranslationMetric, **kwargs: Any) -> None:
+    def __init__(self, metric: TranslationMetric, residuals: ResidualWatcher | None = None, **kwargs: Any) -> None:
         super().__init__(compute_metrics=self._score, **kwargs)
+        self.monitor = UpdateMonitor(self.accelerator, self.args.fp16_min_scale, residuals)
+        self.add_callback(self.monitor)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TranslationProgress(self.monitor))
         self.label_smoother = None
         self.metric = metric
         self.signatures: dict[str, str] = {}
@@ -75,11 +86,78 @@ class TranslationTrainer(Seq2SeqTrainer):
         self.signatures = {name: score for name, score in scores.items() if isinstance(score, str)}
         return {name: score for name, score in scores.items() if name not in self.signatures}
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.lengths = sampler.lengths[:]  # a list at once: a column of a data set is read one by one
-        return sampler
+    @functools.cached_property
+    def batch_sampler(self) -> TokenBatchSampler:
+        """The batches of `--max_tokens`."""
+        return TokenBatchSampler(
+            self.train_dataset.with_format("numpy")["length"][:],
+            self.args.max_tokens,
+            self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            multiple_of=self.args.gradient_accumulation_steps * self.args.world_size,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.max_tokens is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self._remove_unused_columns(self.train_dataset, description="training"),
+            batch_sampler=self.batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)  # which deals whole batches out to the processes in turn
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        if args.max_tokens is None:
+            return super().get_total_train_batch_size(args)
+        pairs, batches = len(self.train_dataset), len(self.batch_sampler)
+        return round(pairs / batches * args.gradient_accumulation_steps * args.world_size)
+
+    # --- optimisation ---
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        if args.optim == RADAM:
+            return radam(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        return Seq2SeqTrainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if created and self.args.warmup_init_lr and isinstance(scheduler, LambdaLR):
+            initial = self.args.warmup_init_lr / self.args.learning_rate
+            scheduler = warm_up_from(scheduler, initial, self.args.get_warmup_steps(num_training_steps))
+        self.lr_scheduler = scheduler
+        return scheduler
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args = super()._build_accelerator_args(**kwargs)
+        args["kwargs_handlers"].append(GradScalerKwargs(growth_interval=self.args.fp16_scale_window))
+        return args
+
+    # --- what a run shows ---
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            # Trainer has multiplied the loss by the number of processes, over which DDP averages gradients
+            self.monitor.add(loss.detach() / self.accelerator.num_processes, outputs["nll_loss"], inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.monitor.log()
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, start_time)
+
+    # --- saving ---
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
         super().save_model(output_dir, _internal_call=True)  # a call of the user's would push the folder
@@ -116,38 +194,12 @@ class TranslationCollator(DataCollatorForSeq2Seq):
         return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}
 
 
-class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint when the process is asked to stop (Ctrl-C or SIGTERM).
+class EarlyStopping(EarlyStoppingCallback):
+    """Trainer's, with a checkpoint when it stops, so that the run is seen to be finished."""
 
-    The update (and evaluation) under way is finished, then a checkpoint is saved. A second Ctrl-C stops at once.
-
-    Attributes:
-        received: the signal that was received, if any.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def on_train_begin(
+    def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        logger.warning(f"{self.received.name} received: saving a checkpoint after the update or evaluation under way.")
-
-    def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    # Also in the middle of an evaluation, which comes before the save of the same update
-    on_step_end = on_prediction_step = on_evaluate = _stop
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        super().on_evaluate(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_save = True

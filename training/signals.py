@@ -1,0 +1,62 @@
+"""Stopping when asked to: with a checkpoint, and on all processes after the same update."""
+
+import logging
+import signal
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training with a checkpoint when a process is asked to stop (Ctrl-C or SIGTERM).
+
+    The update (and evaluation) under way is finished, then a checkpoint is saved. A second signal stops at once.
+
+    Attributes:
+        received: the signal that this or another process received, if any.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._own = 0  # the signal that this process received
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self._own:
+            raise KeyboardInterrupt
+        self._own = number
+        name = signal.Signals(number).name
+        logger.warning(f"{name} received: saving a checkpoint after the update or evaluation under way.")
+
+    def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        number = self._own
+        if args.world_size > 1:  # signals reach processes at different moments, but a checkpoint needs all of them
+            numbers = torch.tensor(number, device=args.device)
+            distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+            number = int(numbers)
+        if number:
+            self.received = signal.Signals(number)
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    # Also in the middle of an evaluation, which comes before the save of the same update
+    on_step_end = on_prediction_step = on_evaluate = _stop
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer says so when training stops, in the middle of an epoch too
+        if self.received is not None and state.epoch != int(state.epoch or 0):
+            control.should_save = control.should_evaluate = control.should_log = False
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
