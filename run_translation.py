@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import transformers
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Divergence as error:
-        print(f"{error} The last good checkpoint is kept.", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"{error} Checkpoints from before are kept.", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
@@ -98,6 +100,8 @@ def run(arguments: args.Arguments) -> int:
     stop = StopOnSignal()
     trainer = build_trainer(arguments, model, tokenizer, data, stop)
 
+    if training_args.do_train and trainer.is_world_process_zero():
+        Path(training_args.output_dir, DIVERGENCE_NAME).unlink(missing_ok=True)
     if training_args.do_train and args.finished_checkpoint(training_args):
         logger.info("Nothing is left to train.")
         trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
@@ -277,8 +281,8 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     if trainer.is_world_process_zero():
         args.record_arguments(arguments)
         remove_incomplete_checkpoints(Path(training_args.output_dir))
-        for outdated in (DIVERGENCE_NAME, *(f"{name}_results.json" for name in RESULTS)):
-            Path(training_args.output_dir, outdated).unlink(missing_ok=True)
+        for name in RESULTS:
+            Path(training_args.output_dir, f"{name}_results.json").unlink(missing_ok=True)
     if checkpoint is None:
         profile_before_sharding(trainer)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -288,6 +292,8 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     except Divergence as divergence:
         if trainer.is_world_process_zero():
             divergence.save(Path(training_args.output_dir), args.get_last_checkpoint_or_none(training_args))
+        # Trainer does not: close the progress bar and what logs are written to, and give signals back
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
     save(trainer)
     end_sharding(trainer)

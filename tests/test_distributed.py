@@ -15,10 +15,13 @@ from transformers import AutoModelForSeq2SeqLM, MarianMTModel
 import run_translation
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.__main__ import main as admin_hf_main
+from admin_hf.averaging import average_checkpoints
 from training.embedded_data import write_embedded_data
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_tiny.py"
+FSDP_CONFIG = SCRIPT.parents[2] / "hub_configs" / "accelerate" / "fsdp.yaml"
+SHARDING_LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", str(FSDP_CONFIG), "--num_processes", "2"]
 
 
 def launch(folder: Path, processes: int, *options: str) -> list[dict]:
@@ -100,19 +103,28 @@ def test_two_processes_evaluate_and_translate_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_export_and_score_the_vanilla_model(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_average_export_and_score_the_vanilla_model(tmp_path, sharded):
     write_embedded_data(tmp_path / "data", train=60, validation=13, test=2)
     config = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
     config += ",encoder_attention_heads=2,decoder_attention_heads=2"
     values = {"train_file": tmp_path / "data/train", "validation_file": tmp_path / "data/validation"}
     values |= {"source_lang": "en", "target_lang": "de", "do_train": True, "do_eval": True, "max_steps": 20}
     values |= {"val_max_target_length": 16, "vocab_size": 200, "config_overrides": config, "learning_rate": 0.05}
-    values |= {"output_dir": tmp_path / "run", "disable_tqdm": True}
-    script = [str(SCRIPT.parents[2] / "run_translation.py")]
-    run_processes([*script, *(text for name, value in values.items() for text in (f"--{name}", str(value)))], 2)
-    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    values |= {"output_dir": tmp_path / "run", "disable_tqdm": True, "max_tokens": 400}
+    values |= {"save_steps": 10, "average_last": 2}
+    script = SCRIPT.with_name("translate_sharded.py") if sharded else SCRIPT.parents[2] / "run_translation.py"
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    run_processes([str(script), *flags], 2, SHARDING_LAUNCHER if sharded else None)
+    assert (tmp_path / "run" / "residual_profile.json").exists()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [Path(folder).name for folder in results["weights"]] == ["checkpoint-10", "checkpoint-20"]
+    assert results["scores"]["eval_loss"] > 0
     for name in ("bleu", "chrf", "ter"):
-        assert results[f"vanilla_eval_{name}"] == results[f"eval_{name}"], name
+        assert results["scores"][f"vanilla_eval_{name}"] == results["scores"][f"eval_{name}"], name
+    average = average_checkpoints([tmp_path / "run" / "checkpoint-10", tmp_path / "run" / "checkpoint-20"])
+    saved = saved_weights(tmp_path / "run")
+    assert all(torch.equal(saved[name], average[name]) for name in average)
     assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "vanilla")) is MarianMTModel
     assert (tmp_path / "run" / "vanilla" / "README.md").exists()
 
@@ -120,7 +132,6 @@ def test_two_processes_export_and_score_the_vanilla_model(tmp_path):
 # --- sharded weights ------------------------------------------------------------------------------
 
 SHARDED_SCRIPT = SCRIPT.with_name("train_sharded.py")
-FSDP_CONFIG = SCRIPT.parents[2] / "hub_configs" / "accelerate" / "fsdp.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +139,7 @@ def one_and_sharded(tmp_path_factory) -> tuple[Path, Path]:
     """Runs on the same batches of 8: in one process, and on two that `accelerate launch` starts with fsdp.yaml."""
     one, sharded = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("sharded")
     run_processes([str(SHARDED_SCRIPT), str(one), "8"], 1)
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(FSDP_CONFIG), "--num_processes", "2"]
-    run_processes([str(SHARDED_SCRIPT), str(sharded), "4"], 2, launcher)
+    run_processes([str(SHARDED_SCRIPT), str(sharded), "4"], 2, SHARDING_LAUNCHER)
     return one, sharded
 
 

@@ -132,7 +132,7 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     )
     optim: str = field(
         default=Seq2SeqTrainingArguments.default_optim,
-        metadata={"help": "'radam', or any optimiser of Trainer. All decay weights decoupled."},
+        metadata={"help": "'radam', or any optimiser of Trainer. Weight decay spares biases, norms and ω."},
     )
     warmup_init_lr: float = field(
         default=0.0, metadata={"help": "Learning rate that warm-up starts from (the paper: 1e-7)."}
@@ -249,6 +249,8 @@ def check_arguments(
         raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be at least 0 and below 1.")
     if training.seed < 0:
         raise InputError(f"--seed {training.seed} must be at least 0.")
+    if not 0 <= training.learning_rate < float("inf"):
+        raise InputError(f"--learning_rate {training.learning_rate} must be at least 0 and finite.")
     if not 0 <= training.warmup_init_lr <= training.learning_rate:
         raise InputError(
             f"--warmup_init_lr {training.warmup_init_lr} must be at least 0 and at most the learning rate, "

@@ -35,7 +35,7 @@ from .optimization import RADAM, radam, warm_up_from
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
 # - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
 # - every update is watched: for logs, for the progress bar, and for divergence
-# - evaluation keeps the order of its data set, and shortcut scales get no weight decay
+# - evaluation keeps the order of its data set
 # - the folder of the run, with its checkpoints and arguments, is never what is pushed to the Hub
 class TranslationTrainer(ResumableTrainer):
     """A [`~transformers.Seq2SeqTrainer`] that scores translations.
@@ -147,8 +147,12 @@ class TranslationTrainer(ResumableTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             # Trainer has multiplied the loss by the number of processes, over which DDP averages gradients
-            self.monitor.add(loss.detach() / self.accelerator.num_processes, outputs["nll_loss"], inputs)
+            self.monitor.add(loss.detach().mean() / self.accelerator.num_processes, outputs["nll_loss"].sum(), inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.monitor.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.monitor.grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -161,6 +165,10 @@ class TranslationTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
         super().save_model(output_dir, _internal_call=True)  # a call of the user's would push the folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.monitor.check_weights(self.state, self.model)
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # training_args.bin holds all arguments, but is no place for a token
@@ -178,9 +186,6 @@ class TranslationTrainer(ResumableTrainer):
         expected = {*self.model.all_tied_weights_keys, *self.model._keys_to_ignore_on_save}
         if load_result.unexpected_keys or not expected.issuperset(load_result.missing_keys):
             super()._issue_warnings_after_load(load_result)
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".omega")]
 
 
 def _references(dataset: Dataset | None) -> list[str] | None:
