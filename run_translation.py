@@ -11,6 +11,7 @@ reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143
 checkpoint.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -113,7 +114,9 @@ def run(arguments: args.Arguments) -> int:
         return 128 + stop.received
     weights = [model_args.model_name_or_path]
     if training_args.do_train or not model_args.model_name_or_path:
-        weights = load_average(trainer) if training_args.average_last else [args.finished_checkpoint(training_args)]
+        weights = [args.finished_checkpoint(training_args) or training_args.output_dir]
+        if training_args.average_last:
+            weights = load_average(trainer)
     trainer.end_autocast()
     problem = export(trainer) if training_args.do_train else None
     exported = training_args.do_train and problem is None
@@ -185,8 +188,11 @@ def tokenize(
 ) -> dict[str, Dataset]:
     """Turn every split into token ids."""
     _, data_args, training_args = arguments
+    longest = training_args.max_tokens
+    if longest and training_args.pad_to_multiple_of:
+        longest -= longest % training_args.pad_to_multiple_of
     return {
-        split: parallel.tokenize_for_training(dataset, tokenizer, data_args, training_args.max_tokens)
+        split: parallel.tokenize_for_training(dataset, tokenizer, data_args, longest)
         if split == "train"
         else parallel.tokenize_for_evaluation(dataset, tokenizer, data_args, split)
         for split, dataset in raw.items()
@@ -230,6 +236,8 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
             stock_architecture(model)
         except ValueError as error:
             raise InputError(f"--push_to_hub: {error}") from error
+    if training_args.use_cpu and training_args.fp16:
+        logger.warning("--fp16: a CPU has no float16 here, so this computes in float32; --bf16 is faster.")
     model.config.label_smoothing = training_args.label_smoothing_factor
     if training_args.use_cpu and training_args.bf16:
         # On a CPU the backward pass of PyTorch's fused attention takes more than half of a step in bfloat16
@@ -257,6 +265,8 @@ def build_trainer(
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStopping(training_args.early_stopping_patience))
     try:
+        if training_args.do_train:
+            TranslationTrainer.get_optimizer_cls_and_kwargs(training_args, model)  # before anything is trained
         return TranslationTrainer(
             metric=TranslationMetric(lowercases(tokenizer), arguments[1].target_lang),
             residuals=ResidualMonitor(model),
@@ -270,6 +280,8 @@ def build_trainer(
             ),
             callbacks=callbacks,
         )
+    except ImportError as error:
+        raise InputError(f"--optim {training_args.optim} cannot be used: {one_line(error)}") from error
     except HfHubHTTPError as error:  # Trainer makes the repository
         raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
 
@@ -307,9 +319,12 @@ def save(trainer: TranslationTrainer) -> None:
         InputError: the disk is full.
     """
     if trainer.state.global_step == 0:  # of an earlier session, which may have been killed before it saved this
-        folders = (trainer.args.output_dir, args.get_last_checkpoint_or_none(trainer.args))
-        states = [path for folder in folders if folder and (path := Path(folder, "trainer_state.json")).exists()]
-        trainer.state = TrainerState.load_from_json(states[0])
+        checkpoint = args.get_last_checkpoint_or_none(trainer.args)
+        trainer.state = TrainerState.load_from_json(Path(str(checkpoint), "trainer_state.json"))
+        with contextlib.suppress(OSError, ValueError):
+            state = TrainerState.load_from_json(Path(trainer.args.output_dir, "trainer_state.json"))
+            if state.global_step == trainer.state.global_step:
+                trainer.state = state  # with the log of the training as a whole
     with writing(f"The model in {trainer.args.output_dir}"):
         trainer.save_model()
         trainer.save_state()

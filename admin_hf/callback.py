@@ -80,6 +80,8 @@ class AdminProfilingCallback(TrainerCallback):
 
         # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
         def profile_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
+            if not module.training:  # an evaluation before the first update
+                return
             self._remove_hook()
             profile_and_initialize(module, batch, str(args.output_dir))
 

@@ -188,6 +188,7 @@ def test_empty_and_long_training_pairs_are_skipped_and_counted(tokenizer, caplog
     assert tokenized["labels"][1] == tokenizer("g h")["input_ids"]
     assert tokenized["length"][:] == [len(ids) for ids in tokenized["input_ids"]]
     assert "2 of 7" in caplog.text and "3 empty" in caplog.text and "2 longer" in caplog.text
+    assert tokenize_for_training(dataset, tokenizer, arguments(), longest=5)["labels"] == tokenized["labels"]
     with pytest.raises(InputError, match=r"No training pair is left.*0 of 1"):
         tokenize_for_training(dataset.select([1]), tokenizer, data)
 

@@ -247,6 +247,13 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
     assert changed <= {"all_results.json", "results.json", "training_args.bin", "tokenizer_config.json"}
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["train_loss"] > 0 and "eval_bleu" in results
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert run(data, tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2") == 2, "newer ones would be mixed in"
+    # Killed while it wrote what the checkpoint holds as well
+    (tmp_path / "trainer_state.json").write_text('{"epoch": 1,')
+    assert run(data, tmp_path) == 0
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
 
 
 @pytest.mark.slow
@@ -294,6 +301,47 @@ def test_training_goes_on_from_a_model(data, tmp_path):
     assert omegas and all(0 < (omega - 1).abs().max() < 0.2 for omega in omegas), "trained from 1 on"
 
 
+def test_the_mean_of_the_last_checkpoints_is_what_is_scored_and_exported(data, tmp_path):
+    """And not the best one, which is kept beside them."""
+    schedule = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    schedule |= {"predict_with_generate": False, "learning_rate": 3.0, "warmup_steps": 1, "max_tokens": 200}
+    last = {"max_steps": 6, "save_total_limit": 3, "average_last": 3, "do_eval": True}
+    assert run(data, tmp_path, **schedule, **last) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [Path(folder).name for folder in results["weights"]] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_global_step"] < 4 and (tmp_path / f"checkpoint-{state['best_global_step']}").exists()
+    parts = [weights(tmp_path / name) for name in ("checkpoint-4", "checkpoint-5", "checkpoint-6")]
+    for name, value in weights(tmp_path).items():
+        torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean(0))
+    vanilla = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "vanilla").eval()
+    model = AdminForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ids = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[249, 5, 6]])}
+    torch.testing.assert_close(vanilla(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_every_decoding_of_the_test_set_is_logged(data, tmp_path):
+    options = {"do_predict": True, "max_tokens": 200, "pad_to_multiple_of": 8, "save_strategy": "no"}
+    assert run(data, tmp_path, **options, eval_on_start=True, eval_strategy="epoch") == 0
+    assert (tmp_path / "residual_profile.json").exists(), "profiled on a training batch, after the first evaluation"
+    decodes = [json.loads(line) for line in (tmp_path / "decodes.jsonl").read_text().splitlines()]
+    assert [decode["weights"] for decode in decodes] == [[str(tmp_path)]]
+    assert (
+        run(
+            data,
+            tmp_path,
+            do_train=None,
+            do_predict=True,
+            config_overrides=None,
+            **{"model_name_or_path": tmp_path, "num_beams": 2},
+        )
+        == 0
+    )
+    decodes = [json.loads(line) for line in (tmp_path / "decodes.jsonl").read_text().splitlines()]
+    assert [decode["num_beams"] for decode in decodes] == [1, 2]
+    assert all(decode["test"] == str(data / "test") and "test_moses_bleu" in decode for decode in decodes)
+
+
 # --- bad input ends in one sentence, exit code 2, and before any training ----------------------------
 
 
@@ -333,6 +381,20 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"residual_profile": "no/such/profile.json"}, "no/such/profile.json"),
         ({"push_to_hub": True, "do_train": None, "do_eval": True, "model_name_or_path": "x"}, "needs --do_train"),
         ({"push_to_hub": True, "hub_strategy": "every_save"}, "--hub_strategy every_save: only 'end' is possible"),
+        ({"max_tokens": 0}, "--max_tokens 0"),
+        ({"max_tokens": 2}, "No training pair is left"),
+        ({"max_tokens": 6, "pad_to_multiple_of": 8}, "--max_tokens 6 is below --pad_to_multiple_of 8"),
+        ({"report_to": "wandb"}, "--report_to wandb"),
+        ({"learning_rate": "inf"}, "--learning_rate inf"),
+        ({"warmup_init_lr": 1}, "--warmup_init_lr 1.0 must be at least 0 and at most the learning rate, 0.01"),
+        ({"average_last": 3, "save_total_limit": 2}, "--average_last 3 needs more checkpoints than"),
+        ({"average_last": 3, "save_strategy": "no"}, "--average_last 3 needs checkpoints"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience"),
+        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
+        ({"metric_for_best_model": "bleu", "predict_with_generate": False}, "expected one of loss."),
+        ({"optim": "lion_8bit"}, "--optim"),
+        ({"optim": "radan"}, "radan"),
+        ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
         ({"learning_rat": 1}, "learning_rat"),
         ({"learning_rate": "fast"}, "fast"),
     ],

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
-from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, get_last_checkpoint
+from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
+from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
 
 from admin_hf.averaging import complete_checkpoints
 
@@ -21,6 +21,8 @@ from .optimization import RADAM
 
 
 ARGUMENTS_NAME = "arguments.json"
+# What an evaluation gives; the loss alone where nothing is translated
+SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
 
 
 @dataclass
@@ -167,10 +169,14 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.early_stopping_patience and not self.average_last:
-            self.load_best_model_at_end = True
-        elif self.early_stopping_patience:
+        if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
+            self.load_best_model_at_end = not self.average_last
+            if "no" in (self.eval_strategy, self.save_strategy) or self.eval_strategy != self.save_strategy:
+                raise InputError(
+                    f"--early_stopping_patience {self.early_stopping_patience} needs the same --eval_strategy and "
+                    "--save_strategy, epoch or steps."
+                )
         optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
         super().__post_init__()
         if optim == RADAM:  # which Trainer does not know
@@ -256,10 +262,17 @@ def check_arguments(
             f"--warmup_init_lr {training.warmup_init_lr} must be at least 0 and at most the learning rate, "
             f"{training.learning_rate}."
         )
+    if (multiple := training.pad_to_multiple_of) and (training.max_tokens or multiple) < multiple:
+        raise InputError(f"--max_tokens {training.max_tokens} is below --pad_to_multiple_of {multiple}.")
+    if missing := set(training.report_to) - set(get_available_reporting_integrations()):
+        raise InputError(f"--report_to {min(missing)} needs its package, which is not installed.")
     if training.fp16_min_scale <= 0:
         raise InputError(f"--fp16_min_scale {training.fp16_min_scale} must be above 0.")
-    if training.early_stopping_patience and training.eval_strategy == IntervalStrategy.NO:
-        raise InputError("--early_stopping_patience needs --eval_strategy epoch or steps.")
+    scores = SCORES if training.predict_with_generate else SCORES[:1]
+    if (metric := training.metric_for_best_model) and metric.removeprefix("eval_") not in scores:
+        raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
+    if not training.average_tokens_across_devices:
+        raise InputError("--average_tokens_across_devices False: the loss is that of the targets of all processes.")
     if training.average_last:
         _check_averaging(training)
     if training.push_to_hub and not training.do_train:
@@ -270,9 +283,17 @@ def check_arguments(
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
         )
+    newest = get_last_checkpoint_or_none(training)
+    if resume and newest:
+        given, last = Path(resume).resolve(), Path(newest).resolve()
+        if given.parent == last.parent and given != last:
+            raise InputError(
+                f"--resume_from_checkpoint {resume} is not the run's last checkpoint, {newest}: to go back, remove "
+                "the newer ones; to go on, leave it out."
+            )
     if model.model_name_or_path and (model.config_name or model.config_overrides):
         raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
-    if not training.do_train and not model.model_name_or_path and get_last_checkpoint_or_none(training) is None:
+    if not training.do_train and not model.model_name_or_path and newest is None:
         raise InputError(
             "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "
             f"model ({training.output_dir} has none)."
@@ -324,7 +345,7 @@ def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str |
 # Arguments that may change between the sessions of one run, because they do not change what is trained.
 _FREE = {
     *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
-    *("length_penalty", "average_last", "early_stopping_patience"),
+    *("length_penalty", "average_last"),
     *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
     *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),

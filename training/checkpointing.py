@@ -39,16 +39,16 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 
 def rotate_checkpoints(run: Path, limit: int | None, best: str) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but neither the last nor the one named `best`.
+    """Keep the last `limit` checkpoints, and the one named `best`.
 
     By their numbers: Trainer's own function goes by the folders' times, which copying a run, or a deletion that was
     killed, changes.
     """
-    checkpoints = saved_checkpoints(run)
-    removable = [path for path in checkpoints[:-1] if path.name != best]
-    surplus = len(checkpoints) - limit if limit else 0
-    for path in removable[: max(surplus, 0)]:
-        remove_checkpoint(path)
+    if limit is None:
+        return
+    for path in saved_checkpoints(run)[:-limit]:
+        if path.name != best:
+            remove_checkpoint(path)
 
 
 @contextmanager

@@ -103,16 +103,16 @@ _EMPTY, _LONG = 1, 2  # why a training pair is skipped
 
 
 def tokenize_for_training(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments, max_tokens: int | None = None
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments, longest: int | None = None
 ) -> Dataset:
     """Tokenise training pairs into `input_ids`, `labels` and `length`; skip and count empty and too long ones.
 
-    `length` is that of the longer side; with `max_tokens`, the size of a batch, no pair is longer than that.
+    `length` is that of the longer side, and at most `longest`: what a batch can hold.
 
     Raises:
         InputError: no pair is left.
     """
-    limits = tuple(min(limit, max_tokens or limit) for limit in (data.max_source_length, data.max_target_length))
+    limits = tuple(min(limit, longest or limit) for limit in (data.max_source_length, data.max_target_length))
     features = Features({"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("int8")})
     encode = partial(_encode_pairs, tokenizer=tokenizer, prefix=data.source_prefix or "", limits=limits)
     dataset = _map(dataset, encode, features, data, "Tokenising the training pairs")
