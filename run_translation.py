@@ -297,6 +297,10 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
             Path(training_args.output_dir, f"{name}_results.json").unlink(missing_ok=True)
     if checkpoint is None:
         profile_before_sharding(trainer)
+    elif training_args.save_only_model:
+        logger.warning(
+            f"--save_only_model: {checkpoint} has no optimizer, which starts anew, and so does the schedule."
+        )
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     logger.info(f"Training {parameters:,} parameters{f', going on from {checkpoint}' if checkpoint else ''}.")
     try:

@@ -36,14 +36,16 @@ class StopOnSignal(TrainerCallback):
         name = signal.Signals(number).name
         logger.warning(f"{name} received: saving a checkpoint after the update or evaluation under way.")
 
+    def _agree(self, args: TrainingArguments) -> None:
+        """Let all processes know what one has received: it comes at different moments, but saving needs all."""
+        number = torch.tensor(self._own, device=args.device)
+        if args.world_size > 1:
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        self.received = signal.Signals(int(number)) if number else None
+
     def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        number = self._own
-        if args.world_size > 1:  # signals reach processes at different moments, but a checkpoint needs all of them
-            numbers = torch.tensor(number, device=args.device)
-            distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
-            number = int(numbers)
-        if number:
-            self.received = signal.Signals(number)
+        self._agree(args)
+        if self.received is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -57,6 +59,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None and state.epoch != int(state.epoch or 0):
             control.should_save = control.should_evaluate = control.should_log = False
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+        self._agree(args)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
