@@ -39,13 +39,14 @@ from admin_hf import (
     profile_and_initialize,
     reparameterize,
 )
-from admin_hf.averaging import average_checkpoints, complete_checkpoints
+from admin_hf.averaging import average_checkpoints
 from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line, replaced_model
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
+from training import runs
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: args.Arguments) -> int:
     """What the script does, step by step."""
     model_args, data_args, training_args = arguments
-    args.check_output_dir(arguments)
+    runs.check_output_dir(arguments)
     check_model(model_args)
     check_access(training_args)
     set_seed(training_args.seed)
@@ -98,12 +99,14 @@ def run(arguments: args.Arguments) -> int:
         tokenizer = prepare_tokenizer(arguments, raw)
         data = tokenize(raw, tokenizer, arguments)
     model = build_model(arguments, tokenizer)
+    if not training_args.do_train or runs.finished_checkpoint(training_args):
+        training_args.report_to = []  # there is nothing to draw, and TensorBoard would make a folder elsewhere
     stop = StopOnSignal()
     trainer = build_trainer(arguments, model, tokenizer, data, stop)
 
     if training_args.do_train and trainer.is_world_process_zero():
         Path(training_args.output_dir, DIVERGENCE_NAME).unlink(missing_ok=True)
-    if training_args.do_train and args.finished_checkpoint(training_args):
+    if training_args.do_train and runs.finished_checkpoint(training_args):
         logger.info("Nothing is left to train.")
         trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
         save(trainer)  # in case that the run was killed just before
@@ -114,9 +117,9 @@ def run(arguments: args.Arguments) -> int:
         return 128 + stop.received
     weights = [model_args.model_name_or_path]
     if training_args.do_train or not model_args.model_name_or_path:
-        weights = [args.finished_checkpoint(training_args) or training_args.output_dir]
-        if training_args.average_last:
-            weights = load_average(trainer)
+        weights = [runs.finished_checkpoint(training_args) or training_args.output_dir]
+        if checkpoints := runs.averaged_checkpoints(training_args):
+            weights = load_average(trainer, checkpoints)
     trainer.end_autocast()
     problem = export(trainer) if training_args.do_train else None
     exported = training_args.do_train and problem is None
@@ -175,7 +178,7 @@ def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> Pre
     output_dir = Path(training_args.output_dir)
     if name := model_args.tokenizer_name or model_args.model_name_or_path:
         return load_tokenizer(name, model_args)
-    if (output_dir / "tokenizer_config.json").exists() and (output_dir / args.ARGUMENTS_NAME).exists():
+    if (output_dir / "tokenizer_config.json").exists() and (output_dir / runs.ARGUMENTS_NAME).exists():
         return load_tokenizer(str(output_dir), model_args)  # of the run that is gone on with
     logger.info(f"Training a joint BPE tokenizer with {model_args.vocab_size:,} entries.")
     tokenizer = train_tokenizer(text_batches(raw["train"]), model_args.vocab_size, model_args.lowercase)
@@ -204,7 +207,7 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
     model_args, data_args, training_args = arguments
     source = model_args.model_name_or_path
     if training_args.do_train or not source:
-        source = args.finished_checkpoint(training_args) or source
+        source = runs.finished_checkpoint(training_args) or source
     if source:
         try:
             model = AdminForConditionalGeneration.from_pretrained(
@@ -289,12 +292,12 @@ def build_trainer(
 def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     """Train, from the last checkpoint where there is one, and save the model."""
     training_args = arguments[2]
-    checkpoint = training_args.resume_from_checkpoint or args.get_last_checkpoint_or_none(training_args)
+    checkpoint = training_args.resume_from_checkpoint or runs.last_checkpoint(training_args)
     if trainer.is_world_process_zero():
-        args.record_arguments(arguments)
+        runs.record_arguments(arguments)
         remove_incomplete_checkpoints(Path(training_args.output_dir))
-        for name in RESULTS:
-            Path(training_args.output_dir, f"{name}_results.json").unlink(missing_ok=True)
+        for name in (RESULTS_NAME, *(f"{name}_results.json" for name in RESULTS)):
+            Path(training_args.output_dir, name).unlink(missing_ok=True)
     if checkpoint is None:
         profile_before_sharding(trainer)
     elif training_args.save_only_model:
@@ -307,7 +310,7 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except Divergence as divergence:
         if trainer.is_world_process_zero():
-            divergence.save(Path(training_args.output_dir), args.get_last_checkpoint_or_none(training_args))
+            divergence.save(Path(training_args.output_dir), runs.last_checkpoint(training_args))
         # Trainer does not: close the progress bar and what logs are written to, and give signals back
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
@@ -323,7 +326,7 @@ def save(trainer: TranslationTrainer) -> None:
         InputError: the disk is full.
     """
     if trainer.state.global_step == 0:  # of an earlier session, which may have been killed before it saved this
-        checkpoint = args.get_last_checkpoint_or_none(trainer.args)
+        checkpoint = runs.last_checkpoint(trainer.args)
         trainer.state = TrainerState.load_from_json(Path(str(checkpoint), "trainer_state.json"))
         with contextlib.suppress(OSError, ValueError):
             state = TrainerState.load_from_json(Path(trainer.args.output_dir, "trainer_state.json"))
@@ -356,14 +359,13 @@ def end_sharding(trainer: TranslationTrainer) -> None:
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
 
 
-def load_average(trainer: TranslationTrainer) -> list[str]:
+def load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> list[str]:
     """Give the model the mean of the run's last checkpoints, saved as the run's model; returns their folders.
 
     Raises:
         InputError: a checkpoint cannot be read, or does not fit the others.
     """
-    checkpoints = complete_checkpoints(trainer.args.output_dir)[-trainer.args.average_last :]
-    if len(checkpoints) < trainer.args.average_last:
+    if trainer.args.average_last and len(checkpoints) < trainer.args.average_last:
         logger.warning(f"--average_last {trainer.args.average_last}: there are only {len(checkpoints)} checkpoints.")
     try:
         average = average_checkpoints(checkpoints)
@@ -466,10 +468,14 @@ def log_decode(arguments: args.Arguments, trainer: TranslationTrainer, weights: 
 
 
 def write_results(trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
-    """Write results.json: which weights were scored, and what they scored in this session."""
-    if trainer.is_world_process_zero():
-        record = {"weights": weights, "parameters": trainer.model.num_parameters(), "scores": scores}
-        write_whole(Path(trainer.args.output_dir, RESULTS_NAME), json.dumps(record, indent=1) + "\n")
+    """Write results.json: which weights were scored and what they scored, in this session or an earlier one."""
+    if not trainer.is_world_process_zero():
+        return
+    path = Path(trainer.args.output_dir, RESULTS_NAME)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    scores = before["scores"] | scores if before.get("weights") == weights else scores
+    record = {"weights": weights, "parameters": trainer.model.num_parameters(), "scores": scores}
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
@@ -490,7 +496,7 @@ def finish_vanilla(trainer: TranslationTrainer, arguments: args.Arguments, score
         return
     run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
     folder = run / VANILLA_NAME
-    write_card(run, repo_id or run.name, args.recorded(arguments), scores)
+    write_card(run, repo_id or run.name, runs.recorded(arguments), scores)
     print(f"Vanilla model, for stock Transformers: {folder}")
     if trainer.args.push_to_hub:
         print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")

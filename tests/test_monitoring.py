@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem, residual_connections
-from training.arguments import finished_checkpoint
 from training.embedded_data import write_embedded_data
+from training.runs import finished_checkpoint
 from training.trainer import EarlyStopping
 
 

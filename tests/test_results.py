@@ -25,15 +25,18 @@ def fake_run(folder: Path, residual: str, bleu: float) -> Path:
         {"step": 20, "loss": 4.125},
         {"step": 20, "eval_loss": 3.5, "eval_bleu": bleu},
     ]
-    scores = {"test_loss": 3.25, "test_bleu": bleu, "test_bleu_signature": "nrefs:1|x", "train_runtime": 120.0}
+    signatures = {"test_bleu_signature": "nrefs:1|x", "test_moses_bleu_signature": "nrefs:1|moses"}
+    scores = {"test_loss": 3.25, "test_bleu": bleu, "test_moses_bleu": bleu - 1} | signatures
     files = {
         "arguments.json": arguments,
-        "all_results.json": scores,
+        "all_results.json": {"train_runtime": 120.0, "test_bleu": 99},  # of an earlier session
+        "results.json": {"weights": ["/a/path/checkpoint-10", "/a/path/checkpoint-20"], "scores": scores},
+        "decodes.jsonl": {},
         "residual_profile.json": {"encoder": profile, "decoder": profile} if residual == "admin" else {},
         "trainer_state.json": {"log_history": history},
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
+        (folder / name).write_text(json.dumps(content) + "\n")
     return folder
 
 
@@ -49,7 +52,9 @@ def test_the_page_is_made_from_what_the_runs_recorded(tmp_path, docs):
     runs = [fake_run(tmp_path / "runs" / name, name, bleu) for name, bleu in (("admin", 41.07), ("post_ln", 3.21))]
     results.main([str(run) for run in runs])
     page = (docs / "results.md").read_text()
-    assert "| admin | test | 41.07 |" in page and "`nrefs:1\\|x`" in page and "| post_ln | test | 3.21 |" in page
+    assert "| admin | test | 40.07 | 41.07 |" in page and "| post_ln | test | 2.21 | 3.21 |" in page
+    assert "`nrefs:1\\|moses` `nrefs:1\\|x` |" in page
+    assert "the mean of checkpoint-10, checkpoint-20. Decodings of the test set: 1." in page
     assert "| post_ln | 5.25 | 4.12 | 3.50 |" in page and "seed 1234" in page and "2 minutes" in page
     figures = {"admin.png", "post_ln.png", "depth.png", "omega.png"}
     assert {path.name for path in (docs / "figures").iterdir()} == figures
@@ -65,5 +70,5 @@ def test_the_page_is_made_from_what_the_runs_recorded(tmp_path, docs):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, docs):
-    with pytest.raises(InputError, match="holds no finished run"):
+    with pytest.raises(InputError, match="holds no run"):
         results.main([str(tmp_path)])

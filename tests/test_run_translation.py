@@ -301,7 +301,7 @@ def test_training_goes_on_from_a_model(data, tmp_path):
     assert omegas and all(0 < (omega - 1).abs().max() < 0.2 for omega in omegas), "trained from 1 on"
 
 
-def test_the_mean_of_the_last_checkpoints_is_what_is_scored_and_exported(data, tmp_path):
+def test_the_mean_of_the_last_checkpoints_is_what_is_scored_and_exported(data, tmp_path, monkeypatch):
     """And not the best one, which is kept beside them."""
     schedule = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     schedule |= {"predict_with_generate": False, "learning_rate": 3.0, "warmup_steps": 1, "max_tokens": 200}
@@ -311,6 +311,13 @@ def test_the_mean_of_the_last_checkpoints_is_what_is_scored_and_exported(data, t
     assert [Path(folder).name for folder in results["weights"]] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_global_step"] < 4 and (tmp_path / f"checkpoint-{state['best_global_step']}").exists()
+    # Evaluated by itself it is the same model, and the scores of before are kept
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert run(data, tmp_path, do_train=None, do_predict=True, config_overrides=None, predict_with_generate=False) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["weights"] == results["weights"] and again["scores"].keys() > results["scores"].keys()
+    assert not any(elsewhere.iterdir()), "where TensorBoard would write, without a training"
     parts = [weights(tmp_path / name) for name in ("checkpoint-4", "checkpoint-5", "checkpoint-6")]
     for name, value in weights(tmp_path).items():
         torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean(0))
@@ -389,7 +396,8 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"warmup_init_lr": 1}, "--warmup_init_lr 1.0 must be at least 0 and at most the learning rate, 0.01"),
         ({"average_last": 3, "save_total_limit": 2}, "--average_last 3 needs more checkpoints than"),
         ({"average_last": 3, "save_strategy": "no"}, "--average_last 3 needs checkpoints"),
-        ({"early_stopping_patience": 2}, "--early_stopping_patience"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience 2 needs --eval_strategy"),
+        ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, "--save_strategy best"),
         ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
         ({"metric_for_best_model": "bleu", "predict_with_generate": False}, "expected one of loss."),
         ({"optim": "lion_8bit"}, "--optim"),

@@ -2,25 +2,21 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
-from transformers.trainer_utils import HubStrategy, SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.averaging import complete_checkpoints
 
 from .errors import InputError
-from .files import write_whole
 from .optimization import RADAM
 
 
-ARGUMENTS_NAME = "arguments.json"
 # What an evaluation gives; the loss alone where nothing is translated
 SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
 
@@ -172,10 +168,10 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             self.load_best_model_at_end = not self.average_last
-            if "no" in (self.eval_strategy, self.save_strategy) or self.eval_strategy != self.save_strategy:
+            if self.eval_strategy == "no" or (not self.average_last and self.eval_strategy != self.save_strategy):
                 raise InputError(
-                    f"--early_stopping_patience {self.early_stopping_patience} needs the same --eval_strategy and "
-                    "--save_strategy, epoch or steps."
+                    f"--early_stopping_patience {self.early_stopping_patience} needs --eval_strategy epoch or steps "
+                    "and, without --average_last, the same --save_strategy."
                 )
         optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
         super().__post_init__()
@@ -266,6 +262,8 @@ def check_arguments(
         raise InputError(f"--max_tokens {training.max_tokens} is below --pad_to_multiple_of {multiple}.")
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         raise InputError(f"--report_to {min(missing)} needs its package, which is not installed.")
+    if training.save_strategy == SaveStrategy.BEST:
+        raise InputError("--save_strategy best: a run could not go on from there; use --load_best_model_at_end.")
     if training.fp16_min_scale <= 0:
         raise InputError(f"--fp16_min_scale {training.fp16_min_scale} must be above 0.")
     scores = SCORES if training.predict_with_generate else SCORES[:1]
@@ -283,17 +281,15 @@ def check_arguments(
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
         )
-    newest = get_last_checkpoint_or_none(training)
-    if resume and newest:
-        given, last = Path(resume).resolve(), Path(newest).resolve()
-        if given.parent == last.parent and given != last:
-            raise InputError(
-                f"--resume_from_checkpoint {resume} is not the run's last checkpoint, {newest}: to go back, remove "
-                "the newer ones; to go on, leave it out."
-            )
+    checkpoints = complete_checkpoints(training.output_dir)
+    if resume and Path(resume).resolve() in [path.resolve() for path in checkpoints[:-1]]:
+        raise InputError(
+            f"--resume_from_checkpoint {resume} is not the run's last checkpoint, {checkpoints[-1]}: to go back, "
+            "remove the newer ones; to go on, leave it out."
+        )
     if model.model_name_or_path and (model.config_name or model.config_overrides):
         raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
-    if not training.do_train and not model.model_name_or_path and newest is None:
+    if not training.do_train and not model.model_name_or_path and not checkpoints:
         raise InputError(
             "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "
             f"model ({training.output_dir} has none)."
@@ -308,102 +304,3 @@ def _check_averaging(training: TranslationTrainingArguments) -> None:
         raise InputError(f"--average_last {last} needs checkpoints: give --save_strategy epoch or steps.")
     if kept is not None and kept < last:
         raise InputError(f"--average_last {last} needs more checkpoints than --save_total_limit {kept} keeps.")
-
-
-def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
-    """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
-
-    Trainer would train one more update when it is started on a finished run.
-    """
-    checkpoint = get_last_checkpoint_or_none(training)
-    if checkpoint is None:
-        return None
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-    done = state["global_step"] >= training.max_steps > 0 or (
-        training.max_steps <= 0 and state["epoch"] >= training.num_train_epochs
-    )
-    stopping = state["stateful_callbacks"].get("EarlyStopping")
-    if training.early_stopping_patience and stopping:
-        done |= stopping["attributes"]["early_stopping_patience_counter"] >= training.early_stopping_patience
-    if training.do_train and not done:
-        return None
-    best = state.get("best_model_checkpoint")
-    if training.load_best_model_at_end and best:
-        best = Path(training.output_dir, Path(best).name)  # wherever the run has been moved to
-        checkpoint = str(best) if best.is_dir() else checkpoint
-    return checkpoint
-
-
-def get_last_checkpoint_or_none(training: TranslationTrainingArguments) -> str | None:
-    """The newest complete checkpoint of the run in output_dir. Trainer writes trainer_state.json last."""
-    complete = complete_checkpoints(training.output_dir)
-    return str(complete[-1]) if complete else None
-
-
-# --- one output_dir, one run ----------------------------------------------------------------------
-
-# Arguments that may change between the sessions of one run, because they do not change what is trained.
-_FREE = {
-    *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
-    *("length_penalty", "average_last"),
-    *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
-    *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
-    *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),
-    *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config", "use_cpu"),
-    *("local_rank", "ddp_timeout", "ddp_backend", "include_num_input_tokens_seen", "full_determinism"),
-}
-_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "debug", "skip_memory")
-# These do, in spite of such a name
-_NOT_FREE = {"dataloader_drop_last"}
-
-
-def check_output_dir(arguments: Arguments) -> None:
-    """Refuse to train in a folder that holds a run of other arguments, or no run of ours at all.
-
-    Raises:
-        InputError: naming the arguments that differ, or what else is wrong with the folder.
-    """
-    folder = Path(arguments[2].output_dir)
-    record = folder / ARGUMENTS_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
-    if not arguments[2].do_train:
-        return
-    afresh = (
-        f"To go on with that run repeat its arguments; to start afresh remove {folder} or choose another --output_dir."
-    )
-    if not record.exists():
-        if get_last_checkpoint(str(folder)) is not None:
-            raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
-        return
-    try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{record} is damaged ({error}). {afresh}") from error
-    now = recorded(arguments)
-    defaults = {item.name: item.default for group in arguments for item in fields(group)} | {"world_size": 1}
-    before = {name: defaults.get(name) for name in now} | before  # of arguments that are newer than the run
-    differing = [
-        f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
-    ]
-    if differing:
-        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
-
-
-def recorded(arguments: Arguments) -> dict[str, Any]:
-    """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
-    model, data, training = arguments
-    values = asdict(model) | asdict(data) | training.to_dict() | {"world_size": training.world_size}
-    return json.loads(json.dumps(values))
-
-
-def record_arguments(arguments: Arguments) -> None:
-    """Write all arguments beside the run, to recognise it when it is resumed."""
-    path = Path(arguments[2].output_dir) / ARGUMENTS_NAME
-    write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")

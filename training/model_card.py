@@ -13,10 +13,10 @@ from .arguments import (
     DataTrainingArguments,
     ModelArguments,
     TranslationTrainingArguments,
-    recorded,
 )
 from .files import write_whole
 from .results import STYLES, pyplot, table_cell
+from .runs import recorded
 
 
 VANILLA_NAME = "vanilla"

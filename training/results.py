@@ -13,8 +13,8 @@ from typing import Any
 import matplotlib
 from transformers.trainer_utils import get_last_checkpoint
 
-from .arguments import ARGUMENTS_NAME
 from .errors import InputError
+from .runs import ARGUMENTS_NAME
 
 
 matplotlib.use("Agg")
@@ -26,8 +26,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]
 
 # Which arguments tell one run from another, for the table
-SHOWN = ("learning_rate", "warmup_steps", "per_device_train_batch_size", "label_smoothing_factor", "bf16", "seed")
-OTHER_ARGUMENTS = ("config_name", "config_overrides", "max_steps", "output_dir")
+SHOWN = ("optim", "learning_rate", "warmup_steps", "max_tokens", "per_device_train_batch_size", "average_last")
+SHOWN += ("num_beams", "label_smoothing_factor", "bf16", "seed")
+OTHER_ARGUMENTS = ("config_name", "config_overrides", "output_dir")
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -36,25 +37,33 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder holds no run of run_translation.py.
     """
+    folder = run if (run / "trainer_state.json").exists() else Path(str(get_last_checkpoint(str(run))))
     try:
-        arguments = json.loads((run / ARGUMENTS_NAME).read_text(encoding="utf-8"))
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        state_folder = run if (run / "trainer_state.json").exists() else Path(str(get_last_checkpoint(str(run))))
-        state = json.loads((state_folder / "trainer_state.json").read_text(encoding="utf-8"))
+        arguments, config, state = map(
+            _read, (run / ARGUMENTS_NAME, folder / "config.json", folder / "trainer_state.json")
+        )
     except OSError as error:
-        raise InputError(f"{run} holds no finished run of run_translation.py: {error}") from error
-    optional = {"scores": "all_results.json", "profile": "residual_profile.json"}
+        raise InputError(f"{run} holds no run of run_translation.py with a checkpoint: {error}") from error
+    scores, results, profile = (
+        _read(path) if (path := run / name).exists() else {}
+        for name in ("all_results.json", "results.json", "residual_profile.json")
+    )
+    decodes = run / "decodes.jsonl"
     shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")
     return {
         "name": run.name if run.parent.name == "runs" else f"{run.parent.name}-{run.name}",
-        "arguments": {name: arguments[name] for name in (*SHOWN, *OTHER_ARGUMENTS)},
+        "arguments": {name: arguments.get(name) for name in (*SHOWN, *OTHER_ARGUMENTS)},
         "model": {name: config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
+        "weights": [Path(folder).name for folder in results.get("weights", [])],
+        "scores": scores | results.get("scores", {}),
+        "test_decodes": len(decodes.read_text(encoding="utf-8").splitlines()) if decodes.exists() else None,
+        "profile": profile,
         "curves": [{k: v for k, v in entry.items() if k != "total_flos"} for entry in state["log_history"]],
-        **{
-            name: json.loads((run / file).read_text(encoding="utf-8")) if (run / file).exists() else {}
-            for name, file in optional.items()
-        },
     }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def curve(result: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
@@ -79,18 +88,18 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def _scores(results: list[dict[str, Any]]) -> list[str]:
-    header = "| run | split | BLEU | folded | chrF2 | TER | loss | signature of BLEU |"
-    rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]
+    header = "| run | split | tokenised BLEU | BLEU | folded | chrF2 | TER | loss | signatures |"
+    rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
     for result in results:
         for prefix, split in (("eval", "validation"), ("test", "test")):
             scores = result["scores"]
             if f"{prefix}_loss" in scores:
                 values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
                 values.insert(1, _number(scores.get(f"vanilla_{prefix}_bleu")))
-                signature = table_cell(scores.get(f"{prefix}_bleu_signature", ""))
-                rows.append(
-                    f"| {result['name']} | {split} | {' | '.join(values)} | {f'`{signature}`' if signature else ''} |"
-                )
+                values.insert(0, _number(scores.get(f"{prefix}_moses_bleu")))
+                signatures = (scores.get(f"{prefix}_{name}_signature") for name in ("moses_bleu", "bleu"))
+                cell = " ".join(f"`{table_cell(signature)}`" for signature in signatures if signature)
+                rows.append(f"| {result['name']} | {split} | {' | '.join(values)} | {cell} |")
     return rows
 
 
@@ -105,6 +114,7 @@ def _number(value: float | None) -> str:
 
 def _description(result: dict[str, Any]) -> str:
     model, arguments, scores = result["model"], result["arguments"], result["scores"]
+    runtime, weights, decodes = scores.get("train_runtime"), result.get("weights", []), result.get("test_decodes")
     steps = max(entry["step"] for entry in result["curves"])
     overrides = arguments["config_overrides"]
     command = f"python run_translation.py {arguments['config_name']}/recipe.json"
@@ -118,8 +128,16 @@ def _description(result: dict[str, Any]) -> str:
             f"decoder `{model['decoder_residual']}`, D {model['d_model']}, FFN {model['encoder_ffn_dim']}, "
             f"{model['encoder_attention_heads']} heads, dropout {model['dropout']}, vocabulary "
             f"{model['vocab_size']:,}. {steps:,} updates; "
-            + ", ".join(f"{name} {arguments[name]}" for name in SHOWN)
-            + f". Training took {scores.get('train_runtime', 0) / 60:.0f} minutes, evaluations included.",
+            + ", ".join(
+                f"{name} {value}"
+                for name in SHOWN
+                if (value := arguments.get(name)) is not None
+                and not (name == "per_device_train_batch_size" and arguments.get("max_tokens"))
+            )
+            + "."
+            + (f" Training took {runtime / 60:.0f} minutes, evaluations included." if runtime else "")
+            + (f" Scored: the mean of {', '.join(weights)}." if len(weights) > 1 else "")
+            + (f" Decodings of the test set: {decodes}." if decodes else ""),
         ]
     )
 

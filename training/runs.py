@@ -1,0 +1,125 @@
+"""One output_dir, one run: what was asked of it, how far it is, and what its model is."""
+
+import json
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from admin_hf.averaging import complete_checkpoints
+
+from .arguments import Arguments, TranslationTrainingArguments
+from .errors import InputError
+from .files import write_whole
+
+
+ARGUMENTS_NAME = "arguments.json"
+
+
+def last_checkpoint(training: TranslationTrainingArguments) -> str | None:
+    """The newest complete checkpoint of the run in output_dir."""
+    complete = complete_checkpoints(training.output_dir)
+    return str(complete[-1]) if complete else None
+
+
+def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
+    """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
+
+    Trainer would train one more update when it is started on a finished run.
+    """
+    checkpoint = last_checkpoint(training)
+    if checkpoint is None:
+        return None
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    done = state["global_step"] >= training.max_steps > 0 or (
+        training.max_steps <= 0 and state["epoch"] >= training.num_train_epochs
+    )
+    stopping = state["stateful_callbacks"].get("EarlyStopping")
+    if training.early_stopping_patience and stopping:
+        done |= stopping["attributes"]["early_stopping_patience_counter"] >= training.early_stopping_patience
+    if training.do_train and not done:
+        return None
+    best = state.get("best_model_checkpoint")
+    if training.load_best_model_at_end and best:
+        best = Path(training.output_dir, Path(best).name)  # wherever the run has been moved to
+        checkpoint = str(best) if best.is_dir() else checkpoint
+    return checkpoint
+
+
+def averaged_checkpoints(training: TranslationTrainingArguments) -> list[Path]:
+    """The checkpoints whose mean is the run's model: those of `--average_last`, now or when the run was trained."""
+    last = training.average_last
+    if not training.do_train and (record := Path(training.output_dir, ARGUMENTS_NAME)).exists():
+        last = last or json.loads(record.read_text(encoding="utf-8")).get("average_last")
+    return complete_checkpoints(training.output_dir)[-last:] if last else []
+
+
+# --- what was asked of it -------------------------------------------------------------------------
+
+# Arguments that may change between the sessions of one run: they do not change what is trained, or say for how long.
+_FREE = {
+    *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
+    *("length_penalty", "average_last"),
+    *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
+    *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
+    *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),
+    *("predict_with_generate", "generation_max_length", "generation_num_beams", "generation_config", "use_cpu"),
+    *("local_rank", "ddp_timeout", "ddp_backend", "include_num_input_tokens_seen", "full_determinism"),
+}
+_FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "dataloader_", "debug", "skip_memory")
+# These do, in spite of such a name
+_NOT_FREE = {"dataloader_drop_last"}
+
+
+def check_output_dir(arguments: Arguments) -> None:
+    """Refuse to train in a folder that holds a run of other arguments, or no run of ours at all.
+
+    Raises:
+        InputError: naming the arguments that differ, or what else is wrong with the folder.
+    """
+    folder = Path(arguments[2].output_dir)
+    record = folder / ARGUMENTS_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
+    if not arguments[2].do_train:
+        return
+    afresh = (
+        f"To go on with that run repeat its arguments; to start afresh remove {folder} or choose another --output_dir."
+    )
+    if not record.exists():
+        if get_last_checkpoint(str(folder)) is not None:
+            raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{record} is damaged ({error}). {afresh}") from error
+    now = recorded(arguments)
+    defaults = {item.name: item.default for group in arguments for item in fields(group)} | {"world_size": 1}
+    before = {name: defaults.get(name) for name in now} | before  # of arguments that are newer than the run
+    differing = [
+        f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
+    ]
+    if differing:
+        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
+
+
+def recorded(arguments: Arguments) -> dict[str, Any]:
+    """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
+    model, data, training = arguments
+    values = asdict(model) | asdict(data) | training.to_dict() | {"world_size": training.world_size}
+    return json.loads(json.dumps(values))
+
+
+def record_arguments(arguments: Arguments) -> None:
+    """Write all arguments beside the run, to recognise it when it is resumed."""
+    path = Path(arguments[2].output_dir) / ARGUMENTS_NAME
+    write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")
