@@ -159,11 +159,12 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             ValueError: the model cannot be folded (see [`reparameterize`]).
             NotADirectoryError: `save_directory` is a file.
         """
-        if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
-            state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
+        saved = state_dict
+        if saved is not None:  # gathered from shards, where tied weights are copies that would be saved twice
+            saved = {name: tensor for name, tensor in saved.items() if name not in self.all_tied_weights_keys}
         if not is_main_process:
             if not reparameterize:
-                super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+                super().save_pretrained(save_directory, is_main_process, saved, **kwargs)
             return
         fold_by_default = reparameterize is None and Path(save_directory).resolve() == self.vanilla_folder
         folded = None
@@ -178,7 +179,7 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             with replaced_model(save_directory) as folder:
                 folded.save_pretrained(folder, **kwargs)
         else:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, saved, **kwargs)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             kwargs.pop("variant", None)

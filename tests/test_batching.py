@@ -184,7 +184,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
 def test_all_epochs_have_as_many_updates_and_another_order(tmp_path, monkeypatch):
     data = pairs()
     seen = []
-    one = trainer(tmp_path, tiny_model(), data, max_tokens=100, num_train_epochs=3, max_steps=-1)
+    one = trainer(tmp_path, tiny_model(), data, max_tokens=100, num_train_epochs=3, max_steps=-1, learning_rate=0.1)
     training_step = one.training_step
     monkeypatch.setattr(
         one,

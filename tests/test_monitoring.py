@@ -312,7 +312,7 @@ def evaluations_until_stop(losses: list[float], patience: int) -> int:
 
 
 def test_stops_after_the_patience_and_keeps_the_best(tmp_path):
-    trainer = stopping_trainer(tmp_path, 2, save_total_limit=2)
+    trainer = stopping_trainer(tmp_path, 2, save_total_limit=1)
     trainer.train()
     losses = logged(trainer, "eval_loss")
     assert len(losses) == evaluations_until_stop(losses, 2) == trainer.state.global_step < 30

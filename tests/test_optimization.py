@@ -176,7 +176,10 @@ def translation_arguments(folder: Path, *more: str) -> list[str]:
         (["--average_last", "2", "--save_strategy", "no"], "--average_last 2 needs checkpoints"),
         (["--average_last", "3", "--save_total_limit", "2"], "needs more checkpoints than --save_total_limit 2 keeps"),
         (["--early_stopping_patience", "0"], "--early_stopping_patience 0 must be at least 1"),
-        (["--early_stopping_patience", "2", "--average_last", "2"], "--early_stopping_patience needs --eval_strategy"),
+        (
+            ["--early_stopping_patience", "2", "--average_last", "2"],
+            "--early_stopping_patience 2 needs --eval_strategy",
+        ),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys, flags, message):

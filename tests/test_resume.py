@@ -235,11 +235,11 @@ def test_a_checkpoint_is_complete_once_its_state_is_written_whole(tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "best", "kept"),
-    [(None, None, [2, 4, 6, 8, 10]), (3, None, [6, 8, 10]), (2, 4, [4, 10]), (1, 4, [4, 10]), (1, 10, [10])],
+    [(None, "", [2, 4, 6, 8, 10]), (3, "", [6, 8, 10]), (2, 4, [4, 8, 10]), (1, 4, [4, 10]), (1, 10, [10])],
 )
-def test_the_oldest_checkpoints_by_number_are_removed_but_not_the_best(tmp_path, limit, best, kept):
+def test_the_last_checkpoints_by_number_are_kept_and_the_best_beside_them(tmp_path, limit, best, kept):
     for age, step in enumerate((10, 2, 8, 4, 6)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         os.utime(tmp_path / f"checkpoint-{step}", (age, age))
-    rotate_checkpoints(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
+    rotate_checkpoints(tmp_path, limit, f"checkpoint-{best}")
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in kept]
