@@ -30,3 +30,20 @@ def test_a_metric_can_be_used_again():
     first = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
     assert metric.compute(predictions=REFERENCES, references=REFERENCES)["bleu"] == pytest.approx(100)
     assert metric.compute(predictions=PREDICTIONS, references=REFERENCES) == first
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_tokenised_bleu_is_that_of_the_tokens_of_moses(lowercase):
+    predictions, references = (
+        ['Er sagt: "Der Hund läuft (schnell)."', "Das ist's"],
+        ['Er sagt: "Der Hund rennt."', "Das war's"],
+    )
+    by_hand = [
+        ['Er sagt : " Der Hund läuft ( schnell ) . "', "Das ist ' s"],
+        ['Er sagt : " Der Hund rennt . "', "Das war ' s"],
+    ]
+    metric = TranslationMetric(lowercase=lowercase, target_lang="de")
+    scores = metric.compute(predictions=predictions, references=references)
+    expected = sacrebleu.corpus_bleu(by_hand[0], [by_hand[1]], tokenize="none", lowercase=lowercase, force=True)
+    assert scores["moses_bleu"] == pytest.approx(expected.score)
+    assert "tok:moses-de-sacremoses-" in scores["moses_bleu_signature"] and "tok:13a" in scores["bleu_signature"]

@@ -198,7 +198,7 @@ def test_a_stop_in_mid_epoch_is_not_the_end_of_the_epoch(session, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_exactly(data, tmp_path):
-    """Killed between the files of two processes, stopped by a full disk, then gone on with in the second epoch."""
+    """One is asked to stop, one killed between the files of both, one's disk is full; then both go on."""
     options = {"gradient_accumulation_steps": 1, "save_steps": 4, "max_steps": 10}
 
     def run(name: str, moment: dict) -> subprocess.CompletedProcess[str]:
@@ -210,9 +210,12 @@ def test_two_processes_resume_exactly(data, tmp_path):
 
     done = run("whole", {})
     assert done.returncode == 0, done.stderr[-3000:]
+    stopped = run("parts", {"update": 5, "signal": signal.SIGTERM, "rank": 1})
+    assert stopped.returncode != 0 and "Stopped at update 5" in stopped.stdout
+    assert checkpoints(tmp_path / "parts") == ["checkpoint-4", "checkpoint-5"]
     # The second process has not written its random state
     assert run("parts", {"event": "os.mkdir", "path": "checkpoint-8", "rank": 1}).returncode != 0
-    assert complete_checkpoints(tmp_path / "parts") == [tmp_path / "parts" / "checkpoint-4"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "parts")] == ["checkpoint-4", "checkpoint-5"]
     full = run("parts", {"event": "open", "path": "checkpoint-10/config.json", "largest_file": 4096, "rank": 0})
     assert full.returncode != 0 and f"{tmp_path}/parts/checkpoint-10 cannot be written" in full.stderr
     assert checkpoints(tmp_path / "parts") == ["checkpoint-4", "checkpoint-8"]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
+
+from admin_hf.monitoring import ResidualMonitor
 
 from .divergence import MAX_OVERFLOWS, Divergence, first_non_finite
 from .optimization import LossScaleClamp
@@ -22,14 +24,6 @@ from .optimization import LossScaleClamp
 START, WINDOW = 10, 20
 # Without warm-up the first updates may be exploding already: the start is at most this multiple of the first loss
 MAX_START = 3.0
-
-
-class ResidualWatcher(Protocol):
-    """What the library's `ResidualMonitor` does."""
-
-    def watch_next_pass(self) -> None: ...
-
-    def metrics(self) -> dict[str, float]: ...
 
 
 class UpdateMonitor(TrainerCallback, ExportableState):
@@ -52,7 +46,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         Divergence: on all processes alike, before the weights are changed or saved.
     """
 
-    def __init__(self, accelerator: Accelerator, min_scale: float, residuals: ResidualWatcher | None = None) -> None:
+    def __init__(self, accelerator: Accelerator, min_scale: float, residuals: ResidualMonitor | None = None) -> None:
         self.accelerator = accelerator
         self.residuals = residuals
         self.first_losses: list[float] = []  # of the first updates of the run, and of the last ones

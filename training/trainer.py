@@ -23,10 +23,12 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
+from admin_hf.monitoring import ResidualMonitor
+
 from .batching import TokenBatchSampler
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
-from .monitor import ResidualWatcher, TranslationProgress, UpdateMonitor
+from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 
 
@@ -46,7 +48,7 @@ class TranslationTrainer(ResumableTrainer):
         kwargs: as [`~transformers.Seq2SeqTrainer`], with the tokenizer as `processing_class`.
     """
 
-    def __init__(self, metric: TranslationMetric, residuals: ResidualWatcher | None = None, **kwargs: Any) -> None:
+    def __init__(self, metric: TranslationMetric, residuals: ResidualMonitor | None = None, **kwargs: Any) -> None:
         super().__init__(compute_metrics=self._score, **kwargs)
         self.monitor = UpdateMonitor(self.accelerator, self.args.fp16_min_scale, residuals)
         self.add_callback(self.monitor)
