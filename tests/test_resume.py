@@ -181,6 +181,17 @@ def test_a_full_disk_stops_the_run_with_one_sentence(session, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_from_before_a_callback_was_there_is_gone_on_with(session, tmp_path):
+    assert session(tmp_path, **SHORT | {"max_steps": 4})[0] == 0
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["UpdateMonitor"]
+    path.write_text(json.dumps(state))
+    assert session(tmp_path, **SHORT)[0] == 0
+    assert "UpdateMonitor" in (tmp_path / "checkpoint-6" / "trainer_state.json").read_text()
+
+
+@pytest.mark.slow
 def test_evaluation_does_not_change_what_is_trained(session, whole, tmp_path):
     assert session(tmp_path, **SHORT, do_eval=True, eval_strategy="steps", eval_steps=3)[0] == 0
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, tmp_path))
@@ -210,15 +221,15 @@ def test_two_processes_resume_exactly(data, tmp_path):
 
     done = run("whole", {})
     assert done.returncode == 0, done.stderr[-3000:]
-    stopped = run("parts", {"update": 5, "signal": signal.SIGTERM, "rank": 1})
-    assert stopped.returncode != 0 and "Stopped at update 5" in stopped.stdout
-    assert checkpoints(tmp_path / "parts") == ["checkpoint-4", "checkpoint-5"]
+    stopped = run("parts", {"update": 4, "signal": signal.SIGTERM, "rank": 1})
+    assert stopped.returncode != 0 and stopped.stdout.count("Stopped at update 4") == 2
+    assert checkpoints(tmp_path / "parts") == ["checkpoint-4"]
     # The second process has not written its random state
     assert run("parts", {"event": "os.mkdir", "path": "checkpoint-8", "rank": 1}).returncode != 0
-    assert [path.name for path in complete_checkpoints(tmp_path / "parts")] == ["checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "parts")] == ["checkpoint-4"]
     full = run("parts", {"event": "open", "path": "checkpoint-10/config.json", "largest_file": 4096, "rank": 0})
     assert full.returncode != 0 and f"{tmp_path}/parts/checkpoint-10 cannot be written" in full.stderr
-    assert checkpoints(tmp_path / "parts") == ["checkpoint-4", "checkpoint-8"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "parts")] == ["checkpoint-4", "checkpoint-8"]
     done = run("parts", {})
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_end(tmp_path / "whole", tmp_path / "parts")

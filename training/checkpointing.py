@@ -109,8 +109,9 @@ class ResumableTrainer(Seq2SeqTrainer):
     def _load_callback_state(self) -> None:
         # Into the callbacks that are there: Trainer would put new ones in their place, and only on demand
         for callback in self.callback_handler.callbacks:
-            state = self.state.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and state is not None:
+            if isinstance(callback, ExportableState):
+                # A checkpoint from before the callback was there has no state of it, which Trainer could not save then
+                state = self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
                 vars(callback).update(state["attributes"])
         self._unscheduled = None if self._is_scheduled() else f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 

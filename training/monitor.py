@@ -188,6 +188,12 @@ class TranslationProgress(ProgressCallback):
         super().__init__()
         self.monitor = monitor
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step = state.global_step
+        if self.training_bar is not None:  # the time left is that of the updates of this session
+            self.training_bar.initial = self.training_bar.n = self.training_bar.last_print_n = state.global_step
+
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.set_postfix_str(
