@@ -24,6 +24,7 @@ from matplotlib import pyplot  # the backend comes first
 DOCS = Path(__file__).parents[1] / "docs"
 # Wong's palette, which colour-blind readers can tell apart, and line styles for those who print in grey
 STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]
+STYLES += [("#E69F00", (0, (6, 2))), ("#56B4E9", (0, (3, 1, 1, 1)))]
 
 # Which arguments tell one run from another, for the table
 SHOWN = ("optim", "learning_rate", "warmup_steps", "max_tokens", "per_device_train_batch_size", "average_last")
@@ -113,8 +114,8 @@ def _number(value: float | None) -> str:
 
 
 def _description(result: dict[str, Any]) -> str:
-    model, arguments, scores = result["model"], result["arguments"], result["scores"]
-    runtime, weights, decodes = scores.get("train_runtime"), result.get("weights", []), result.get("test_decodes")
+    model, arguments = result["model"], result["arguments"]
+    weights, decodes = result.get("weights", []), result.get("test_decodes")
     steps = max(entry["step"] for entry in result["curves"])
     overrides = arguments["config_overrides"]
     command = f"python run_translation.py {arguments['config_name']}/recipe.json"
@@ -135,7 +136,6 @@ def _description(result: dict[str, Any]) -> str:
                 and not (name == "per_device_train_batch_size" and arguments.get("max_tokens"))
             )
             + "."
-            + (f" Training took {runtime / 60:.0f} minutes, evaluations included." if runtime else "")
             + (f" Scored: the mean of {', '.join(weights)}." if len(weights) > 1 else "")
             + (f" Decodings of the test set: {decodes}." if decodes else ""),
         ]
