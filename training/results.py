@@ -194,7 +194,7 @@ def _plot(path: Path, title: str, label: str, series: dict[str, tuple[list, list
     figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
     for (name, (x, y)), (colour, style) in zip(series.items(), STYLES, strict=False):
         if x:
-            axes.plot(x, y, style, color=colour, label=name)
+            axes.plot(x, y, linestyle=style, color=colour, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
