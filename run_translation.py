@@ -99,16 +99,17 @@ def run(arguments: args.Arguments) -> int:
         tokenizer = prepare_tokenizer(arguments, raw)
         data = tokenize(raw, tokenizer, arguments)
     model = build_model(arguments, tokenizer)
-    if not training_args.do_train or runs.finished_checkpoint(training_args):
+    finished = runs.finished_checkpoint(training_args)
+    if not training_args.do_train or finished:
         training_args.report_to = []  # there is nothing to draw, and TensorBoard would make a folder elsewhere
     stop = StopOnSignal()
     trainer = build_trainer(arguments, model, tokenizer, data, stop)
 
     if training_args.do_train and trainer.is_world_process_zero():
         Path(training_args.output_dir, DIVERGENCE_NAME).unlink(missing_ok=True)
-    if training_args.do_train and runs.finished_checkpoint(training_args):
+    if training_args.do_train and finished:
         logger.info("Nothing is left to train.")
-        trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+        trainer.end_sharding()
         save(trainer)  # in case that the run was killed just before
     elif training_args.do_train:
         train(trainer, arguments)
@@ -315,7 +316,7 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
     save(trainer)
-    end_sharding(trainer)
+    load_whole_model(trainer)
     report(trainer, "train", result.metrics)
 
 
@@ -349,14 +350,14 @@ def profile_before_sharding(trainer: TranslationTrainer) -> None:
     profile_and_initialize(trainer.model, batch, trainer.args.output_dir)
 
 
-def end_sharding(trainer: TranslationTrainer) -> None:
+def load_whole_model(trainer: TranslationTrainer) -> None:
     """Give every process the whole model that was saved, to be averaged, folded and scored."""
     if sharding(trainer.args) is None:
         return
     trainer.accelerator.wait_for_everyone()
     model = AdminForConditionalGeneration.from_pretrained(trainer.args.output_dir)
     trainer.model = trainer.model_wrapped = model.to(trainer.args.device)
-    trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    trainer.end_sharding()
 
 
 def load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> list[str]:
@@ -410,7 +411,7 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
         processing_class=trainer.processing_class,
         data_collator=TranslationCollator(trainer.processing_class, model=model),
     )
-    vanilla.is_fsdp_enabled = vanilla.is_deepspeed_enabled = False
+    vanilla.end_sharding()
     vanilla.end_autocast()
     return vanilla
 

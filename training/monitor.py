@@ -86,7 +86,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         _, nll, _, tokens, slots = (self._logged / max(self._updates, 1)).tolist()
         values = {
             "nll": nll,
-            "perplexity": math.exp(min(nll, 700)),
+            "perplexity": perplexity(nll),
             "tokens_per_second": self.tokens_per_second,
             "pad_fraction": 1 - tokens / slots if slots else math.nan,
         }
@@ -176,6 +176,11 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         raise Divergence(
             f"Training diverged: {what}.", state.global_step, self.loss, self._scale, next(iter(layers), None)
         )
+
+
+def perplexity(nll: float) -> float:
+    """The exponential of a negative log-likelihood, and a finite number for any."""
+    return math.exp(min(nll, 700))
 
 
 class TranslationProgress(ProgressCallback):

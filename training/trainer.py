@@ -1,7 +1,6 @@
 """Seq2SeqTrainer for translation: token batches, the paper's optimisation, scores against the text itself."""
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from admin_hf.monitoring import ResidualMonitor
 from .batching import TokenBatchSampler
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
-from .monitor import TranslationProgress, UpdateMonitor
+from .monitor import TranslationProgress, UpdateMonitor, perplexity
 from .optimization import RADAM, radam, warm_up_from
 
 
@@ -71,6 +70,10 @@ class TranslationTrainer(ResumableTrainer):
         """Compute in the weights' own precision from here on, as the users of the saved model will."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.native_amp = False
+
+    def end_sharding(self) -> None:
+        """Save and evaluate a whole model from here on, though weights were spread over the processes in training."""
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
 
     def decode(self, predictions: np.ndarray) -> list[str]:
         """Detokenise generated ids, `(sentences, longest)`, padded with −100 or the padding id."""
@@ -160,7 +163,7 @@ class TranslationTrainer(ResumableTrainer):
         if "loss" in logs:
             logs |= self.monitor.log()
         if "eval_loss" in logs:
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, start_time)
 
     # --- saving ---
