@@ -18,7 +18,7 @@ from transformers.utils.hub import hf_api
 from .pretrained import AdminPreTrainedModel
 from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import stock_architecture
-from .residual import AdminConnection
+from .residual import profiled_connections
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +67,7 @@ class AdminProfilingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         model = _unwrapped(model)
-        omegas = [m.omega for m in model.modules() if isinstance(m, AdminConnection)]
+        omegas = [connection.omega for _, connection in profiled_connections(model)]
         if not omegas or state.global_step > 0:
             return
         if model.omega_initialized:

@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MarianConfig, PegasusConfig
 from transformers.activations import ACT2FN
 
-from .residual import SYSTEMS
+from .residual import residual_system
 
 
 # The stock models that can be gone on from, and the residual systems that compute what they compute
@@ -26,10 +26,12 @@ class AdminConfig(MarianConfig):
 
     Args:
         encoder_residual (`str`, defaults to `"admin"`):
-            The residual system of the encoder: one of `admin_hf.residual.SYSTEMS` (`"admin"`, `"post_ln"`, `"pre_ln"`,
-            or one of your own).
+            The residual system of the encoder: `"admin"`, `"post_ln"`, `"pre_ln"`, `"rezero"`, `"rezero_post_ln"`,
+            `"fixup"`, `"looklinear"`, `"deepnorm"`, `"admin_uniform"`, or one of your own
+            (see `admin_hf.residual.SYSTEMS` and docs/systems.md).
         decoder_residual (`str`, defaults to `"admin"`):
-            The same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with Pre-LN.
+            The same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with Pre-LN. A decoder of
+            `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
         label_smoothing (`float`, defaults to 0.0):
             Share of the target probability that the training loss spreads evenly over the vocabulary without padding.
             Used in train mode only: an evaluation loss is the negative log-likelihood.
@@ -37,8 +39,8 @@ class AdminConfig(MarianConfig):
             `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>` is last.
 
     Raises:
-        ValueError: an unknown residual system, a size below 1, a `d_model` that the heads do not divide, or a special
-            token outside the vocabulary.
+        ValueError: an unknown residual system, or one that cannot work with the rest (see its class), a size below 1,
+            a `d_model` that the heads do not divide, or a special token outside the vocabulary.
 
     Example:
 
@@ -79,17 +81,10 @@ class AdminConfig(MarianConfig):
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.pad_token_id
         super().__post_init__(**kwargs)
-        self._check_residuals()
         self._check_sizes()
         self._check_special_tokens()
-
-    def _check_residuals(self) -> None:
-        for field in ("encoder_residual", "decoder_residual"):
-            if (name := getattr(self, field)) not in SYSTEMS:
-                raise ValueError(
-                    f"{field}={name!r} is not a residual system; choose one of {', '.join(SYSTEMS)}, "
-                    "or add your own to admin_hf.residual.SYSTEMS first."
-                )
+        for stack in ("encoder", "decoder"):
+            residual_system(self, stack)  # which refuses what it cannot work with
 
     def _check_sizes(self) -> None:
         sizes = ("layers", "ffn_dim", "attention_heads")

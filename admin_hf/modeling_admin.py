@@ -26,7 +26,7 @@ from .configuration_admin import AdminConfig
 from .dropout import dropout
 from .loss import linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
-from .residual import SYSTEMS, AdminConnection, ResidualSystem
+from .residual import ResidualSystem, residual_system
 
 
 logger = logging.get_logger(__name__)
@@ -137,12 +137,10 @@ class _StackMixin(AdminPreTrainedModel):
         """Left to the whole model: here one stack would use up the configuration's attribute before the other."""
 
     def _build(self, stack: str, layer_class: type[nn.Module]) -> None:
-        system = SYSTEMS[getattr(self.config, f"{stack}_residual")](self.config, stack)
+        system = residual_system(self.config, stack)
         layers = range(getattr(self.config, f"{stack}_layers"))
         self.layers = nn.ModuleList(layer_class(self.config, i, system) for i in layers)
         self.layer_norm = system.after_stack()
-        if any(isinstance(module, AdminConnection) for module in self.layers.modules()):
-            self._keep_in_fp32_modules_strict = {"omega"}
         self.post_init()
 
     def _check_input(self, name: str, input_ids: Tensor | None, inputs_embeds: Tensor | None, past: int = 0) -> None:
@@ -270,10 +268,19 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             super().__init__(config)
         self.model = AdminModel(config)
         logits_bias_init(self.final_logits_bias, self.padding_id)
-        self.lm_head.initializer = partial(embedding_init, padding_idx=config.pad_token_id)
+        system = residual_system(config, "decoder")
+        standard = partial(embedding_init, padding_idx=config.pad_token_id)
+        self.lm_head.initializer = system.initializers.get("lm_head", standard)
+        if not system.ties_output:
+            tied = self._tied_weights_keys.items()
+            self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
+        # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system
+        rows = self.model.decoder.embed_tokens.weight.shape[0]
+        if self.lm_head.weight.shape[0] != rows:
+            self.lm_head = self._get_resized_lm_head(self.lm_head, rows)
         # The output layer says its size, which `pad_to_multiple_of` may have rounded up
         old = self.final_logits_bias
         new = old.new_zeros(1, self.lm_head.weight.shape[0])

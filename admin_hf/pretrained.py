@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
 from .configuration_admin import AdminConfig
-from .residual import AdminConnection
+from .residual import ScaleModule, profiled_connections
 
 
 logger = logging.get_logger(__name__)
@@ -61,8 +61,9 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             embedding_init(module.weight, module.padding_idx)
         else:
             super()._init_weights(module)
-        if isinstance(module, AdminConnection):
-            init.ones_(module.omega)
+        if isinstance(module, ScaleModule):
+            for name, value in module.initial_scales.items():
+                init.constant_(module.get_parameter(name), value)
         if hasattr(module, "final_logits_bias"):
             logits_bias_init(cast(Tensor, module.final_logits_bias), self.padding_id)
 
@@ -73,16 +74,16 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
         DistributedDataParallel would mistake for parameters without a gradient.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        omegas = {f"{name}.omega" for name, m in self.named_modules() if isinstance(m, AdminConnection)}
-        if omegas and omegas == set(loading_info.missing_keys):
+        profiled = {f"{name}.omega": connection for name, connection in profiled_connections(self)}
+        if profiled and profiled.keys() == set(loading_info.missing_keys):
             loading_info.missing_keys = set()
             logger.warning(
                 "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
             )
-        for name, module in self.named_modules():
-            if isinstance(module, AdminConnection):
-                module.initialized = f"{name}.omega" not in loading_info.missing_keys
-            elif isinstance(module, MarianSinusoidalPositionalEmbedding):
+        for name, connection in profiled.items():
+            connection.initialized = name not in loading_info.missing_keys
+        for module in self.modules():
+            if isinstance(module, MarianSinusoidalPositionalEmbedding):
                 module.weight.requires_grad_(False)
 
     @property
@@ -91,8 +92,8 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
 
     @property
     def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where the model has no ω."""
-        return all(m.initialized for m in self.modules() if isinstance(m, AdminConnection))
+        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled."""
+        return all(connection.initialized for _, connection in profiled_connections(self))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -5,8 +5,9 @@ Section 4.2 of the paper: run the freshly initialised model on one batch, record
     ω_i = sqrt(Σ_{j<i} Var[f_j])
 
 in all entries, where j = 0 is the stack's embedding. Each stack has a chain of its own; its first sub-layer has no ω
-(see [`~admin_hf.residual.Admin`]). As in the reference implementation ω is applied in the very pass that measures it,
-so that the chain is consistent with itself; unlike there, padding is left out of the variances.
+(see [`~admin_hf.residual.Admin`]), and stacks of other systems are measured as they are. As in the reference
+implementation ω is applied in the very pass that measures it, so that the chain is consistent with itself; unlike
+there, padding is left out of the variances.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ class StackProfile:
         branch_variances: Var[f_i], the variance of all entries of the branch output at real tokens, as one pool.
         shortcut_variances: Var[x_{i-1}] of the same tokens, before ω: the variance of the embeddings for the first
             sub-layer, and 1 for the others, behind a LayerNorm.
-        omega: the shortcut scales ω_i; 1 where a sub-layer has none.
+        omega: the shortcut scales ω_i that are to be written, or the mean of those that are not profiled; 1 where a
+            sub-layer has none.
     """
 
     names: list[str] = field(default_factory=list)
@@ -186,7 +188,7 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
                 raise ValueError(f"The profile's ω of {stack}.{name} is {omega}; expected a finite positive number.")
     for _, connections, measured in stacks:
         for (_, connection), omega in zip(connections, measured.omega, strict=True):
-            if isinstance(connection, AdminConnection):
+            if isinstance(connection, AdminConnection) and connection.profiled:
                 connection.omega.data.fill_(omega)
                 connection.initialized = True
 
@@ -264,9 +266,11 @@ def _observed(stack: nn.Module, tokens: Tensor, profile: StackProfile) -> Iterat
     def observe(name: str, connection: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         shortcut, branch = args
         omega = 1.0
-        if isinstance(connection, AdminConnection):
+        if isinstance(connection, AdminConnection) and connection.profiled:
             omega = profile.next_omega()
             connection.omega.data.fill_(omega)
+        elif isinstance(connection, AdminConnection):
+            omega = float(connection.omega.mean())
         profile.names.append(name)
         profile.shortcut_variances.append(_variance(shortcut, tokens, name))
         profile.branch_variances.append(_variance(branch, tokens, name))

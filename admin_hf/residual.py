@@ -1,4 +1,4 @@
-"""Residual connections and the systems that choose them.
+"""Residual systems: what makes a Transformer Post-LN, Pre-LN, Admin, ReZero, FixUp, LookLinear or DeepNorm.
 
 A Transformer stack is a chain of residual connections, one for each sub-layer (self-attention, encoder-attention,
 feed-forward) with its branch ``f_i``:
@@ -7,11 +7,11 @@ feed-forward) with its branch ``f_i``:
     Pre-LN    x_i = x_{i-1} + f_i(LN(x_{i-1}))
     Admin     x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))          (Liu et al., EMNLP 2020)
 
-A **connection** is the module that joins shortcut and branch of one sub-layer. A **system** is the plan behind a name
-such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, and what follows the
-stack. Layers and stacks never ask which system they run.
+A **connection** is the module that joins shortcut and branch of one sub-layer (`connections.py`). A **system** is the
+plan behind a name such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, what
+follows the stack, and whether the output layer is tied. Layers and stacks never ask which system they run.
 
-A system of your own is a class and a line, and no edit of the model:
+docs/systems.md has a table of all systems. One of your own is a class and a line, and no edit of the model:
 
 ```python
 >>> from admin_hf import AdminConfig, AdminForConditionalGeneration
@@ -37,7 +37,8 @@ A system of your own is a class and a line, and no edit of the model:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,93 +46,26 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .connections import (
+    AdminConnection,
+    DeepNormConnection,
+    FixUpActivation,
+    FixUpConnection,
+    FixUpOutput,
+    PostLNConnection,
+    PreLNConnection,
+    ResidualConnection,
+    ReZeroConnection,
+    ReZeroPostLNConnection,
+    ScaleModule,
+    profiled_connections,
+    residual_connections,
+)
+
 
 if TYPE_CHECKING:
     from .configuration_admin import AdminConfig
 
-
-# --- connections ----------------------------------------------------------------------------------
-
-
-class ResidualConnection(nn.Module):
-    """Joins the shortcut ``x_{i-1}`` and the branch ``f_i`` of one sub-layer into ``x_i``.
-
-    A layer calls it twice, so that hooks see both tensors: ``branch_input(x)`` gives what the branch reads, and
-    ``forward(shortcut, branch)`` joins. All tensors are `(batch_size, sequence_length, d_model)`.
-    """
-
-    def branch_input(self, shortcut: Tensor) -> Tensor:
-        """What the branch reads: the shortcut itself, unless a system normalises it first."""
-        return shortcut
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        """Return ``x_i`` from ``x_{i-1}`` (`shortcut`) and ``f_i(x_{i-1})`` (`branch`, after its dropout)."""
-        raise NotImplementedError
-
-
-class PostLNConnection(nn.LayerNorm, ResidualConnection):
-    """``x_i = LN(x_{i-1} + f_i(x_{i-1}))``, the connection of the original Transformer.
-
-    Attributes:
-        shortcut_scale, branch_scale: what a subclass multiplies shortcut and branch by, a number or a vector of shape
-            `(d_model,)`. [`reparameterize`] folds them into the weights around the connection.
-    """
-
-    shortcut_scale: Tensor | float = 1.0
-    branch_scale: Tensor | float = 1.0
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(shortcut + branch)
-
-
-class PreLNConnection(nn.LayerNorm, ResidualConnection):
-    """``x_i = x_{i-1} + f_i(LN(x_{i-1}))``."""
-
-    def branch_input(self, shortcut: Tensor) -> Tensor:
-        return super().forward(shortcut)
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return shortcut + branch
-
-
-class AdminConnection(PostLNConnection):
-    """``x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))`` with a trainable ω_i (Admin, section 4.2 of the paper).
-
-    ω is 1, which is Post-LN, until [`initialize_omega`] writes the profile's value into all its entries. It has shape
-    `(d_model,)` and stays float32 in models of half precision (`.half()`, `.bfloat16()`, `dtype=...`), where an update
-    of a large ω would be rounded away; it is cast to the shortcut's dtype where it is used.
-
-    Attributes:
-        omega: the shortcut scale ω_i.
-        initialized: whether ω holds a value that was measured or loaded; a fresh connection's does not.
-    """
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__(d_model)
-        self.omega = nn.Parameter(torch.ones(d_model, dtype=torch.float32))
-        self.initialized = False
-
-    @property
-    def shortcut_scale(self) -> Tensor:  # type: ignore[override]
-        return self.omega
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(shortcut * self.omega.to(shortcut.dtype), branch)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdminConnection:
-        omega = self.omega.data
-        super()._apply(fn, recurse)
-        if self.omega.dtype in (torch.float16, torch.bfloat16):
-            self.omega.data = omega.to(self.omega.device)
-        return self
-
-
-def residual_connections(module: nn.Module) -> Iterator[tuple[str, ResidualConnection]]:
-    """Yield the residual connections below `module` (a stack or a layer) and their names, in execution order."""
-    return ((name, child) for name, child in module.named_modules() if isinstance(child, ResidualConnection))
-
-
-# --- systems --------------------------------------------------------------------------------------
 
 Initializer = Callable[[Tensor], Any]
 
@@ -139,7 +73,8 @@ Initializer = Callable[[Tensor], Any]
 class ResidualSystem:
     """The plan of one stack: its connections, the initialisation of its branches, and what follows it.
 
-    This class is plain Post-LN with the standard initialisation; a subclass writes only what it changes.
+    This class is plain Post-LN with the standard initialisation; a subclass writes only what it changes. It refuses a
+    configuration that it cannot work with in its constructor, by a ValueError.
 
     Args:
         config: the model's configuration.
@@ -153,6 +88,7 @@ class ResidualSystem:
     }
 
     # fairseq's standard initialisation: the profile, and so ω, depends on it. Biases are zero.
+    # A decoder's system with an entry for "lm_head" gives the model an output layer of its own, tied to no embeddings.
     initializers: dict[str, Initializer] = {
         "q_proj": partial(init.xavier_uniform_, gain=2**-0.5),
         "k_proj": partial(init.xavier_uniform_, gain=2**-0.5),
@@ -186,6 +122,11 @@ class ResidualSystem:
         """Return the module behind the last sub-layer, saved as the stack's `layer_norm`."""
         return nn.Identity()
 
+    @property
+    def ties_output(self) -> bool:
+        """Whether the output layer is the decoder's embedding matrix (where the configuration ties them)."""
+        return "lm_head" not in self.initializers
+
 
 class PostLN(ResidualSystem):
     """The original Transformer: diverges when it is deep, but reaches the best quality where it trains."""
@@ -208,8 +149,131 @@ class Admin(ResidualSystem):
     implementation start ω_1 at 1 and train it.
     """
 
+    # What ω starts at where no profile is needed
+    omega: float | None = None
+
     def connection(self, sublayer_idx: int) -> nn.Module:
-        return AdminConnection(self.config.d_model) if sublayer_idx > 0 else super().connection(sublayer_idx)
+        d_model = self.config.d_model
+        return AdminConnection(d_model, self.omega) if sublayer_idx > 0 else PostLNConnection(d_model)
+
+
+class AdminUniform(Admin):
+    """Admin without profiling: one ω for a stack of n sub-layers, sqrt((n + 1) / ln(n + 1) − 1), then trained.
+
+    From the authors' package admin-torch.
+    """
+
+    def __init__(self, config: AdminConfig, stack: str) -> None:
+        super().__init__(config, stack)
+        n = len(self.SUBLAYERS[stack]) * getattr(config, f"{stack}_layers")
+        self.omega = math.sqrt((n + 1) / math.log(n + 1) - 1)
+
+
+class DeepNorm(ResidualSystem):
+    """Post-LN with a constant α on the shortcut and smaller branches (DeepNet, Wang et al., 2022).
+
+    q_proj and k_proj have Xavier-normal weights of gain 1, the others of gain β. For N encoder and M decoder layers:
+
+        encoder   α = 0.81 (N⁴M)^(1/16)    β = 0.87 (N⁴M)^(-1/16)
+        decoder   α = (3M)^(1/4)           β = (12M)^(-1/4)
+    """
+
+    def __init__(self, config: AdminConfig, stack: str) -> None:
+        super().__init__(config, stack)
+        n, m = config.encoder_layers, config.decoder_layers
+        if stack == "encoder":
+            self.alpha, beta = 0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)
+        else:
+            self.alpha, beta = (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
+        gains = dict.fromkeys(self.initializers, beta) | {"q_proj": 1.0, "k_proj": 1.0}
+        self.initializers = {name: partial(init.xavier_normal_, gain=gain) for name, gain in gains.items()}
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return DeepNormConnection(self.config.d_model, self.alpha)
+
+
+class ReZero(ResidualSystem):
+    """No LayerNorm; every layer has one branch scale α, 0 at the start (Bachlechner et al., 2020).
+
+    So a stack starts as the identity.
+    """
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return ReZeroConnection()
+
+    def connect(self, layer: nn.Module, layer_idx: int) -> None:
+        super().connect(layer, layer_idx)
+        first, *others = (getattr(layer, name) for name in self.SUBLAYERS[self.stack])
+        for connection in others:
+            connection.share_alpha(first)
+
+
+class ReZeroPostLN(ReZero):
+    """ReZero's α inside Post-LN (Table 3 of the paper)."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return ReZeroPostLNConnection(self.config.d_model)
+
+
+class FixUp(ResidualSystem):
+    """No LayerNorm; scaled-down branches that start at 0, scalar multipliers and biases (Zhang et al., 2019).
+
+    With L sub-layers in both stacks, the inner matrices of a branch of m matrices are scaled by L^(-1/(2m-2)), and its
+    last one is 0: m = 2 in the feed-forward branch, 4 in attention. The output layer starts at 0, so it is not tied.
+    """
+
+    def __init__(self, config: AdminConfig, stack: str) -> None:
+        super().__init__(config, stack)
+        depth = 2 * config.encoder_layers + 3 * config.decoder_layers
+        attention: Initializer = partial(init.xavier_uniform_, gain=2**-0.5 * depth ** (-1 / 6))
+        self.initializers = {
+            "q_proj": attention,
+            "k_proj": attention,
+            "v_proj": attention,
+            "out_proj": init.zeros_,
+            "fc1": partial(init.xavier_uniform_, gain=depth ** (-1 / 2)),
+            "fc2": init.zeros_,
+            "lm_head": init.zeros_,
+        }
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return FixUpConnection()
+
+    def connect(self, layer: nn.Module, layer_idx: int) -> None:
+        super().connect(layer, layer_idx)
+        layer.activation_fn = FixUpActivation(layer.activation_fn)  # type: ignore[arg-type]
+
+    def after_stack(self) -> nn.Module:
+        return FixUpOutput() if self.stack == "encoder" else nn.Identity()
+
+
+def _mirrored_xavier_(weight: Tensor, dim: int) -> None:
+    init.xavier_uniform_(weight)
+    half = weight.chunk(2, dim)[0]
+    init.copy_(weight, torch.cat([half, -half], dim))
+
+
+class LookLinear(ResidualSystem):
+    """Post-LN whose feed-forward branches start as linear maps (Balduzzi et al., 2017).
+
+    The second half of fc1's rows is minus the first, B and −B, and that of fc2's columns too, A and −A:
+    A relu(Bx) − A relu(−Bx) = ABx.
+    """
+
+    initializers = ResidualSystem.initializers | {
+        "fc1": partial(_mirrored_xavier_, dim=0),
+        "fc2": partial(_mirrored_xavier_, dim=1),
+    }
+
+    def __init__(self, config: AdminConfig, stack: str) -> None:
+        super().__init__(config, stack)
+        if (width := getattr(config, f"{stack}_ffn_dim")) % 2:
+            raise ValueError(f"{stack}_ffn_dim={width} must be even: looklinear mirrors one half in the other.")
+        if config.activation_function != "relu":
+            raise ValueError(
+                f"activation_function={config.activation_function!r} must be 'relu', with which looklinear makes the "
+                "feed-forward branches linear."
+            )
 
 
 # The values that `encoder_residual` and `decoder_residual` of an AdminConfig can take.
@@ -217,4 +281,39 @@ SYSTEMS: dict[str, type[ResidualSystem]] = {
     "admin": Admin,
     "post_ln": PostLN,
     "pre_ln": PreLN,
+    "rezero": ReZero,
+    "rezero_post_ln": ReZeroPostLN,
+    "fixup": FixUp,
+    "looklinear": LookLinear,
+    "deepnorm": DeepNorm,
+    "admin_uniform": AdminUniform,
 }
+
+
+def residual_system(config: AdminConfig, stack: str) -> ResidualSystem:
+    """Return the system that the configuration chooses for a stack, `"encoder"` or `"decoder"`.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot work with the rest of the configuration.
+    """
+    field = f"{stack}_residual"
+    if (name := getattr(config, field)) not in SYSTEMS:
+        raise ValueError(
+            f"{field}={name!r} is not a residual system; choose one of {', '.join(SYSTEMS)}, "
+            "or add your own to admin_hf.residual.SYSTEMS first."
+        )
+    return SYSTEMS[name](config, stack)
+
+
+__all__ = [
+    "SYSTEMS",
+    "AdminConnection",
+    "PostLNConnection",
+    "PreLNConnection",
+    "ResidualConnection",
+    "ResidualSystem",
+    "ScaleModule",
+    "profiled_connections",
+    "residual_connections",
+    "residual_system",
+]

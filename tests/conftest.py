@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration
+from admin_hf.residual import SYSTEMS
 
 
 # The adapter of Hugging Face's own tests runs inside their tree only (see test_hf_common.py)
@@ -14,7 +15,9 @@ collect_ignore = ["hf_common"]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SYSTEM_PAIRS = [("admin", "admin"), ("post_ln", "post_ln"), ("pre_ln", "pre_ln"), ("post_ln", "pre_ln")]
+# Every system in both stacks, and mixes of them
+SYSTEM_PAIRS = [(name, name) for name in SYSTEMS]
+SYSTEM_PAIRS += [("post_ln", "pre_ln"), ("admin_uniform", "admin"), ("rezero", "fixup"), ("fixup", "deepnorm")]
 
 VOCAB_SIZE, PAD = 50, 49
 

@@ -25,6 +25,7 @@ def test_special_tokens_that_are_given_are_kept():
     ("changes", "message"),
     [
         ({"encoder_residual": "nosuch"}, "encoder_residual='nosuch'.*admin, post_ln, pre_ln"),
+        ({"decoder_residual": "looklinear", "decoder_ffn_dim": 33}, "decoder_ffn_dim=33 must be even"),
         ({"decoder_residual": "Admin"}, "decoder_residual='Admin'"),
         ({"d_model": 30}, "d_model=30 must be divisible by encoder_attention_heads=8"),
         ({"encoder_layers": 0}, "encoder_layers=0"),

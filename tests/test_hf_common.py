@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from admin_hf.residual import SYSTEMS
+
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +90,17 @@ def marian(common_tests):
     return _run(common_tests, "MarianTest")
 
 
-@pytest.mark.parametrize("case", ["AdminTest", "PostLNTest", "PreLNTest", "PostLNPreLNTest"])
+CASES = [case for case in re.findall(r"^class (\w+)\(.*TestCase\)", ADAPTER.read_text(), re.M) if case != "MarianTest"]
+
+
+def test_every_residual_system_is_a_case():
+    adapter = ADAPTER.read_text()
+    assert len(CASES) > len(SYSTEMS)
+    for name in SYSTEMS:
+        assert f'{{"encoder_residual": "{name}", "decoder_residual": "{name}"}}' in adapter
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_passes_what_stock_marian_passes(case, common_tests, marian):
     assert marian.ok and len(marian.passed) >= 102, marian.report
     admin = _run(common_tests, case)

@@ -161,13 +161,15 @@ def test_embeddings_given_mean_the_same_as_ids(batch, scale_embedding):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @systems
-def test_half_precision_weights_generate_and_keep_omega_in_float32(tmp_path, batch, encoder, decoder, dtype):
+def test_half_precision_weights_generate_and_keep_scales_in_float32(tmp_path, batch, encoder, decoder, dtype):
     model = randomize(tiny_model(encoder_residual=encoder, decoder_residual=decoder))
     model.save_pretrained(tmp_path)
     half = AdminForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, device_map="cpu")
+    scales = {scale for module in model.modules() for scale in getattr(module, "initial_scales", {})}
     for name, parameter in half.named_parameters():
-        assert parameter.dtype == (torch.float32 if name.endswith("omega") else dtype), name
-        if name.endswith("omega"):
+        is_scale = name.rpartition(".")[2] in scales
+        assert parameter.dtype == (torch.float32 if is_scale else dtype), name
+        if is_scale:
             assert torch.equal(parameter, model.get_parameter(name))
     logits, exact = half(**batch).logits.float()[..., :PAD], model(**batch).logits[..., :PAD]
     assert (logits - exact).norm() / exact.norm() < 0.05
@@ -188,8 +190,10 @@ def test_gradient_checkpointing_changes_no_gradient(batch):
         torch.testing.assert_close(grads[0][name], grads[1][name], msg=name)
 
 
-def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batch):
-    model = without_dropout(randomize(tiny_model(encoder_layers=1, decoder_layers=1))).train()
+@pytest.mark.parametrize(("encoder", "decoder"), [("admin", "admin"), ("rezero", "fixup")])
+def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batch, encoder, decoder):
+    systems = {"encoder_residual": encoder, "decoder_residual": decoder}
+    model = without_dropout(randomize(tiny_model(encoder_layers=1, decoder_layers=1, **systems))).train()
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -202,7 +206,15 @@ def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batc
 # --- padding ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"share_encoder_decoder_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"share_encoder_decoder_embeddings": False},
+        {"decoder_residual": "fixup"},
+    ],
+)
 @pytest.mark.parametrize("smoother", ["none", "ours", "trainer's"])
 def test_the_padding_embedding_stays_exactly_zero(batch, changes, smoother):
     model = tiny_model(label_smoothing=0.1 if smoother == "ours" else 0.0, **changes).train()
@@ -310,8 +322,11 @@ def fairseq_sized(**changes) -> AdminConfig:
     return AdminConfig(**sizes, encoder_layers=2, decoder_layers=2, max_position_embeddings=32, **changes)
 
 
+# What other systems start from is in test_residual.py
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"share_encoder_decoder_embeddings": False}])
-@systems
+@pytest.mark.parametrize(
+    ("encoder", "decoder"), [("admin", "admin"), ("post_ln", "post_ln"), ("pre_ln", "pre_ln"), ("post_ln", "pre_ln")]
+)
 def test_every_weight_has_fairseqs_standard_deviation(encoder, decoder, changes):
     torch.manual_seed(0)
     config = fairseq_sized(encoder_residual=encoder, decoder_residual=decoder, **changes)

@@ -105,3 +105,27 @@ class PreLNTest(CommonTests, unittest.TestCase):
 
 class PostLNPreLNTest(CommonTests, unittest.TestCase):
     residuals = {"encoder_residual": "post_ln", "decoder_residual": "pre_ln"}
+
+
+class ReZeroTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "rezero", "decoder_residual": "rezero"}
+
+
+class ReZeroPostLNTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "rezero_post_ln", "decoder_residual": "rezero_post_ln"}
+
+
+class FixUpTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "fixup", "decoder_residual": "fixup"}
+
+
+class LookLinearTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "looklinear", "decoder_residual": "looklinear"}
+
+
+class DeepNormTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "deepnorm", "decoder_residual": "deepnorm"}
+
+
+class AdminUniformTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "admin_uniform", "decoder_residual": "admin_uniform"}

@@ -1,0 +1,237 @@
+"""Residual connections: how the shortcut and the branch of a sub-layer become its output.
+
+They differ in what is normalised and what is scaled; [`~admin_hf.residual`] says which system uses which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaleModule(nn.Module):
+    """A module with scales: parameters, such as ω and α, that start at a constant.
+
+    They stay float32 in models of half precision (`.half()`, `.bfloat16()`, `dtype=...`; a loader keeps the dtype in
+    which they are built), where an update of a large ω would be rounded away, and are cast where they are used.
+
+    Attributes:
+        initial_scales: what all entries of a scale start at, by its name.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.initial_scales: dict[str, float] = {}
+
+    def add_scale(self, name: str, value: float, size: int = 1) -> None:
+        """Add the parameter `name` of shape `(size,)`, whose entries start at `value`.
+
+        A scalar has size 1, since FSDP shards no tensor without a dimension.
+        """
+        self.initial_scales[name] = value
+        self.register_parameter(name, nn.Parameter(torch.full((size,), value, dtype=torch.float32)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = {name: self.get_parameter(name).data for name in self.initial_scales}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            scale = self.get_parameter(name)
+            if scale.dtype in (torch.float16, torch.bfloat16):
+                scale.data = value.to(scale.device)
+        return self
+
+
+class ResidualConnection(nn.Module):
+    """Joins the shortcut ``x_{i-1}`` and the branch ``f_i`` of one sub-layer into ``x_i``.
+
+    A layer calls it twice, so that hooks see both tensors: ``branch_input(x)`` gives what the branch reads, and
+    ``forward(shortcut, branch)`` joins. All tensors are `(batch_size, sequence_length, d_model)`.
+
+    Attributes:
+        shortcut_scale, branch_scale: what a subclass multiplies shortcut and branch by: a number, or a tensor of shape
+            `(1,)` or `(d_model,)`. [`reparameterize`] folds those of a Post-LN connection into the weights around it.
+    """
+
+    shortcut_scale: Tensor | float = 1.0
+    branch_scale: Tensor | float = 1.0
+
+    def branch_input(self, shortcut: Tensor) -> Tensor:
+        """What the branch reads: the shortcut itself, unless a system normalises or shifts it first."""
+        return shortcut
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """Return ``x_i`` from ``x_{i-1}`` (`shortcut`) and ``f_i(x_{i-1})`` (`branch`, after its dropout)."""
+        raise NotImplementedError
+
+
+def residual_connections(module: nn.Module) -> Iterator[tuple[str, ResidualConnection]]:
+    """Yield the residual connections below `module` (a stack or a layer) and their names, in execution order."""
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, ResidualConnection))
+
+
+# --- with LayerNorm -------------------------------------------------------------------------------
+
+
+class PostLNConnection(nn.LayerNorm, ResidualConnection):
+    """``x_i = LN(x_{i-1} + f_i(x_{i-1}))``, the connection of the original Transformer."""
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(shortcut + branch)
+
+
+class PreLNConnection(nn.LayerNorm, ResidualConnection):
+    """``x_i = x_{i-1} + f_i(LN(x_{i-1}))``."""
+
+    def branch_input(self, shortcut: Tensor) -> Tensor:
+        return super().forward(shortcut)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return shortcut + branch
+
+
+class AdminConnection(ScaleModule, PostLNConnection):
+    """``x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))`` with a trainable ω_i (Admin, section 4.2 of the paper).
+
+    Args:
+        d_model: the model's width.
+        omega: what the entries of ω start at. Where unset they start at 1, which is Post-LN, until
+            [`initialize_omega`] writes the profile's value into all of them.
+
+    Attributes:
+        omega: the shortcut scale ω_i, of shape `(d_model,)`.
+        profiled: whether a profile says where ω starts.
+        initialized: whether ω holds a value that was given, measured or loaded; not so in a fresh connection that is
+            to be profiled.
+    """
+
+    omega: nn.Parameter
+
+    def __init__(self, d_model: int, omega: float | None = None) -> None:
+        super().__init__(d_model)
+        self.add_scale("omega", 1.0 if omega is None else omega, d_model)
+        self.profiled = omega is None
+        self.initialized = not self.profiled
+
+    @property
+    def shortcut_scale(self) -> Tensor:  # type: ignore[override]
+        return self.omega
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(shortcut * self.omega.to(shortcut), branch)
+
+
+class DeepNormConnection(PostLNConnection):
+    """``x_i = LN(α x_{i-1} + f_i(x_{i-1}))`` with a constant α."""
+
+    def __init__(self, d_model: int, alpha: float) -> None:
+        super().__init__(d_model)
+        self.shortcut_scale = alpha
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.shortcut_scale * shortcut, branch)
+
+
+def profiled_connections(module: nn.Module) -> Iterator[tuple[str, AdminConnection]]:
+    """Yield the connections below `module` whose ω a profile sets, and their names, in execution order."""
+    for name, child in module.named_modules():
+        if isinstance(child, AdminConnection) and child.profiled:
+            yield name, child
+
+
+# --- ReZero ---------------------------------------------------------------------------------------
+
+
+class AlphaModule(ScaleModule):
+    """A connection with a trainable branch scale α, 0 at the start, which the sub-layers of a layer share.
+
+    The first one owns it, so that a checkpoint holds it once, and nothing has to be tied again after loading.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.add_scale("alpha", 0.0)
+        self._owner = (self,)  # in a tuple, or PyTorch would take it for a part of this module
+
+    def share_alpha(self, owner: AlphaModule) -> None:
+        """Use the α of `owner` from here on."""
+        del self.alpha, self.initial_scales["alpha"]
+        self._owner = (owner,)
+
+    @property
+    def branch_scale(self) -> Tensor:
+        return self._owner[0].alpha
+
+
+class ReZeroConnection(AlphaModule, ResidualConnection):  # type: ignore[misc]
+    """``x_i = x_{i-1} + α f_i(x_{i-1})``."""
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        return shortcut + self.branch_scale.to(shortcut) * branch
+
+
+class ReZeroPostLNConnection(AlphaModule, PostLNConnection):  # type: ignore[misc]
+    """``x_i = LN(x_{i-1} + α f_i(x_{i-1}))``."""
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(shortcut, self.branch_scale.to(shortcut) * branch)
+
+
+# --- FixUp ----------------------------------------------------------------------------------------
+
+
+class FixUpConnection(ScaleModule, ResidualConnection):
+    """``x_i = x_{i-1} + m f_i(x_{i-1} + b)`` with trainable scalars m and b, 1 and 0 at the start."""
+
+    multiplier: nn.Parameter
+    input_bias: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_scale("multiplier", 1.0)
+        self.add_scale("input_bias", 0.0)
+
+    @property
+    def branch_scale(self) -> Tensor:  # type: ignore[override]
+        return self.multiplier
+
+    def branch_input(self, shortcut: Tensor) -> Tensor:
+        return shortcut + self.input_bias.to(shortcut)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        return shortcut + self.multiplier.to(shortcut) * branch
+
+
+class FixUpActivation(ScaleModule):
+    """``φ(x + b) + c`` of an activation φ, with trainable scalars b and c, 0 at the start."""
+
+    input_bias: nn.Parameter
+    output_bias: nn.Parameter
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+        self.add_scale("input_bias", 0.0)
+        self.add_scale("output_bias", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(x + self.input_bias.to(x)) + self.output_bias.to(x)
+
+
+class FixUpOutput(ScaleModule):
+    """``m (x + b)`` of a stack's output x, with trainable scalars m and b, 1 and 0 at the start."""
+
+    multiplier: nn.Parameter
+    input_bias: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_scale("multiplier", 1.0)
+        self.add_scale("input_bias", 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiplier.to(x) * (x + self.input_bias.to(x))
