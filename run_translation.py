@@ -312,6 +312,8 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     except Divergence as divergence:
         if trainer.is_world_process_zero():
             divergence.save(Path(training_args.output_dir), runs.last_checkpoint(training_args))
+            trainer.model.config.save_pretrained(training_args.output_dir)
+        trainer.save_state()  # with the log until then
         # Trainer does not: close the progress bar and what logs are written to, and give signals back
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise

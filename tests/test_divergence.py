@@ -226,6 +226,9 @@ def test_a_diverged_run_ends_with_a_sentence_a_record_and_its_checkpoints(data, 
     assert record["scale"] is None and record["first_non_finite"] is None
     assert record["last_checkpoint"] == str(checkpoint)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [checkpoint.name]
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == WINDOW and state["log_history"], "what was logged until then is kept"
+    assert (tmp_path / "config.json").exists(), "and what diverged"
     saved = load_file(checkpoint / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "vanilla").exists()
 
