@@ -15,9 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
+from .analysis.command import add_command as add_analyze
 from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .checkpoints import explained_errors, one_line, replaced_model
 from .configuration_admin import STOCK_CONFIGS
+from .report import add_command as add_report
 
 
 # In the header of averaged weights: of which checkpoints. What has it may be replaced by another average.
@@ -74,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--last", metavar="N", type=int, default=10, help="how many checkpoints, the newest ones; default: 10"
     )
     command.set_defaults(run=average)
+
+    add_analyze(commands)
+    add_report(commands)
     return parser
 
 

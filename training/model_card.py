@@ -9,13 +9,15 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
+
 from .arguments import (
     DataTrainingArguments,
     ModelArguments,
     TranslationTrainingArguments,
 )
 from .files import write_whole
-from .results import STYLES, pyplot, table_cell
+from .results import table_cell
 from .runs import recorded
 
 
@@ -213,7 +215,8 @@ def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], path: Path) -> None:
     (after, _), (before, dashed), *_ = STYLES
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3), sharey=True, layout="constrained")
+    figure = new_figure(8, 3)
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, (stack, values) in zip(axes, omegas.items(), strict=True):
         names = profile.get(stack, {}).get("names", list(values))
         where = [index for index, name in enumerate(names, start=1) if name in values]
@@ -226,5 +229,4 @@ def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], pat
         axis.set(title=stack, xlabel="sub-layer")
     axes[0].set_ylabel("ω")
     axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -10,21 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from transformers.trainer_utils import get_last_checkpoint
+
+from admin_hf.analysis.drawing import draw_lines
 
 from .errors import InputError
 from .runs import ARGUMENTS_NAME
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # the backend comes first
-
-
 DOCS = Path(__file__).parents[1] / "docs"
-# Wong's palette, which colour-blind readers can tell apart, and line styles for those who print in grey
-STYLES = [("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":")]
-STYLES += [("#E69F00", (0, (6, 2))), ("#56B4E9", (0, (3, 1, 1, 1)))]
 
 # Which arguments tell one run from another, for the table
 SHOWN = ("optim", "learning_rate", "warmup_steps", "max_tokens", "per_device_train_batch_size", "average_last")
@@ -179,28 +173,16 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         series = {"training, smoothed labels": curve(result, "loss"), "validation, nll": curve(result, "eval_loss")}
-        _plot(folder / f"{result['name']}.png", result["name"], "loss per target token", series)
+        draw_lines(folder / f"{result['name']}.png", result["name"], "updates", "loss per target token", series)
     deep = {result["model"]["encoder_residual"]: curve(result, "loss") for result in _deep(results)}
-    _plot(folder / "depth.png", "The deepest runs: same seed, data and learning rate", "training loss", deep)
+    title = "The deepest runs: same seed, data and learning rate"
+    draw_lines(folder / "depth.png", title, "updates", "training loss", deep)
     omega = {
         f"{result['name']}, {stack}": (list(range(1, len(profile["omega"]) + 1)), profile["omega"])
         for result in results
         for stack, profile in result["profile"].items()
     }
-    _plot(folder / "omega.png", "Shortcut scales that profiling found", "ω", omega, "sub-layer")
-
-
-def _plot(path: Path, title: str, label: str, series: dict[str, tuple[list, list]], x_label: str = "updates") -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
-    for (name, (x, y)), (colour, style) in zip(series.items(), STYLES, strict=False):
-        if x:
-            axes.plot(x, y, linestyle=style, color=colour, label=name)
-    axes.set(title=title, xlabel=x_label, ylabel=label)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    draw_lines(folder / "omega.png", "Shortcut scales that profiling found", "sub-layer", "ω", omega)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

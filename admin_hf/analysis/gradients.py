@@ -1,0 +1,171 @@
+"""Gradient norms at sub-layer outputs (section 3.1, Fig. 3): in which stack gradients vanish, and where."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp, log
+from statistics import fmean
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling_admin import AdminForConditionalGeneration
+from ..residual import residual_connections
+from .inputs import Batch, training_loss
+
+
+# What a connection's name, which is Marian's of its LayerNorm, says of its branch
+BRANCHES = {
+    "self_attn_layer_norm": "self-attention",
+    "encoder_attn_layer_norm": "encoder-attention",
+    "final_layer_norm": "feed-forward",
+}
+
+# A stack whose lowest sub-layer gets less than this share of the highest one's gradient has vanishing gradients.
+VANISHING = 0.1
+
+
+@dataclass(frozen=True)
+class StackGradients:
+    """The gradients of one stack.
+
+    Attributes:
+        system: the residual system, such as `"post_ln"`; a label only.
+        names: the residual connections' names below the stack, in execution order.
+        relative_norms: ‖Δx_i‖₂ / max_j ‖Δx_j‖₂ of each sub-layer's output, the maximum over the stack.
+        largest_norm: max_j ‖Δx_j‖₂; 0 where the loss has no gradient, as before FixUp's first update.
+    """
+
+    system: str
+    names: list[str]
+    relative_norms: list[float]
+    largest_norm: float
+
+    def lowest_to_highest(self) -> float:
+        """‖Δx_1‖₂ / ‖Δx_N‖₂."""
+        return self.relative_norms[0] / self.relative_norms[-1]
+
+    def steps(self) -> dict[str, float]:
+        """‖Δx_{i-1}‖₂ / ‖Δx_i‖₂, the factor by which a step back through a sub-layer changes the gradient: geometric
+        means by the kind of its branch."""
+        logs: dict[str, list[float]] = {}
+        pairs = zip(self.relative_norms, self.relative_norms[1:], strict=False)
+        for name, (before, after) in zip(self.names[1:], pairs, strict=True):
+            logs.setdefault(BRANCHES[name.rpartition(".")[2]], []).append(log(before / after))
+        return {branch: exp(fmean(values)) for branch, values in logs.items()}
+
+    def verdict(self) -> str:
+        if not all(self.relative_norms):
+            return f"({self.system}): no gradient reaches its lowest sub-layers."
+        vanishes = self.lowest_to_highest() < VANISHING
+        text = f"({self.system}): gradients {'vanish' if vanishes else 'do not vanish'}, "
+        text += f"‖Δx_1‖ is {self.lowest_to_highest():.2g} ‖Δx_{len(self.names)}‖"
+        if vanishes:
+            steps = [f"{factor:.2f} through {branch}" for branch, factor in sorted(self.steps().items())]
+            text += f" (a step back multiplies by {', '.join(steps)})"
+        return text + "."
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """The result of [`gradient_norms`]."""
+
+    EXPECTATION: ClassVar[str] = (
+        "at initialisation gradients vanish in the Post-LN decoder (and in Admin's, which is Post-LN in form), mostly "
+        "through encoder-attention; not in the Post-LN encoder, nor in Pre-LN (18 layers, Fig. 3)."
+    )
+
+    encoder: StackGradients
+    decoder: StackGradients
+
+    def verdict(self) -> str:
+        """One sentence on each stack."""
+        return f"Encoder {self.encoder.verdict()} Decoder {self.decoder.verdict()}"
+
+
+def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> GradientNorms:
+    """Measure ‖Δx_i‖₂, the norm of the training loss's gradient at each sub-layer's output, without dropout.
+
+    Only norms are kept, and no gradient of a weight is computed but the embedding's. Weights, their gradients and
+    modes are left as they were.
+
+    Args:
+        model: fresh (with ω already initialised) or trained.
+        batch: `input_ids`, `labels` and what else the model's forward takes.
+
+    Raises:
+        ValueError: the batch has no labels, or the loss is not finite.
+
+    Example:
+
+    ```python
+    >>> from admin_hf import AdminConfig
+    >>> from admin_hf.analysis import gradient_norms, initialized_model, random_batch
+
+    >>> config = AdminConfig(vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2)
+    >>> norms = gradient_norms(initialized_model(config), random_batch(config))
+    >>> len(norms.decoder.relative_norms), max(norms.decoder.relative_norms)
+    (6, 1.0)
+
+    ```
+    """
+    if batch.get("labels") is None:
+        raise ValueError(f"The batch has no labels, which the loss needs; got {', '.join(batch) or 'nothing'}.")
+    base: Any = model.base_model
+    embeddings = [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
+    measured: dict[str, dict[str, float]] = {"encoder": {}, "decoder": {}}
+    with _only_needs_gradient(model, embeddings), _observed(base, measured), torch.enable_grad():
+        loss = training_loss(model, batch)
+        if not bool(loss.isfinite()):
+            raise ValueError(f"The training loss is {loss.item()}: the model or the batch is not usable.")
+        torch.autograd.grad(loss, embeddings)
+    return GradientNorms(
+        **{
+            stack: _stack_gradients(getattr(model.config, f"{stack}_residual"), getattr(base, stack), norms)
+            for stack, norms in measured.items()
+        }
+    )
+
+
+def _stack_gradients(system: str, stack: nn.Module, norms: dict[str, float]) -> StackGradients:
+    names = [name for name, _ in residual_connections(stack)]
+    largest = max(norms.values())
+    return StackGradients(system, names, [norms[name] / (largest or 1.0) for name in names], largest)
+
+
+@contextmanager
+def _observed(base: Any, measured: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Note the norm of the gradient at each connection's output when it is computed."""
+
+    def watch(norms: dict[str, float], name: str, output: Tensor) -> None:
+        output.register_hook(lambda gradient: norms.__setitem__(name, float(gradient.float().norm())))
+
+    handles = [
+        connection.register_forward_hook(
+            lambda module, args, output, norms=norms, name=name: watch(norms, name, output)
+        )
+        for stack, norms in measured.items()
+        for name, connection in residual_connections(getattr(base, stack))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _only_needs_gradient(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
+    """Freeze all but `weights`, so that the others' gradients take neither time nor memory."""
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in needed:
+            parameter.requires_grad_(any(parameter is weight for weight in weights))
+        yield
+    finally:
+        for parameter, before in needed:
+            parameter.requires_grad_(before)
+
+
+__all__ = ["GradientNorms", "StackGradients", "gradient_norms"]

@@ -1,0 +1,181 @@
+"""What an analysis looks at: a model, fresh or trained, and a batch, of text or of random tokens."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..averaging import complete_checkpoints
+from ..checkpoints import check_weight_files, explained_errors
+from ..configuration_admin import AdminConfig
+from ..modeling_admin import AdminForConditionalGeneration
+from ..profiling import initialize_omega, profile_residuals
+
+
+Batch = Mapping[str, Tensor]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = None) -> AdminForConditionalGeneration:
+    """Load a checkpoint; or, from a configuration alone, initialise a model as training does, ω included.
+
+    The model is in evaluation mode and float32. The random state is left as it was.
+
+    Args:
+        source: folder of a checkpoint or its id on the Hub, or a config.json (or its folder) without weights.
+        seed: of a fresh model's weights.
+        batch: what a fresh model is profiled on; random tokens from `seed` where unset.
+
+    Raises:
+        OSError: `source` is not there or cannot be read.
+        ValueError: its configuration has wrong values, or its weights belong to another one.
+    """
+    config, folder = load_config(source), Path(source)
+    if folder.exists() and not _has_weights(folder):
+        return initialized_model(config, seed, batch)
+    model, info = AdminForConditionalGeneration.from_pretrained(source, config=config, output_loading_info=True)
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        kind = "lacks" if info["missing_keys"] else "has no place for"
+        raise ValueError(f"{source} {kind} {min(wrong)}: config.json and weights do not belong together.")
+    return cast(AdminForConditionalGeneration, model.float().eval())
+
+
+def load_config(source: str | os.PathLike) -> AdminConfig:
+    """Read the configuration of what [`load_model`] takes.
+
+    Raises:
+        OSError: `source` is not there or cannot be read.
+        ValueError: the configuration has wrong values.
+    """
+    if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/"))):
+        raise FileNotFoundError(f"There is no {source}: expected a checkpoint, or a config.json or its folder.")
+    with explained_errors(source):
+        return AdminConfig.from_pretrained(source)
+
+
+def initialized_model(config: AdminConfig, seed: int = 0, batch: Batch | None = None) -> AdminForConditionalGeneration:
+    """A model as it is before the first update: initialised from `seed`, and ω profiled on `batch`."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = AdminForConditionalGeneration(config)
+        if not model.omega_initialized:
+            initialize_omega(model, profile_residuals(model, batch or random_batch(config, seed=seed)))
+    return cast(AdminForConditionalGeneration, model.eval())
+
+
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*"))
+
+
+def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
+    """The loss that training minimises (smoothed as configured), but without dropout and LayerDrop."""
+    with modes_restored(model):
+        model.eval()
+        model.training = True  # of the outermost module alone, which chooses the loss
+        return cast(Tensor, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss)
+
+
+@contextmanager
+def modes_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards every module is in train or evaluation mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Sentences of random tokens, each ending in `</s>` and none padded: `rows` sources and as many targets.
+
+    Example:
+
+    ```python
+    >>> from admin_hf import AdminConfig
+    >>> from admin_hf.analysis import random_batch
+
+    >>> {name: tuple(tensor.shape) for name, tensor in random_batch(AdminConfig(), rows=2, length=5).items()}
+    {'input_ids': (2, 5), 'attention_mask': (2, 5), 'labels': (2, 5)}
+
+    ```
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = min(length, config.max_position_embeddings)
+    eos: Any = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    special = {config.pad_token_id, config.decoder_start_token_id, eos}
+    words = torch.tensor([token for token in range(config.vocab_size) if token not in special])
+    ids = words[torch.randint(len(words), (2, rows, length), generator=generator)]
+    ids[:, :, -1] = eos
+    return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
+
+
+def text_batch(
+    tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str], max_length: int = 128
+) -> dict[str, Tensor]:
+    """The sentence pairs as one padded batch, −100 where labels are padding; longer sentences are cut.
+
+    Raises:
+        ValueError: no pairs, or not as many targets as sources.
+    """
+    if not sources or len(sources) != len(targets):
+        raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets; expected as many, and some.")
+    options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    batch = tokenizer(list(sources), **options)
+    labels = tokenizer(text_target=list(targets), **options)
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "labels": labels["input_ids"].masked_fill(labels["attention_mask"].eq(0), -100),
+    }
+
+
+# --- checkpoints of a run -------------------------------------------------------------------------
+
+
+def run_checkpoints(source: str | os.PathLike) -> list[Path]:
+    """The complete checkpoints of a run's folder in the order of their updates; a checkpoint stands for itself.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: it holds no complete checkpoint.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"There is no folder {folder}.")
+    found = complete_checkpoints(folder) or ([folder] if _has_weights(folder) else [])
+    if not found:
+        raise ValueError(f"{folder} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+    return found
+
+
+def read_tensors(checkpoint: str | os.PathLike, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of the tensors whose names are `wanted`, one at a time, from a folder's safetensors files.
+
+    Raises:
+        OSError: the weights are missing, damaged, or a pickle.
+    """
+    folder = Path(checkpoint)
+    with explained_errors(folder):
+        check_weight_files(folder)
+        names = (SAFE_WEIGHTS_NAME,) if (folder / SAFE_WEIGHTS_NAME).exists() else ("model-*-of-*.safetensors",)
+        files = sorted(path for name in names for path in folder.glob(name))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():
+                    if wanted(name):
+                        yield name, weights.get_tensor(name)

@@ -1,0 +1,142 @@
+"""ω by sub-layer over a training run, from its checkpoints."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import ClassVar
+
+from ..averaging import is_checkpoint_name
+from ..profiling import ResidualProfile
+from ..residual import ResidualSystem
+from .inputs import read_tensors
+
+
+_OMEGA = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(\w+)\.omega$")
+_ORDER = ResidualSystem.SUBLAYERS["decoder"]
+
+
+@dataclass(frozen=True)
+class StackOmega:
+    """ω of one stack: a row for each update, in it a number for each sub-layer that has an ω.
+
+    Attributes:
+        names: the names of the residual connections with ω below the stack, in execution order.
+        mean, min, max: over the entries of each ω.
+    """
+
+    names: list[str]
+    mean: list[list[float]]
+    min: list[list[float]]
+    max: list[list[float]]
+
+    def growth(self) -> list[float]:
+        """The last mean of each sub-layer's ω over its first."""
+        return [last / first for first, last in zip(self.mean[0], self.mean[-1], strict=True)]
+
+    def verdict(self) -> str:
+        if not self.names:
+            return "has no ω."
+        growth = self.growth()
+        fallen, entries = sum(g < 1 for g in growth), (min(self.min[-1]), max(self.max[-1]))
+        return (
+            f"ω fell in {fallen} of {len(growth)} sub-layers and changed by a factor of {geometric_mean(growth):.2f} "
+            f"({min(growth):.2f} to {max(growth):.2f}); its entries end between {entries[0]:.2f} and {entries[1]:.2f}."
+        )
+
+
+@dataclass(frozen=True)
+class OmegaHistory:
+    """The result of [`omega_history`]: `updates` says after how many each row was saved, in ascending order."""
+
+    EXPECTATION: ClassVar[str] = (
+        "Admin starts each ω_i at the sqrt of the variances before it, so that it grows with depth, and training may "
+        "lower it where a sub-layer should depend more on its branch (section 4.3)."
+    )
+
+    updates: list[int]
+    encoder: StackOmega
+    decoder: StackOmega
+
+    def verdict(self) -> str:
+        """One sentence on each stack."""
+        when = f"From update {self.updates[0]:,} to {self.updates[-1]:,}: "
+        return f"{when}encoder: {self.encoder.verdict()} Decoder: {self.decoder.verdict()}"
+
+
+def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualProfile | None = None) -> OmegaHistory:
+    """Read ω from the checkpoints of one run; of each, only the tensors of ω are read.
+
+    Args:
+        checkpoints: folders as Trainer saves them, in any order.
+        profile: the run's residual profile, which is ω at update 0.
+
+    Raises:
+        OSError: a checkpoint is not there, or its weights are damaged or a pickle.
+        ValueError: no checkpoints, a folder whose update is unknown, or checkpoints of different models.
+
+    Example:
+
+    ```python
+    history = omega_history(run_checkpoints("runs/en-de"), ResidualProfile.load("runs/en-de/residual_profile.json"))
+    history.encoder.mean[-1]  # of each sub-layer with ω, after history.updates[-1] updates
+    ```
+    """
+    if not checkpoints:
+        raise ValueError("There are no checkpoints to read ω from: name at least one.")
+    saved = {update: _omegas(folder) for update, folder in sorted((_update(Path(f)), Path(f)) for f in checkpoints)}
+    names = next(iter(saved.values())).keys()
+    if profile is not None:
+        saved = {0: _profiled(profile, names)} | saved
+    for update, omegas in saved.items():
+        if wrong := sorted(names ^ omegas.keys()):
+            raise ValueError(f"Not all have the same sub-layers: see {wrong[0]} after {update} updates.")
+    return OmegaHistory(list(saved), *(_stack(stack, saved) for stack in ("encoder", "decoder")))
+
+
+# Mean, minimum and maximum of each ω, by names such as encoder.layers.0.final_layer_norm in execution order.
+_Omegas = dict[str, tuple[float, float, float]]
+
+
+def _stack(stack: str, saved: dict[int, _Omegas]) -> StackOmega:
+    names = [name for name in next(iter(saved.values())) if name.startswith(f"{stack}.")]
+    mean, low, high = ([[omegas[name][k] for name in names] for omegas in saved.values()] for k in range(3))
+    return StackOmega([name.removeprefix(f"{stack}.") for name in names], mean, low, high)
+
+
+def _profiled(profile: ResidualProfile, names: Iterable[str]) -> _Omegas:
+    omega = {
+        f"{stack}.{name}": value
+        for stack, measured in (("encoder", profile.encoder), ("decoder", profile.decoder))
+        for name, value in zip(measured.names, measured.omega, strict=True)
+    }
+    return {name: (omega[name],) * 3 for name in names if name in omega}
+
+
+def _omegas(folder: Path) -> _Omegas:
+    found = {}
+    for name, omega in read_tensors(folder, lambda name: _OMEGA.search(name) is not None):
+        stack, layer, connection = _OMEGA.findall(name)[0]
+        place = (stack, int(layer), _ORDER.index(connection))
+        values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
+        found[place] = (f"{stack}.layers.{layer}.{connection}", values)
+    return {name: values for _, (name, values) in sorted(found.items())}
+
+
+def _update(folder: Path) -> int:
+    """After how many updates a checkpoint was saved."""
+    if is_checkpoint_name(folder.name):
+        return int(folder.name.rpartition("-")[2])
+    try:
+        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} does not say after how many updates it was saved: expected a name such as checkpoint-500, or "
+            "a trainer_state.json in it."
+        ) from error
+
+
+__all__ = ["OmegaHistory", "StackOmega", "omega_history"]

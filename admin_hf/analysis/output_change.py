@@ -1,0 +1,256 @@
+"""Output change (Theorem 2 and Fig. 4 of the paper): how far a small step of the weights moves the encoder's output.
+
+    |F(x_0, W) − F(x_0, W*)|₂²        by the number N of sub-layers of the encoder F
+
+F is everything from the embedded sentence x_0 to the encoder's output, the final LayerNorm of Pre-LN included. The
+squared norm is over the `d_model` entries of a token, and its mean over the real tokens is taken. W* is W after one of
+two steps, in which only the matrices of the encoder's layers move (no bias, LayerNorm, ω or embedding, so x_0 stays):
+
+    random   W* = W + 1e-4 · sign(ε),  ε ~ N(0, 1)
+    adam     W* = W − 1e-6 · sign(∇L(W)),  the first step of Adam at a learning rate of 1e-6
+
+Dropout is off in F and in L. The decoder, which only passes the gradient on, keeps the configuration's depth.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import log
+from statistics import correlation, fmean, linear_regression, stdev
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..configuration_admin import AdminConfig
+from ..modeling_admin import AdminForConditionalGeneration
+from ..profiling import base_model_inputs, real_tokens
+from .inputs import Batch, initialized_model, modes_restored, training_loss
+
+
+# Numbers of sub-layers, two to a layer, and the systems that Fig. 4 has
+SUBLAYERS = (12, 24, 36, 50, 76, 100, 150, 200)
+SYSTEMS = {"post_ln": "Post-LN", "pre_ln": "Pre-LN", "admin": "Admin"}
+
+RANDOM_STEP, ADAM_STEP = 1e-4, 1e-6
+PERTURBATIONS = {"random": "random perturbation", "adam": "Adam step"}
+
+
+# --- one model ------------------------------------------------------------------------------------
+
+
+def model_changes(model: AdminForConditionalGeneration, batch: Batch, seed: int = 0) -> dict[str, float]:
+    """The output change of one model, fresh or trained, whose weights, modes and random states stay as they were.
+
+    Args:
+        model: of any residual systems.
+        batch: with labels, for the gradient.
+        seed: of the random step.
+
+    Returns:
+        The change by perturbation, `"random"` and `"adam"`.
+
+    Example:
+
+    ```python
+    >>> from admin_hf import AdminConfig
+    >>> from admin_hf.analysis import initialized_model, random_batch
+    >>> from admin_hf.analysis.output_change import model_changes
+
+    >>> config = AdminConfig(vocab_size=100, d_model=32, encoder_ffn_dim=64, decoder_layers=1)
+    >>> changes = model_changes(initialized_model(config), random_batch(config))
+    >>> all(0 < change < 1 for change in changes.values())
+    True
+
+    ```
+    """
+    matrices = [W for W in model.model.encoder.layers.parameters() if W.ndim == 2]
+    gradients = torch.autograd.grad(training_loss(model, batch), matrices, materialize_grads=True)
+    noise = torch.Generator().manual_seed(seed)
+    steps: dict[str, tuple[float, Iterator[Tensor]]] = {
+        "random": (RANDOM_STEP, (torch.randn(W.shape, generator=noise).sign_().to(W) for W in matrices)),
+        "adam": (-ADAM_STEP, (gradient.sign_() for gradient in gradients)),
+    }
+    output = _encode(model, batch)
+    kept = [W.detach().clone() for W in matrices]
+    changes = {}
+    for name, (size, signs) in steps.items():
+        try:
+            for W, sign in zip(matrices, signs, strict=True):
+                W.data.add_(sign, alpha=size)
+            changes[name] = float((_encode(model, batch) - output).square().sum(-1).mean())
+        finally:
+            for W, value in zip(matrices, kept, strict=True):
+                W.data.copy_(value)
+    return changes
+
+
+def _encode(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
+    """F(x_0, W) at the real tokens, `(tokens, d_model)`."""
+    inputs = base_model_inputs(model, batch)
+    source = {name: tensor for name, tensor in inputs.items() if not name.startswith("decoder_")}
+    with torch.no_grad(), modes_restored(model):
+        output = model.eval().model.encoder(**source).last_hidden_state
+    return output[real_tokens(model.model, batch, inputs, "")].double()
+
+
+# --- by depth -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`slope · x + intercept`, fitted by least squares, and the share R² of the variance that it explains."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+
+
+@dataclass(frozen=True)
+class ChangeCurve:
+    """The output change of one system by depth.
+
+    Attributes:
+        system: the residual system of both stacks, such as `"post_ln"`.
+        perturbation: `"random"` or `"adam"`.
+        changes: for each depth the change in each repeat, with weights and random step of their own.
+        mean, std: of the repeats, for each depth; the standard deviation of a single repeat is 0.
+        linear, logarithmic: fits of the means, in N and in log N.
+    """
+
+    system: str
+    perturbation: str
+    changes: list[list[float]]
+    mean: list[float]
+    std: list[float]
+    linear: Fit
+    logarithmic: Fit
+
+    @property
+    def label(self) -> str:
+        """The system's name for people."""
+        return SYSTEMS.get(self.system, self.system)
+
+    def better_fit(self) -> tuple[str, Fit]:
+        """What the means are linear in, `"N"` or `"log N"`, and the fit."""
+        return max({"N": self.linear, "log N": self.logarithmic}.items(), key=lambda item: item[1].r_squared)
+
+    def growth(self) -> str:
+        """The better fit in words."""
+        if not any(self.mean):
+            return f"{self.label} none at any depth"
+        x, fit = self.better_fit()
+        return f"{self.label} linear in {x}{', falling' if fit.slope < 0 else ''}, R² {fit.r_squared:.2f}"
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """The result of [`output_change`].
+
+    Attributes:
+        sublayers: the numbers N of sub-layers.
+        curves: one for each system and perturbation.
+        d_model, seed: what it was measured with.
+    """
+
+    EXPECTATION: ClassVar[str] = (
+        "Theorem 2 and Fig. 4: the change grows as O(N) in Post-LN, and as O(log N) in Pre-LN and Admin (R² 0.99 "
+        "under random perturbations, 0.75 under Adam steps, where Post-LN's is larger by orders of magnitude)."
+    )
+
+    sublayers: list[int]
+    curves: list[ChangeCurve]
+    d_model: int
+    seed: int
+
+    def verdict(self) -> str:
+        """The growth that fits each system better, and how far the systems are apart at the greatest depth."""
+        return " ".join(self._sentence(name) for name in PERTURBATIONS)
+
+    def _sentence(self, perturbation: str) -> str:
+        curves = [curve for curve in self.curves if curve.perturbation == perturbation]
+        growths = "; ".join(curve.growth() for curve in curves)
+        most, least = (choose(curves, key=lambda curve: curve.mean[-1]) for choose in (max, min))
+        apart = ""
+        if most is not least and least.mean[-1] > 0:
+            ratio = most.mean[-1] / least.mean[-1]
+            apart = f"; at N = {self.sublayers[-1]} {most.label} changes {ratio:.3g} times as much as {least.label}"
+        return f"{PERTURBATIONS[perturbation].capitalize()}: {growths}{apart}."
+
+
+def output_change(
+    config: AdminConfig,
+    batch: Batch,
+    *,
+    systems: Sequence[str] | None = None,
+    sublayers: Sequence[int] = SUBLAYERS,
+    repeats: int = 5,
+    seed: int = 0,
+) -> OutputChange:
+    """Measure the output change of fresh models by the depth of their encoder.
+
+    Each depth and repeat has a model of its own, profiled on the batch, because the constants of some systems depend
+    on the depth. Only one is in memory at a time: its weights, their gradients and a copy.
+
+    Args:
+        config: all but the systems and the encoder's depth.
+        batch: what the models are profiled on and what x_0 is; with labels, for the gradient. A hundred tokens do.
+        systems: residual systems, each for both stacks; Post-LN, Pre-LN, Admin and the encoder's in `config` where
+            unset.
+        sublayers: numbers of sub-layers, even and rising, three or more.
+        repeats: how many models of each kind, of the seeds `seed`, `seed + 1`, …
+
+    Raises:
+        ValueError: an unknown system, numbers of sub-layers that cannot be built or fitted, no repeats, or a batch
+            without labels.
+    """
+    if len(sublayers) < 3 or sorted(set(sublayers)) != list(sublayers) or any(n % 2 or n < 2 for n in sublayers):
+        raise ValueError(
+            f"The numbers of sub-layers are {list(sublayers)}; expected three or more, rising, all even and above 0."
+        )
+    if repeats < 1:
+        raise ValueError(f"The number of repeats is {repeats}; it must be at least 1.")
+    if batch.get("labels") is None:
+        raise ValueError(f"The batch has no labels, which the gradient needs: got {', '.join(batch) or 'nothing'}.")
+    systems = systems or list(dict.fromkeys([*SYSTEMS, config.encoder_residual]))
+    configs = {system: [_config(config, system, n, batch) for n in sublayers] for system in systems}
+    measured: dict[str, list[list[dict[str, float]]]] = {system: [] for system in systems}
+    with tqdm(total=repeats * len(systems) * sum(sublayers), desc="output change", disable=None) as progress:
+        for system in systems:
+            for depth in configs[system]:
+                measured[system].append([])
+                for repeat in range(repeats):
+                    model: Any = initialized_model(depth, seed + repeat, batch)
+                    model.to(batch["labels"].device)
+                    measured[system][-1].append(model_changes(model, batch, seed + repeat))
+                    del model  # before the next is built
+                    progress.update(2 * depth.encoder_layers)
+    curves = [
+        fitted_curve(system, name, sublayers, [[change[name] for change in depth] for depth in measured[system]])
+        for name in PERTURBATIONS
+        for system in systems
+    ]
+    return OutputChange(list(sublayers), curves, config.d_model, seed)
+
+
+def _config(config: AdminConfig, system: str, sublayers: int, batch: Batch) -> AdminConfig:
+    changes = {"encoder_residual": system, "decoder_residual": system, "encoder_layers": sublayers // 2}
+    # Positions take seconds to compute, and those that the batch has not are not needed
+    changes["max_position_embeddings"] = max(tensor.shape[1] for tensor in batch.values())
+    return AdminConfig.from_dict(config.to_dict() | changes)
+
+
+def fitted_curve(system: str, perturbation: str, sublayers: Sequence[int], changes: list[list[float]]) -> ChangeCurve:
+    """Mean, standard deviation and both fits of what was measured: `changes` has the repeats of each depth."""
+    mean = [fmean(repeats) for repeats in changes]
+    std = [stdev(repeats) if len(repeats) > 1 else 0.0 for repeats in changes]
+    linear, logarithmic = (_fit(x, mean) for x in (sublayers, [log(n) for n in sublayers]))
+    return ChangeCurve(system, perturbation, changes, mean, std, linear, logarithmic)
+
+
+def _fit(x: Sequence[float], y: Sequence[float]) -> Fit:
+    slope, intercept = linear_regression(x, y)
+    return Fit(slope, intercept, correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0)
+
+
+__all__ = ["ChangeCurve", "Fit", "OutputChange", "fitted_curve", "model_changes", "output_change"]
