@@ -1,0 +1,142 @@
+"""What the page measures anew: the run's model as it started and as it is, on the same sentences."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.dependency import LayerDependency, layer_dependency
+from ..analysis.gradients import GradientNorms, gradient_norms
+from ..analysis.inputs import Batch, initialized_model, load_model, modes_restored, random_batch, text_batch
+from ..checkpoints import one_line
+from ..configuration_admin import AdminConfig
+from ..modeling_admin import AdminForConditionalGeneration
+from ..profiling import base_model_inputs, initialize_omega, real_tokens
+from ..residual import residual_connections
+from .run import STATE_NAME, Run
+from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
+
+
+STACKS = ("encoder", "decoder")
+# The seed of Trainer's arguments, for runs that do not say theirs
+DEFAULT_SEED = 42
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was measured with the weights of one moment of the run.
+
+    Attributes:
+        name: which moment, such as `"update 500"`.
+        variances: by stack, Var[f_i] and Var[ω_i ⊙ x_{i-1}] of the sub-layers.
+    """
+
+    name: str
+    dependency: LayerDependency
+    gradients: GradientNorms
+    variances: dict[str, tuple[list[float], list[float]]]
+
+
+def measured(model: AdminForConditionalGeneration, batch: Batch, name: str) -> Moment:
+    """Measure a model without dropout."""
+    return Moment(name, layer_dependency(model, batch), gradient_norms(model, batch), residual_variances(model, batch))
+
+
+def newest_name(run: Run) -> str:
+    """What the newest weights are called on the page."""
+    averaged = run.read("results.json").get("weights")
+    if run.weights == run.folder and isinstance(averaged, list) and len(averaged) > 1:
+        return f"mean of {len(averaged)} checkpoints"
+    step = run.read(STATE_NAME, run.weights).get("global_step")
+    return f"update {step:,}" if isinstance(step, int) else "saved model"
+
+
+def newest_model(run: Run) -> AdminForConditionalGeneration:
+    """The run's model with its newest weights.
+
+    Raises:
+        OSError, ValueError: it has none, or they cannot be read.
+    """
+    if run.weights is None:
+        raise FileNotFoundError("The run has saved no weights.")
+    return load_model(run.weights)
+
+
+def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneration, str]:
+    """Rebuild the model as the run had it before its first update.
+
+    Args:
+        batch: to profile on where the run has no profile of its own.
+
+    Returns:
+        The model, and a sentence that says how near to the run's it is.
+
+    Raises:
+        OSError, ValueError: the run started from other weights, or has no config.json yet.
+    """
+    if source := run.arguments.get("model_name_or_path"):
+        raise ValueError(f"The run went on from the weights of {source}, which are not part of it.")
+    if run.weights is None:
+        raise FileNotFoundError("The run has no config.json yet, which comes with its first checkpoint.")
+    config = AdminConfig.from_pretrained(run.weights)
+    seed = run.arguments.get("seed")
+    if isinstance(seed, int):
+        how = f"initialised anew from the run's seed, {seed}"
+    else:
+        seed, how = DEFAULT_SEED, "another draw of the same initialisation, for the run names no seed"
+    model = initialized_model(config, seed, batch)
+    if run.profile is not None:
+        initialize_omega(model, run.profile)
+        how += ", with the ω that the run profiled"
+    return model, f"The start is the model {how}."
+
+
+def batch_of(run: Run) -> tuple[Batch, str]:
+    """Sentences of the validation set as a batch, else random tokens, and a sentence that says which.
+
+    Raises:
+        OSError, ValueError: the run has no usable config.json.
+    """
+    if run.weights is None:
+        raise FileNotFoundError("The run has saved no weights.")
+    config = AdminConfig.from_pretrained(run.weights)
+    try:
+        if (tokenizer := load_tokenizer(run)) is None:
+            raise ValueError("it has no tokenizer that can be loaded.")
+        pairs = [pair for pair in read_pairs(run, "validation", SENTENCES) if pair.reference is not None]
+        length = min(MAX_LENGTH, config.max_position_embeddings)
+        batch = text_batch(tokenizer, [p.source for p in pairs], [str(p.reference) for p in pairs], max_length=length)
+    except Exception as error:  # whatever is wrong with somebody's text or tokenizer, there are random tokens
+        return random_batch(
+            config
+        ), f"Measured on random tokens, because the run's text cannot be used: {one_line(error)}"
+    return batch, f"Measured on the first {len(pairs)} pairs of the validation set, without dropout."
+
+
+@torch.no_grad()
+def residual_variances(model: AdminForConditionalGeneration, batch: Batch) -> dict[str, Any]:
+    """Var[f_i] and Var[ω_i ⊙ x_{i-1}] of all sub-layers, by stack: at real tokens, scaled as they are added."""
+    base: Any = model.base_model
+    inputs = base_model_inputs(model, batch)
+    variances: dict[str, tuple[list[float], list[float]]] = {stack: ([], []) for stack in STACKS}
+    handles = []
+    for stack, prefix in zip(STACKS, ("", "decoder_"), strict=True):
+        tokens = real_tokens(base, batch, inputs, prefix)
+
+        def observe(
+            connection: nn.Module, args: tuple[Tensor, Tensor], tokens: Tensor = tokens, found: Any = variances[stack]
+        ) -> None:
+            shortcut, branch = (x[tokens].float() for x in args)
+            found[0].append(float((branch * getattr(connection, "branch_scale", 1.0)).var(correction=0)))
+            found[1].append(float((shortcut * getattr(connection, "shortcut_scale", 1.0)).var(correction=0)))
+
+        handles += [c.register_forward_pre_hook(observe) for _, c in residual_connections(getattr(base, stack))]
+    try:
+        with modes_restored(model):
+            model.eval()
+            base(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return variances

@@ -1,0 +1,229 @@
+"""The parts of the page that come from what a run wrote down: how far it is, its scores, its arguments."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from transformers import Seq2SeqTrainingArguments
+
+from .figures import Picture
+from .run import Run, is_number
+from .text import Sample
+
+
+class Fact(NamedTuple):
+    """A number that everybody looks for first."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+class Table(NamedTuple):
+    """Cells as text; a table with a `summary` is folded under it."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    summary: str = ""
+
+
+@dataclass
+class Section:
+    """A part of the page: `text` says what is shown, `notes` what is missing and why, `findings` what it means."""
+
+    id: str
+    title: str
+    text: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    alarm: bool = False
+
+
+# --- how far it is --------------------------------------------------------------------------------
+
+
+def status(run: Run) -> str:
+    """What became of the run, or how far it is, as a sentence."""
+    if run.divergence:
+        return f"Diverged at update {_text(run.divergence.get('step'))}."
+    if not run.state:
+        return "Its folder holds no state of training yet."
+    if run.finished:
+        return f"Finished after {run.step:,} updates."
+    of = f" of {run.max_steps:,} ({run.step / run.max_steps:.0%})" if run.max_steps > 0 else ""
+    return f"Not finished: update {run.step:,}{of} when it was last saved."
+
+
+def model_line(run: Run) -> str:
+    """What the model is, as a sentence."""
+    config = run.config
+    if not config:
+        return "No config.json, which comes with the first checkpoint, says what the model is."
+    names = ("encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim", "encoder_attention_heads")
+    sizes = {name: _text(config.get(name)) for name in (*names, "dropout", "vocab_size")}
+    systems = [str(config.get(f"{stack}_residual", config.get("model_type"))) for stack in ("encoder", "decoder")]
+    system = systems[0] if systems[0] == systems[1] else f"{systems[0]} encoder, {systems[1]} decoder"
+    return (
+        f"{system}, {sizes['encoder_layers']}+{sizes['decoder_layers']} layers, width {sizes['d_model']}, "
+        f"{sizes['encoder_ffn_dim']} in feed-forward, {sizes['encoder_attention_heads']} heads, "
+        f"dropout {sizes['dropout']}, vocabulary {sizes['vocab_size']}"
+    )
+
+
+def facts(run: Run) -> list[Fact]:
+    """The scores and sizes at the top of the page."""
+    found = []
+    for prefix, split in (("test", "test"), ("eval", "validation")):
+        if is_number(score := run.scores.get(f"{prefix}_bleu")):
+            found.append(Fact(f"BLEU, {split}", f"{score:.2f}"))
+    steps, bleu = run.curve("eval_bleu")
+    if not found and bleu:
+        found.append(Fact("BLEU, validation", f"{bleu[-1]:.2f}", f"at update {steps[-1]:,}"))
+    steps, loss = run.curve("eval_loss")
+    if loss:
+        found.append(Fact("validation loss", f"{loss[-1]:.3f}", f"perplexity {perplexity(loss[-1]):.2f}"))
+    steps, loss = run.curve("loss")
+    if loss:
+        found.append(Fact("training loss", f"{loss[-1]:.3f}", f"at update {steps[-1]:,}"))
+    if is_number(parameters := run.read("results.json").get("parameters")):
+        found.append(Fact("parameters", f"{parameters / 1e6:.2f} M"))
+    if run.state:
+        epoch = run.state.get("epoch")
+        found.append(Fact("updates", f"{run.step:,}", f"{epoch:.1f} epochs" if is_number(epoch) else ""))
+    _, speed = run.curve("tokens_per_second")
+    if speed:
+        found.append(Fact("speed", f"{sorted(speed)[len(speed) // 2]:,.0f}", "target tokens/s, median"))
+    return found
+
+
+def divergence(run: Run) -> Section:
+    """The record of a run that stopped by itself."""
+    record = run.divergence
+    layer, checkpoint = record.get("first_non_finite"), record.get("last_checkpoint")
+    kept = f"The weights of {_name(checkpoint)} are from before it." if checkpoint else "There is no checkpoint."
+    return Section(
+        "divergence",
+        "Divergence",
+        [
+            _text(record.get("reason")),
+            "More updates would not bring it back: try a smaller learning rate, a longer warm-up or another residual "
+            f"system. {kept}",
+        ],
+        tables=[
+            Table(
+                ("record", "value"),
+                [
+                    ("updates done before", _text(record.get("step"))),
+                    ("loss of the update", _text(record.get("loss"))),
+                    ("loss scale of float16", _text(record.get("scale"))),
+                    ("first that is not finite", _text(layer) if layer else "nothing: all outputs are finite"),
+                ],
+            )
+        ],
+        alarm=True,
+    )
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+SPLITS = {"eval": "validation", "test": "test"}
+METRICS = {
+    "bleu": "BLEU",
+    "moses_bleu": "BLEU of Moses' tokens",
+    "chrf": "chrF2",
+    "ter": "TER",
+    "loss": "loss in nats per token",
+}
+
+
+def scores(run: Run) -> Section:
+    """The final scores with their signatures, and the evaluations on the way."""
+    section = Section("scores", "Scores")
+    rows: list[Sequence[str]] = []
+    for prefix, split in SPLITS.items():
+        for metric, label in METRICS.items():
+            name = f"{prefix}_{metric}"
+            if is_number(score := run.scores.get(name)):
+                folded = run.scores.get(f"vanilla_{name}")
+                signature = run.scores.get(f"{name}_signature", "")
+                rows.append((f"{label}, {split}", f"{score:.2f}", _score(folded), str(signature)))
+    if rows:
+        weights = run.read("results.json").get("weights")
+        if isinstance(weights, list) and len(weights) > 1:
+            first, last = _name(weights[0]), _name(weights[-1])
+            section.text.append(f"Scored: the mean of {len(weights)} checkpoints, {first} to {last}.")
+        head = ("score", "model", "folded", "signature of sacreBLEU")
+        filled = [k for k in range(len(head)) if any(row[k] for row in rows)]
+        section.tables.append(Table([head[k] for k in filled], [[row[k] for k in filled] for row in rows]))
+    elif run.divergence:
+        section.notes.append("A run that has diverged is not scored.")
+    elif run.finished:
+        section.notes.append("The run was not evaluated when it ended: --do_eval and --do_predict ask for it.")
+    else:
+        section.notes.append("Final scores come when training has ended.")
+    names = [name for name in METRICS if run.curve(f"eval_{name}")[0]]
+    evaluations = [entry for entry in run.log if any(is_number(entry.get(f"eval_{name}")) for name in names)]
+    if evaluations:
+        columns = ("update", *(METRICS[name] for name in names))
+        lines = [[f"{e['step']:,}", *(_score(e.get(f"eval_{name}")) for name in names)] for e in evaluations]
+        summary = f"{len(lines)} evaluations on the validation set" if rows or len(lines) > 12 else ""
+        section.tables.append(Table(columns, lines, summary))
+    return section
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def arguments(run: Run) -> Section:
+    """The arguments of run_translation.py, those that say something first. Secrets are left out."""
+    section = Section("arguments", "Arguments")
+    if not run.arguments:
+        section.notes.append(f"{run.lacks('arguments.json')} run_translation.py writes it; other scripts do not.")
+        return section
+    shown = {name: value for name, value in sorted(run.arguments.items()) if not _is_secret(name)}
+    defaults = json.loads(json.dumps(Seq2SeqTrainingArguments(output_dir="-", use_cpu=True).to_dict()))
+    rest = {
+        name
+        for name, value in shown.items()
+        if (value == defaults[name] if name in defaults else value is None or value is False)
+    }
+    rows = [(name, str(value)) for name, value in shown.items()]
+    section.text.append("Those that were set to something else than Trainer's defaults, and those of the script.")
+    section.tables = [
+        Table(("argument", "value"), [row for row in rows if row[0] not in rest]),
+        Table(("argument", "value"), [row for row in rows if row[0] in rest], f"{len(rest)} others"),
+    ]
+    return section
+
+
+def _is_secret(name: str) -> bool:
+    return re.search(r"(^|_)(token|key|secret|password)$", name, re.IGNORECASE) is not None
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    """A value for people."""
+    if not is_number(value):
+        return "–" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _name(path: Any) -> str:
+    return str(path).rstrip("/").rpartition("/")[2]
+
+
+def _score(value: Any) -> str:
+    return f"{value:.2f}" if is_number(value) else ""
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss, and a finite number for any."""
+    return math.exp(min(loss, 700))

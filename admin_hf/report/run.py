@@ -1,0 +1,131 @@
+"""What a training run left in its folder: read as far as it is there, and trusted in nothing."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..averaging import complete_checkpoints
+from ..profiling import PROFILE_NAME, ResidualProfile
+
+
+STATE_NAME = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that a Trainer writes or wrote to: a run that is going on, has finished or has diverged.
+
+    Every property is empty, and none raises, where its file is missing, half-written or damaged.
+
+    Args:
+        folder: output folder of run_translation.py, or of any Trainer.
+    """
+
+    folder: Path
+
+    def read(self, name: str, folder: Path | None = None) -> dict[str, Any]:
+        """A JSON object in the run's folder, or in `folder`."""
+        try:
+            value = json.loads(((folder or self.folder) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def lacks(self, name: str) -> str:
+        """Why `read(name)` is empty, as a sentence."""
+        if (self.folder / name).exists():
+            return f"{name} is damaged, or empty."
+        return f"The run has no {name}."
+
+    # --- what was asked ---
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        return self.read("arguments.json")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.read("config.json", self.weights)
+
+    # --- how far it is ---
+
+    @cached_property
+    def checkpoints(self) -> list[Path]:
+        """The complete checkpoints, the newest last."""
+        return complete_checkpoints(self.folder)
+
+    @cached_property
+    def weights(self) -> Path | None:
+        """Where the newest weights are: the run's folder once its model is saved, else the newest checkpoint."""
+        places = [(_step(self.read(STATE_NAME, folder)), folder) for folder in (*self.checkpoints, self.folder)]
+        whole = [(step, place, folder) for place, (step, folder) in enumerate(places) if _has_weights(folder)]
+        return max(whole)[2] if whole else None
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """The newest trainer_state.json: `global_step`, `max_steps`, `log_history`, …"""
+        states = [self.read(STATE_NAME, folder) for folder in (*self.checkpoints, self.folder)]
+        return max(reversed(states), key=_step)
+
+    @property
+    def step(self) -> int:
+        """Updates done when the newest state was written."""
+        return max(_step(self.state), 0)
+
+    @property
+    def max_steps(self) -> int:
+        steps = self.state.get("max_steps")
+        return steps if isinstance(steps, int) else 0
+
+    @property
+    def finished(self) -> bool:
+        return 0 < self.max_steps <= self.step or "train_runtime" in self.read("train_results.json")
+
+    # --- what was measured ---
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The entries of the log, each with its update as `step`."""
+        history = self.state.get("log_history")
+        entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+        return [entry for entry in entries if is_number(entry.get("step"))]
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """Updates and values of a logged quantity, where it is a finite number."""
+        points = [(entry["step"], entry[name]) for entry in self.log if is_number(entry.get(name))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """The final scores and their signatures, `eval_…` of the validation and `test_…` of the test sentences."""
+        scores = self.read("results.json").get("scores")
+        return self.read("all_results.json") | (scores if isinstance(scores, dict) else {})
+
+    @cached_property
+    def profile(self) -> ResidualProfile | None:
+        try:
+            return ResidualProfile.load(self.folder / PROFILE_NAME)
+        except (OSError, ValueError):
+            return None
+
+    @cached_property
+    def divergence(self) -> dict[str, Any]:
+        return self.read("divergence.json")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of somebody's JSON is a number that can be drawn: finite, and no integer of 400 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _step(state: dict[str, Any]) -> int:
+    step = state.get("global_step")
+    return step if isinstance(step, int) else -1
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))

@@ -1,0 +1,114 @@
+"""Sentences for the page: those of the run's own files, and their translations."""
+
+import csv
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..modeling_admin import AdminForConditionalGeneration
+from .run import Run
+
+
+PREDICTIONS_NAME = "generated_predictions.txt"
+# Sentences to measure with, and to translate; of at most so many tokens
+SENTENCES, MAX_LENGTH = 8, 128
+
+
+class Sample(NamedTuple):
+    """A sentence with its translations; a reference or a translation may be missing."""
+
+    source: str
+    reference: str | None
+    translation: str | None = None
+
+
+def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
+    """Read the first sentences of a split, in the forms that run_translation.py takes.
+
+    Args:
+        run: whose arguments name the file.
+        split: `"validation"` or `"test"`.
+        count: how many.
+
+    Raises:
+        OSError: the run names no file, or it is not here.
+        ValueError: the file cannot be read, or has no such languages.
+    """
+    name = run.arguments.get(f"{split}_file")
+    source, target = (run.arguments.get(f"{side}_lang") for side in ("source", "target"))
+    if not (isinstance(name, str) and isinstance(source, str)):
+        raise FileNotFoundError(f"the run names no {split} file.")
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl", ".csv", ".tsv"):
+        rows = [row.get("translation", row) for row in islice(_rows(path), count)]
+        return [Sample(str(row[source]), str(row[target]) if row.get(target) else None) for row in rows]
+    sides = [Path(f"{name}.{language}") for language in (source, target)]
+    sources = _lines(sides[0] if sides[0].exists() else path, count)
+    references = _lines(sides[1], count) if sides[1].exists() else [None] * count
+    return [Sample(*pair) for pair in zip(sources, references, strict=False)]
+
+
+def _lines(path: Path, count: int) -> list[Any]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        return [line.strip() for line in islice(file, count)]
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(file)
+        elif path.suffix == ".tsv":
+            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        elif file.read(100).lstrip().startswith("["):
+            file.seek(0)
+            yield from json.load(file)
+        else:
+            file.seek(0)
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside the newest weights or in the run's folder, if there is one; no code of a stranger runs."""
+    for folder in filter(None, (run.weights, run.folder)):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception:  # none, a damaged one, or one that brings its own code
+            continue
+    return None
+
+
+def predictions(run: Run, count: int) -> list[Sample]:
+    """The first lines of generated_predictions.txt beside their sources, once the trained model has written it."""
+    if not any(name.startswith("test_") for name in run.scores):  # training that goes on removes the scores
+        return []
+    try:
+        lines = _lines(run.folder / PREDICTIONS_NAME, count)
+        return [
+            pair._replace(translation=line) for pair, line in zip(read_pairs(run, "test", count), lines, strict=False)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def translate(
+    model: AdminForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, samples: list[Sample], prefix: str = ""
+) -> list[Sample]:
+    """Translate with the beams of the model's generation settings.
+
+    Args:
+        prefix: what comes before every source.
+    """
+    longest = min(MAX_LENGTH, model.config.max_position_embeddings, model.generation_config.max_length or MAX_LENGTH)
+    texts = [prefix + sample.source for sample in samples]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = cast(Any, model).generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_length=longest
+        )
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [sample._replace(translation=" ".join(text.split())) for sample, text in zip(samples, texts, strict=True)]
