@@ -38,7 +38,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Changes to the configuration of a new model, such as "
-            "'d_model=128,encoder_layers=4,encoder_residual=post_ln'."
+            "'d_model=128,encoder_layers=4,encoder_residual=post_ln'; docs/systems.md lists the residual systems."
         },
     )
     tokenizer_name: str | None = field(

@@ -1,0 +1,368 @@
+"""The experiments as data, what is claimed of them, the page, and real runs that diverge, fail, stop and go on."""
+
+import doctest
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from admin_hf import AdminConfig
+from admin_hf.residual import SYSTEMS
+from training.arguments import parse_arguments
+from training.embedded_data import write_embedded_data
+from training.experiments import __main__, page, preparation
+from training.experiments.__main__ import main
+from training.experiments.claims import fail, fail_somewhere, lower, lower_in_most, train
+from training.experiments.page import describe, make_table, markdown
+from training.experiments.plan import EXPERIMENTS, planned
+from training.experiments.preparation import blind_loss, prepare
+from training.experiments.records import BLIND_NAME, Record, collect, from_json, state, to_json
+from training.experiments.runner import Runner, flags, log_path
+from training.experiments.scales import REPO, SCALES, Run
+from training.model import config_changes
+from training.runs import recorded
+
+
+ALL_RUNS = [run for scale in SCALES.values() for name in EXPERIMENTS for run in planned(name, scale)]
+
+
+def record(loss: float | None = 4.0, **changes) -> Record:
+    """A run that ended with this loss, where a blind one has 5."""
+    values = Record({"seed": 1, "warmup_steps": 10}, None, None, loss, 5.0, None, 10, 1.0, [[10, 4.5], [20, 4.0]], [])
+    return replace(values, diverged_at=7 if loss is None else None, **changes)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_equal_runs_and_only_they_share_a_folder():
+    by_name: dict[str, dict] = {}
+    for run in ALL_RUNS:
+        assert by_name.setdefault(run.name, run.arguments) == run.arguments
+        assert run.folder == REPO / "runs" / "experiments" / run.name
+    results = [json.dumps(values | {"output_dir": ""}, sort_keys=True) for values in by_name.values()]
+    assert len(set(results)) == len(results) == len(by_name) < len(ALL_RUNS)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_run_translation_takes_the_arguments(name, scale):
+    for run in {run.row: run for run in planned(name, SCALES[scale])}.values():
+        model, data, training = parse_arguments(flags(run.arguments))
+        config = AdminConfig(**config_changes(model, AdminConfig), vocab_size=model.vocab_size)
+        assert config.encoder_layers == config.decoder_layers > 5
+        assert {config.encoder_residual, config.decoder_residual} <= set(SYSTEMS)
+        # By these a run is recognised
+        there = recorded((model, data, training))
+        assert {name: there[name] for name in run.arguments} == run.arguments
+
+
+def test_the_recipes_of_one_depth_differ_in_the_residual_system_alone():
+    """So that the paper's scale can take Admin's for all of them."""
+
+    def content(folder: Path) -> tuple[dict, dict]:
+        config, recipe = (json.loads((folder / name).read_text()) for name in ("config.json", "recipe.json"))
+        config |= dict.fromkeys(("encoder_residual", "decoder_residual"))
+        return config, recipe | dict.fromkeys(("config_name", "output_dir"))
+
+    folders = {REPO / run.arguments["config_name"] for run in ALL_RUNS if "config_name" in run.arguments}
+    assert {folder.name for folder in folders} == {
+        "iwslt14-de-en-6-6-admin", *(f"wmt14-en-de-{n}-{n}-admin" for n in (6, 12, 18, 100))
+    }  # fmt: skip
+    for folder in folders:
+        for other in ("post_ln", "pre_ln"):
+            if (path := folder.with_name(folder.name.replace("admin", other))).exists():
+                assert content(path) == content(folder)
+
+
+def test_sizes_at_cpu_scale():
+    sizes = {name: len(planned(name, SCALES["cpu"])) for name in EXPERIMENTS}
+    assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 3}
+
+
+def test_patterns_of_the_claims_select_what_they_name():
+    for name, experiment in EXPERIMENTS.items():
+        for scale in SCALES.values():
+            runs = planned(name, scale)
+            table = make_table(runs, {run.name: record() for run in runs})
+            for claim in experiment.claims:
+                holds, numbers = claim.verdict(table)
+                assert "not run" not in numbers, (name, claim.text)
+                assert holds is False or "fail" not in claim.text
+
+
+def test_the_list_says_what_would_run(capsys):
+    assert main(["depth", "hybrid", "--list", "--seeds", "7", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "18 runs" in text and "10 runs" in text and "of 22, 1 at a time" in text and "expected wall time" in text
+    assert "max_steps 500" in text and "seed 7, 8" in text and "d_model 64" in text
+    assert len([line for line in text.splitlines() if line.endswith("seed8")]) == 11
+    with pytest.raises(SystemExit):
+        main(["tables"])
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def test_a_run_fails_when_it_diverges_or_ends_no_better_than_blind():
+    assert not record(4.999).failed and record(5.0).failed and record(None).failed and record(math.nan).failed
+
+
+def test_claims_on_failing_and_training():
+    good, bad = ([record()], 1), ([record(None), record(5.5)], 2)
+    table = {("A", "6"): good, ("A", "12"): bad, ("B", "6"): good}
+    assert fail("", ("A", "12")).verdict(table)[0] is True
+    assert fail("", ("A", "*")).verdict(table)[0] is False
+    assert train("", ("A", "*")).verdict(table)[0] is False
+    assert train("", ("*", "6")).verdict(table)[0] is True
+    assert fail_somewhere("", ("A", "*")).verdict(table)[0] is True
+    assert fail_somewhere("", ("B", "*")).verdict(table)[0] is False
+    assert fail("", ("A", "*")).verdict(table)[1] == (
+        "2 of 3 runs failed, 1 by divergence; losses 4.00 to 5.50, blind 5.00"
+    )
+
+
+def test_a_claim_is_open_while_runs_are_missing():
+    holds, numbers = fail("", ("A", "*")).verdict({("A", "6"): ([record(None)], 2)})
+    assert holds is None and numbers == "not run yet: 1 of 2 runs are done"
+    assert fail("", ("B", "*")).verdict({("A", "6"): ([], 1)})[0] is None
+
+
+def test_a_difference_counts_beyond_two_standard_errors():
+    def verdict(a: list[float], b: list[float], **kwargs) -> tuple[bool | None, str]:
+        table = {("A", ""): ([record(x) for x in a], len(a)), ("B", ""): ([record(x) for x in b], len(b))}
+        return lower("", ("A", "*"), ("B", "*"), **kwargs).verdict(table)
+
+    # Standard deviations 0.1 and 0.2, so the standard error is sqrt(0.01 / 3 + 0.04 / 3) = 0.129
+    assert verdict([3.9, 4.0, 4.1], [4.1, 4.3, 4.5])[0] is True
+    holds, numbers = verdict([3.9, 4.0, 4.1], [4.05, 4.25, 4.45])
+    assert holds is False and "difference -0.250 ± 0.129" in numbers
+    assert verdict([4.1, 4.3, 4.5], [3.9, 4.0, 4.1])[0] is False
+    assert verdict([4.0], [4.5])[0] is None  # one seed cannot tell
+    assert verdict([3.9, 4.0], [5.5, 6.0])[0] is True and verdict([3.9, 5.5], [5.5, 6.0])[0] is False
+    assert "difference +0.000" in verdict([3.0, 3.0], [4.0, 4.0], early=True)[1]  # of the curves, at update 20
+
+
+def test_most_settings_are_compared_cell_by_cell():
+    table = {(row, column): ([record(loss)], 1) for row, losses in {"A": (1, 2, 3), "B": (2, 3, 1)}.items()
+             for column, loss in zip("xyz", losses, strict=True)}  # fmt: skip
+    assert lower_in_most("", ("A", "*"), ("B", "*")).verdict(table) == (True, "in 2 of 3")
+    assert lower_in_most("", ("B", "*"), ("A", "*")).verdict(table) == (False, "in 1 of 3")
+
+
+@pytest.mark.parametrize("module", [preparation, __main__])
+def test_examples_in_docstrings_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_blind_loss_is_that_of_the_frequencies_at_each_position():
+    """A hundred pseudo-counts of how often a token occurs at all, and that with one occurrence of each of 5 tokens."""
+    train_ids, development = [[2, 3, 0], [2, 4, 0], [3, 0]], [[2, 0], [4]]
+    counts = {0: 3, 2: 2, 3: 2, 4: 1}
+    overall = {token: (count + 1) / (8 + 5) for token, count in counts.items()}
+    expected = [(2 + 100 * overall[2]) / 103, (1 + 100 * overall[0]) / 103, (0 + 100 * overall[4]) / 103]
+    assert blind_loss(train_ids, development, 5) == pytest.approx(-sum(map(math.log, expected)) / 3)
+    # Where the position says all, nothing is left to lose; a token never seen has a finite loss
+    assert blind_loss([[2, 0]] * 10**6, [[2, 0]], 5) < 1e-3 < blind_loss([[2, 0]], [[3]], 5) < 10
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A repository of its own for runs and pages."""
+    for module in ("scales", "records", "page"):
+        monkeypatch.setattr(f"training.experiments.{module}.REPO", tmp_path)
+    monkeypatch.setattr(page, "DOCS", tmp_path / "docs")
+    (tmp_path / "hub_configs").symlink_to(REPO / "hub_configs")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "experiments_intro.md").write_text("# Experiments\n")
+    return tmp_path
+
+
+def write_run(run: Run, loss: float | None) -> None:
+    """The files that a run leaves: finished with this loss, or diverged at update 123."""
+    files: dict[str, object] = {"arguments.json": run.arguments | {"data_seed": None}}
+    if loss is None:
+        files["divergence.json"] = {"step": 123, "reason": "Training diverged.", "last_checkpoint": "x/checkpoint-100"}
+        files["trainer_state.json"] = {"log_history": [{"step": 50, "eval_loss": 6.5}]}
+    else:
+        files["results.json"] = {"parameters": 10, "scores": {"eval_loss": loss}}
+        files["train_results.json"] = {"train_runtime": 12.5}
+        history = [{"step": 50, "loss": 7.0}, {"step": 50, "eval_loss": 6.0}, {"step": 150, "eval_loss": loss}]
+        files["trainer_state.json"] = {"log_history": history}
+    for name, content in files.items():
+        path = run.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    tokenizer = run.folder.parents[3] / run.arguments["tokenizer_name"]
+    tokenizer.mkdir(exist_ok=True)
+    (tokenizer / BLIND_NAME).write_text(json.dumps({"loss": 5.5}))
+
+
+def test_the_page_is_made_of_what_the_runs_recorded(here):
+    runs = planned("depth", SCALES["cpu"])
+    for run in runs:
+        bonus = -0.2 if run.row == "Admin" else 0.01 * run.arguments["seed"] / 1111
+        write_run(run, None if run.row == "Post-LN" and run.column != "6-6" else 4.0 + bonus)
+    page.update()
+    text = (here / "docs" / "experiments.md").read_text()
+    assert "- 18-layer Post-LN fails: **reproduced** (3 of 3 runs failed, 3 by divergence)." in text
+    assert "- 6-layer Admin ends below Pre-LN: **reproduced**" in text and "3 and 3 seeds" in text
+    assert "- 6-layer Pre-LN is ahead of Post-LN at first: **not reproduced at this scale**" in text
+    assert "| Post-LN | 55.7 ± 0.6 | **failed** 3 of 3: diverged at update 123, 123, 123 | **failed** 3 of 3" in text
+    assert f"| {math.exp(3.8):.1f} ± 0.0 |" in text and "27 of 27 runs are done" in text
+    assert "Post-LN / Post-LN fails: **reproduced**" in text  # of Table 1: the same runs
+    assert "ReZero ends below" not in text and "- Admin ends below ReZero: open (not run yet: 3 of 6" in text
+    assert "| cpu | 27 of 27 | 8 of 9 reproduced |" in text and "--scale paper" not in text
+    figures = here / "docs" / "figures"
+    assert (figures / "experiments-depth.png").stat().st_size > 10_000
+    assert str(here) not in text + (here / "docs" / "experiments" / "depth.json").read_text()
+
+    for run in runs:  # the page can be made again without the runs, and the figures stay
+        for path in sorted(run.folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    times = {path: path.stat().st_mtime_ns for path in figures.iterdir()}
+    page.update()
+    assert (here / "docs" / "experiments.md").read_text() == text
+    assert {path: path.stat().st_mtime_ns for path in figures.iterdir()} == times
+
+
+def test_runs_of_other_arguments_are_left_out(here):
+    run = planned("grid", SCALES["cpu"])[0]
+    write_run(replace(run, arguments=run.arguments | {"max_steps": 149}), 4.0)
+    page.update()
+    assert "`python -m training.experiments grid --scale cpu`: 0 of 45" in (here / "docs/experiments.md").read_text()
+    runner = Runner()
+    runner.run([run])
+    assert "max_steps: 149 there, 150 now" in runner.failures[run.name]
+
+
+def test_other_seeds_are_shown_too(here):
+    run = planned("rezero", SCALES["cpu"], [9])[0]
+    write_run(run, 4.0)
+    page.update()
+    assert "rezero --scale cpu`: 0 of 15" in (here / "docs" / "experiments.md").read_text()
+    page.update(seeds=[9])
+    page.update()  # it is on record now
+    text = (here / "docs" / "experiments.md").read_text()
+    assert "rezero --scale cpu`: 1 of 16" in text and "| Admin | 54.6; (1 of 4 runs) |" in text
+
+
+def test_a_map_shows_where_runs_failed(here):
+    for number, run in enumerate(planned("grid", SCALES["cpu"])[:20]):
+        write_run(run, None if number < 7 else 4.0 + number / 10)
+    page.update()
+    text = (here / "docs" / "experiments.md").read_text()
+    assert "| Post-LN, β₂ 0.99 | **failed**: diverged at update 123 |" in text
+    assert "- Post-LN fails in some settings (paper: 7 of 15): **reproduced** (7 of 15 runs failed" in text
+    assert (here / "docs" / "figures" / "experiments-grid.png").stat().st_size > 10_000
+
+
+def test_cells_and_records_in_text():
+    records = [record(math.log(100)), record(math.log(104)), record(6.0), record(None)]
+    assert describe(records, 5) == (
+        "102.0 ± 2.8; **failed** 2 of 4: diverged at update 7, stuck at 403.4; (4 of 5 runs)"
+    )
+    assert describe([replace(record(0.0), bleu=30.25)], 1) == "1.0; 30.2 BLEU" and describe([], 3) == "…"
+    table = {("A", "x"): ([], 1), ("B", "y"): ([], 1)}
+    assert markdown(table)[2:] == ["| A | … |  |", "| B |  | … |"]
+    named = {"cpu/b": record(None), "cpu/a": record()}
+    assert from_json(to_json(named)) == named and to_json(named).index("cpu/a") < to_json(named).index("cpu/b")
+
+
+# --- real runs ------------------------------------------------------------------------------------
+
+START = """
+import json, sys
+from training.experiments.runner import Runner
+from training.experiments.scales import Run
+runner = Runner(jobs=3)
+runner.run([Run(**values) for values in json.load(open(sys.argv[1]))])
+print(json.dumps(runner.failures))
+sys.exit(128 + runner.stopped if runner.stopped else 0)
+"""
+
+
+@pytest.mark.slow
+def test_runs_stop_go_on_diverge_and_fail(tmp_path):
+    write_embedded_data(tmp_path, train=60, validation=6, test=1)
+    shape = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
+    base = {
+        "config_overrides": f"{shape},encoder_attention_heads=2,decoder_attention_heads=2",
+        "source_lang": "en",
+        "target_lang": "de",
+        "train_file": str(tmp_path / "train"),
+        "validation_file": str(tmp_path / "validation"),
+        "tokenizer_name": str(tmp_path / "tokenizer"),
+        "vocab_size": 200,
+        "do_train": True,
+        "do_eval": True,
+        "predict_with_generate": False,
+        "prediction_loss_only": True,
+        "max_tokens": 200,
+        "max_steps": 600,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "save_steps": 20,
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "learning_rate": 0.003,
+        "seed": 1,
+    }
+    changes = {
+        "stopped": {},
+        "diverging": {"learning_rate": 1e6},
+        "impossible": {"train_file": str(tmp_path / "nothing")},
+    }
+    runs = []
+    for name, change in changes.items():
+        folder = {"output_dir": str(tmp_path / "runs" / name)}
+        runs.append(Run(name, name, "", base | change | folder, seconds=10))
+    stopped, diverging, impossible = runs
+    plan = tmp_path / "plan.json"
+
+    def start(*wanted: Run) -> subprocess.Popen:
+        plan.write_text(json.dumps([asdict(run) for run in wanted]))
+        return subprocess.Popen([sys.executable, "-c", START, str(plan)], cwd=REPO, stdout=-1, stderr=-1, text=True)
+
+    prepare(base)
+    assert state(stopped) == "new"
+    process = start(*runs)
+    deadline = time.monotonic() + 300
+    first = stopped.folder / "checkpoint-20" / "trainer_state.json"
+    while time.monotonic() < deadline and process.poll() is None and not first.exists():
+        time.sleep(0.05)
+    meanwhile = Runner()
+    meanwhile.run([stopped])
+    assert meanwhile.failures == {"stopped": "another process is at it"}
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM received" in errors
+    assert "stopped stopped" in output and state(stopped) == "begun" and collect(stopped) is None
+    (checkpoint,) = stopped.folder.glob("checkpoint-*")
+    assert 20 <= int(checkpoint.name.split("-")[1]) < 600
+
+    process = start(*runs)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and "stopped goes on" in output and "stopped finished" in output
+    assert set(json.loads(output.splitlines()[-1])) == {"impossible"}
+    assert "exit code 2" in errors and f"there is no {tmp_path / 'nothing'}.en" in errors
+    assert f"going on from {checkpoint}" in log_path(stopped).read_text()
+
+    end, divergence = collect(stopped), collect(diverging)
+    assert end is not None and divergence is not None
+    assert end.loss == json.loads((stopped.folder / "results.json").read_text())["scores"]["eval_loss"]
+    assert [step for step, _ in end.eval_loss] == [*range(20, 601, 20)]
+    assert divergence.failed and divergence.loss is None and "diverged" in divergence.reason
+    assert describe([divergence], 1) == f"**failed**: diverged at update {divergence.diverged_at}"
+    started = start(*runs[:2]).communicate(timeout=120)[0]
+    assert started.splitlines() == ["{}"]  # nothing is left to do

@@ -1,0 +1,107 @@
+"""Runs the paper's tables and grids: `python -m training.experiments --help`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import InputError
+from .plan import EXPERIMENTS, planned
+from .records import state
+from .runner import Runner
+from .scales import SCALES, Run, Scale, settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run experiments; returns 0, 1 if a run ended in an error, 2 for unusable input, 130 or 143 if stopped."""
+    arguments = parse(argv)
+    scale = SCALES[arguments.scale]
+    experiments = {name: planned(name, scale, arguments.seeds) for name in arguments.names}
+    runs = {run.name: run for there in experiments.values() for run in there}
+    for name, there in experiments.items():
+        print(announce(name, scale, there), flush=True)
+    left = [run for run in runs.values() if state_of(run) in ("new", "begun")]
+    hours = sum(run.seconds for run in left) / 3600 / arguments.jobs
+    if runs:
+        print(f"To run: {len(left)} of {len(runs)}, {arguments.jobs} at a time; expected wall time {duration(hours)}.")
+    if arguments.list:
+        print("\n".join(f"{state_of(run):>9}  {run.name}" for run in runs.values()))
+        return 0
+    # Transformers and matplotlib take seconds to load
+    from .page import update
+    from .preparation import prepare
+
+    seeds = arguments.seeds or ()
+    runner = Runner(arguments.jobs, after=lambda run: update(seeds))
+    try:
+        for run in {run.arguments["tokenizer_name"]: run for run in left}.values():
+            prepare(run.arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runner.run(runs.values())
+    update(seeds)
+    if runner.failures:
+        print(f"Failed with an error: {', '.join(runner.failures)}.", file=sys.stderr)
+    if runner.stopped is not None:
+        print("Stopped. The same command goes on from there.")
+        return 128 + runner.stopped
+    return 1 if runner.failures else 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.experiments",
+        description="Run the experiments that are named, or none, and make docs/experiments.md of all that is "
+        "recorded. What is done is not run again, what was stopped goes on; runs are in runs/experiments/.",
+        epilog="experiments: " + "; ".join(f"{name}: {item.title}" for name, item in EXPERIMENTS.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu, Multi30k at width 64")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: those of each experiment")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; default: 1")
+    parser.add_argument(
+        "--list", "--dry-run", action="store_true", help="only say what would run, and how far each run is"
+    )
+    arguments = parser.parse_args(argv)
+    if unknown := set(arguments.names) - set(EXPERIMENTS):
+        parser.error(f"There is no experiment {min(unknown)!r}; choose from {', '.join(EXPERIMENTS)}.")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs} must be at least 1.")
+    return arguments
+
+
+def announce(name: str, scale: Scale, runs: Sequence[Run]) -> str:
+    """What an experiment is, in two lines: runs, sizes and expected time, done or not."""
+    states = [state_of(run) for run in runs]
+    done = sum(state in ("finished", "diverged") for state in states)
+    hours = sum(run.seconds for run in runs) / 3600
+    return "\n".join(
+        [
+            f"{name} ({EXPERIMENTS[name].title}), scale {scale.name}: {len(runs)} runs, {done} of them done, "
+            f"{duration(hours)} of one processor in all",
+            f"  {settings(runs)}",
+        ]
+    )
+
+
+def state_of(run: Run) -> str:
+    """The state of a run; "other" where its folder holds a run of other arguments."""
+    try:
+        return state(run)
+    except InputError:
+        return "other"
+
+
+def duration(hours: float) -> str:
+    """Hours in the unit that fits.
+
+    >>> duration(0.5), duration(7.25), duration(288)
+    ('30 min', '7.2 h', '12.0 days')
+    """
+    if hours < 2:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

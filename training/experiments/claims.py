@@ -1,0 +1,132 @@
+"""What the paper claims of the runs of an experiment, and whether what was recorded shows it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import isnan, nan, sqrt
+from operator import lt
+from statistics import mean, stdev
+
+from .records import Record
+
+
+# Row and column in a table. In a claim both may be patterns such as "Admin*".
+Cell = tuple[str, str]
+# The records of a table's cells, those of the seeds that are done, and how many are planned.
+Table = Mapping[Cell, tuple[Sequence[Record], int]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that records can bear out.
+
+    Attributes:
+        text: the sentence.
+        cells: which cells of the table it is about.
+        check: takes the records of the cells that each pattern selects; returns whether the claim holds (None: they
+            cannot say) and numbers.
+    """
+
+    text: str
+    cells: tuple[Cell, ...]
+    check: Callable[..., tuple[bool | None, str]]
+
+    def verdict(self, table: Table) -> tuple[bool | None, str]:
+        """Whether the claim holds, None where that is not known (yet), and the numbers."""
+        selected = [[table[cell] for cell in table if all(map(fnmatchcase, cell, pattern))] for pattern in self.cells]
+        cells = [cell for group in selected for cell in group]
+        done, wanted = sum(len(records) for records, _ in cells), sum(planned for _, planned in cells)
+        if done < wanted or not wanted:
+            return None, f"not run yet: {done} of {wanted} runs are done"
+        return self.check(*([records for records, _ in group] for group in selected))
+
+
+Groups = Sequence[Sequence[Record]]  # the records of each cell
+
+
+def _failures(groups: Groups) -> tuple[int, int, str]:
+    records = [record for group in groups for record in group]
+    failed, diverged = (sum(map(test, records)) for test in (lambda r: r.failed, lambda r: r.loss is None))
+    losses = [record.loss for record in records if record.loss is not None]
+    numbers = f"{failed} of {len(records)} runs failed"
+    numbers += f", {diverged} by divergence" if diverged else ""
+    if losses:
+        numbers += f"; losses {min(losses):.2f} to {max(losses):.2f}, blind {records[0].blind_loss:.2f}"
+    return failed, len(records), numbers
+
+
+def fail(text: str, cells: Cell) -> Claim:
+    """All runs fail."""
+
+    def check(groups: Groups) -> tuple[bool, str]:
+        failed, count, numbers = _failures(groups)
+        return failed == count, numbers
+
+    return Claim(text, (cells,), check)
+
+
+def train(text: str, cells: Cell) -> Claim:
+    """No run fails."""
+
+    def check(groups: Groups) -> tuple[bool, str]:
+        failed, _, numbers = _failures(groups)
+        return failed == 0, numbers
+
+    return Claim(text, (cells,), check)
+
+
+def fail_somewhere(text: str, cells: Cell) -> Claim:
+    """At least one run fails."""
+
+    def check(groups: Groups) -> tuple[bool, str]:
+        failed, _, numbers = _failures(groups)
+        return failed > 0, numbers
+
+    return Claim(text, (cells,), check)
+
+
+def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
+    """The mean development loss of `one` is lower than that of `other`, by more than two standard errors.
+
+    With `early`, at the first evaluation after warm-up, else at the end. Where runs failed there is no mean: the claim
+    then holds if all of `other` failed and none of `one`.
+    """
+
+    def check(ones: Groups, others: Groups) -> tuple[bool | None, str]:
+        one, other = ([record for group in groups for record in group] for groups in (ones, others))
+        if not early and any(record.failed for record in (*one, *other)):
+            failed = [sum(record.failed for record in records) for records in (one, other)]
+            numbers = f"{failed[0]} of {len(one)} runs failed against {failed[1]} of {len(other)}"
+            return failed[0] == 0 and failed[1] == len(other), numbers
+        a, b = ([_early_loss(r) if early else r.final_loss for r in records] for records in (one, other))
+        difference, error = mean(a) - mean(b), standard_error(a, b)
+        numbers = f"loss {mean(a):.3f} against {mean(b):.3f}, difference {difference:+.3f}"
+        if isnan(error):
+            return None, f"{numbers}, which one seed cannot tell from chance"
+        numbers += f" ± {error:.3f} (standard error, {len(one)} and {len(other)} seeds)"
+        return difference < -2 * error, numbers
+
+    return Claim(text, (one, other), check)
+
+
+def lower_in_most(text: str, ones: Cell, others: Cell) -> Claim:
+    """In more than half of the cells the development loss at the end is lower than in the matching ones."""
+
+    def check(ones: Groups, others: Groups) -> tuple[bool, str]:
+        a, b = ([mean(record.final_loss for record in records) for records in groups] for groups in (ones, others))
+        count = sum(map(lt, a, b))
+        return count > len(a) / 2, f"in {count} of {len(a)}"
+
+    return Claim(text, (ones, others), check)
+
+
+def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of the difference of two means; nan for fewer than two values of either."""
+    if min(len(a), len(b)) < 2:
+        return nan
+    return sqrt(stdev(a) ** 2 / len(a) + stdev(b) ** 2 / len(b))
+
+
+def _early_loss(record: Record) -> float:
+    warmup = record.arguments["warmup_steps"]
+    return next((loss for step, loss in record.eval_loss if step > warmup), float("inf"))

@@ -1,0 +1,214 @@
+"""Runs, and the scales that they come in.
+
+A run is a set of arguments of run_translation.py: the recipe of its scale and data set, and what the run changes.
+Equal runs have equal names, so that experiments share them.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+REPO = Path(__file__).parents[2]
+RUNS = "runs/experiments"  # in REPO, where run_translation.py is started
+
+# Which arguments a reader compares, in this order
+SHOWN = ("max_steps", "num_train_epochs", "max_tokens", "gradient_accumulation_steps", "optim", "adam_beta2")
+SHOWN += ("learning_rate", "lr_scheduler_type", "warmup_steps", "label_smoothing_factor", "vocab_size", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, and its place in the table of an experiment.
+
+    Attributes:
+        name: of its folder below `runs/experiments`.
+        row: of the table; a line of the figure.
+        column: of the table; a panel of the figure.
+        arguments: all that run_translation.py is given, but for what does not change its result.
+        seconds: how long it is expected to take.
+    """
+
+    name: str
+    row: str
+    column: str
+    arguments: dict[str, Any]
+    seconds: float
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return REPO / self.arguments["output_dir"]
+
+
+# --- scales ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where experiments run: data sets, recipes and sizes.
+
+    Attributes:
+        large: the data set of Tables 1 and 2 and of section 5.2.
+        small: the data set of Table 3 and Figure 10.
+        recipe: the arguments for a data set and a number of layers in each stack; `config_overrides` as a dict.
+        seconds: expected for a data set, a number of layers and the arguments of a run.
+        grid_layers, learning_rates, no_warmup: of the grid, and the arguments that take the warm-up away.
+        batches: the changes for a small and a large batch.
+        deep: the changes for more layers than anybody trains, by their number.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    large: str
+    small: str
+    recipe: Callable[[str, int], dict[str, Any]]
+    seconds: Callable[[str, int, Mapping[str, Any]], float]
+    grid_layers: int
+    learning_rates: Sequence[float]
+    no_warmup: Mapping[str, Any]
+    batches: Mapping[str, Mapping[str, Any]]
+    deep: Mapping[int, Mapping[str, Any]]
+
+
+def cpu_recipe(data_set: str, layers: int) -> dict[str, Any]:
+    """Multi30k at width 64, for which a core needs minutes. Schedule, betas and loss are the paper's.
+
+    The optimiser is Adam: RAdam has a warm-up of its own, of about 2 / (1 − β₂) updates, which is a fiftieth of the
+    paper's runs but more than the whole of these.
+    """
+    shape = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    shape |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return {
+        "config_overrides": {"encoder_layers": layers, "decoder_layers": layers}
+        | shape
+        | {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0},
+        "source_lang": "en",
+        "target_lang": "de",
+        "train_file": f"runs/data/{data_set}/train",
+        "validation_file": f"runs/data/{data_set}/val",
+        "vocab_size": 4000,
+        "lowercase": True,
+        "do_train": True,
+        "do_eval": True,
+        "max_eval_samples": 500,
+        "per_device_eval_batch_size": 50,
+        "predict_with_generate": False,  # BLEU says nothing after a few hundred updates
+        "prediction_loss_only": True,
+        "max_steps": 500,
+        "max_tokens": 1024,
+        "optim": "adamw_torch",  # without weight decay, Adam
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "learning_rate": 0.002,
+        "lr_scheduler_type": "inverse_sqrt",
+        "warmup_steps": 100,
+        "max_grad_norm": 0.0,
+        "label_smoothing_factor": 0.1,
+        "eval_strategy": "steps",
+        "eval_steps": 50,
+        "save_strategy": "steps",
+        "save_steps": 50,
+        "save_total_limit": 1,
+        "logging_steps": 25,
+    }
+
+
+def cpu_seconds(data_set: str, layers: int, arguments: Mapping[str, Any]) -> float:
+    """As measured on one core: start-up, updates, evaluations."""
+    update = 0.03 * layers * max(arguments["max_tokens"] / 1024, 0.4)
+    evaluations = arguments["max_steps"] // arguments["eval_steps"] + 1
+    return 15 + arguments["max_steps"] * update + evaluations * 0.15 * layers
+
+
+def paper_recipe(data_set: str, layers: int) -> dict[str, Any]:
+    """The recipe of hub_configs, whose folders for one data set and depth differ in the residual system alone."""
+    folder = REPO / "hub_configs" / f"{data_set}-{layers}-{layers}-admin"
+    return json.loads((folder / "recipe.json").read_text(encoding="utf-8")) | {"config_overrides": {}}
+
+
+def paper_seconds(data_set: str, layers: int, arguments: Mapping[str, Any]) -> float:
+    """As the paper's appendix D says: days on four GPUs for WMT'14, a few hours on one for IWSLT'14."""
+    hours = 4 if data_set.startswith("iwslt14") else 4 * 24 * layers / 6
+    return hours * 3600
+
+
+SCALES = {
+    "cpu": Scale(
+        "cpu",
+        seeds=(1111, 2222, 3333),
+        large="multi30k",
+        small="multi30k",
+        recipe=cpu_recipe,
+        seconds=cpu_seconds,
+        grid_layers=18,
+        learning_rates=(1e-3, 2e-3, 3e-3, 4e-3, 5e-3),
+        no_warmup={"warmup_steps": 0, "lr_scheduler_type": "linear", "max_steps": 150},
+        batches={"256 tokens": {"max_tokens": 256}, "4,096 tokens": {"max_tokens": 4096, "max_steps": 200}},
+        deep={layers: {"max_tokens": 512, "max_steps": 300} for layers in (100, 500)},
+    ),
+    "paper": Scale(
+        "paper",
+        seeds=(1111, 2222, 3333, 4444, 5555),
+        large="wmt14-en-de",
+        small="iwslt14-de-en",
+        recipe=paper_recipe,
+        seconds=paper_seconds,
+        grid_layers=6,
+        learning_rates=(1e-4, 2e-4, 3e-4, 4e-4, 5e-4),
+        no_warmup={"warmup_steps": 0, "lr_scheduler_type": "linear"},
+        batches={
+            f"{pieces} × 4,096 tokens": {"max_tokens": 4096, "gradient_accumulation_steps": pieces}
+            for pieces in (8, 128)
+        },
+        deep={100: {}},
+    ),
+}
+
+
+def make_run(
+    scale: Scale,
+    data_set: str,
+    layers: int,
+    residual: str | tuple[str, str],
+    seed: int,
+    row: str,
+    column: str,
+    tag: str = "",
+    **changes: Any,
+) -> Run:
+    """A run of a scale.
+
+    Args:
+        layers: in each stack.
+        residual: the system, or those of encoder and decoder.
+        tag: what else tells the run from others, for its name.
+        changes: arguments that differ from the recipe's.
+    """
+    encoder, decoder = (residual, residual) if isinstance(residual, str) else residual
+    system = encoder if encoder == decoder else f"{encoder}-{decoder}"
+    name = "-".join(filter(None, (data_set, f"{layers}-{layers}", system, tag, f"seed{seed}")))
+    recipe = scale.recipe(data_set, layers)
+    overrides = recipe["config_overrides"] | {"encoder_residual": encoder, "decoder_residual": decoder}
+    arguments = recipe | changes
+    arguments |= {
+        "config_overrides": ",".join(f"{key}={value}" for key, value in overrides.items()),
+        "tokenizer_name": f"{RUNS}/{scale.name}/tokenizer-{data_set}",
+        "output_dir": f"{RUNS}/{scale.name}/{name}",
+        "seed": seed,
+    }
+    return Run(f"{scale.name}/{name}", row, column, arguments, scale.seconds(data_set, layers, arguments))
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """What a reader compares of the runs' arguments: one value, or all that there are."""
+    parts = []
+    for name in SHOWN:
+        values = dict.fromkeys(str(run.arguments[name]) for run in runs if name in run.arguments)
+        if values:
+            parts.append(f"{name} {', '.join(values)}")
+    model = dict(item.split("=") for item in runs[0].arguments["config_overrides"].split(","))
+    parts += [f"{name} {model[name]}" for name in ("d_model", "encoder_ffn_dim", "dropout") if name in model]
+    return f"Settings: {'; '.join(parts)}."
