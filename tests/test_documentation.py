@@ -19,7 +19,7 @@ from training.model import config_changes
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-NAMES = ("README.md", "docs/distributed.md", "docs/publishing.md", "docs/training.md")
+NAMES = ["README.md", *(f"docs/{name}.md" for name in "analysis distributed publishing systems training".split())]
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
 
