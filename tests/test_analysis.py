@@ -100,6 +100,12 @@ def test_padding_is_left_out_of_beta(batch):
             assert row == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_batch_of_padding_is_refused(batch):
+    for name, value, stack in (("attention_mask", 0, "encoder"), ("labels", -100, "decoder")):
+        with pytest.raises(ValueError, match=f"padding only in the {stack}"):
+            layer_dependency(tiny_model(), batch | {name: torch.full_like(batch[name], value)})
+
+
 def test_beta_is_of_the_first_tokens_of_a_large_batch():
     model = tiny_model()
     batch = random_batch(model.config, rows=MAX_TOKENS // 16 + 4, length=16)
@@ -298,6 +304,20 @@ def test_verdict_on_omega_counts_what_fell():
     assert "between 0.25 and 9.00" in text and "Decoder: has no ω" in text
 
 
+@pytest.mark.parametrize(("first", "last", "factor"), [(2.0, -1.0, "-0.50"), (2.0, 0.0, "0.00"), (0.0, 2.0, "inf")])
+def test_a_mean_of_omega_may_reach_zero(first, last, factor):
+    stack = StackOmega(["a"], [[first], [last]], [[first], [last]], [[first], [last]])
+    assert f"changed by a factor of {factor} " in stack.verdict()
+
+
+def test_an_omega_that_is_not_finite_is_refused_by_name(run):
+    model = tiny_model(encoder_layers=12)
+    model.model.encoder.layers[3].final_layer_norm.omega.data[2] = float("nan")
+    model.save_pretrained(run / "checkpoint-100")
+    with pytest.raises(ValueError, match=r"checkpoint-100 has NaN .* in .*layers.3.final_layer_norm.omega"):
+        omega_history(run_checkpoints(run))
+
+
 # --- what is measured -----------------------------------------------------------------------------
 
 
@@ -322,6 +342,22 @@ def test_a_checkpoint_is_loaded_as_it_is(tmp_path):
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
+def test_loading_a_checkpoint_leaves_the_random_state(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    load_model(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_run_that_has_only_checkpoints_is_not_measured_as_a_fresh_model(tmp_path):
+    """As a run is that diverged: its configuration is in its folder, and its weights are below."""
+    tiny_config().save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "checkpoint-7")
+    with pytest.raises(ValueError, match=f"such as {tmp_path / 'checkpoint-7'}"):
+        load_model(tmp_path)
+    load_model(tmp_path / "config.json")
+
+
 def test_weights_of_another_configuration_are_refused(tmp_path):
     tiny_model(encoder_residual="pre_ln").save_pretrained(tmp_path)
     tiny_config(encoder_residual="admin").save_pretrained(tmp_path)
@@ -337,6 +373,25 @@ def test_random_sentences_have_no_special_token_but_the_last():
         assert set(ids[:, :-1].unique().tolist()) == set(range(50)) - {config.eos_token_id, config.pad_token_id}
     assert not torch.equal(batch["input_ids"], batch["labels"])
     assert torch.equal(batch["labels"], random_batch(config, rows=30, length=20, seed=1)["labels"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [
+        ({"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 30, "pad_token_id": 29}, 30),
+        ({"eos_token_id": None}, 50),
+    ],
+)
+def test_random_tokens_are_of_the_vocabularies_that_there_are(changes, size):
+    model = tiny_model(**changes)
+    batch = random_batch(model.config, rows=30)
+    assert 0.9 * size < batch["labels"].unique().numel() <= batch["labels"].max() + 1 <= size
+    assert model(**batch).loss.isfinite()
+
+
+def test_a_vocabulary_of_special_tokens_has_no_random_ones():
+    with pytest.raises(ValueError, match="vocab_size=1 leaves no random tokens"):
+        random_batch(tiny_config(vocab_size=1))
 
 
 def tokenizer():
@@ -466,6 +521,42 @@ def test_what_cannot_be_used_is_one_sentence_and_leaves_nothing(arguments, messa
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", [".", "config.json"])
+def test_the_folder_one_is_in_is_a_source(source, config_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(config_folder)
+    assert main(["analyze", "gradients", source, "--output", str(tmp_path / "out")]) == 0
+    assert list(json.loads((tmp_path / "out" / "gradients.json").read_text())) == ["tiny"]
+    assert main(["analyze", "gradients", source, config_folder]) == 2  # named twice
+
+
+@pytest.mark.parametrize("below", [(), ("new", "newer")])
+def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_measured(
+    below, config_folder, tmp_path, capsys
+):
+    (tmp_path / "out").write_text("mine")
+    assert main(["analyze", "dependency", config_folder, "--output", str(tmp_path.joinpath("out", *below))]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path / 'out'} is a file" in printed.err and printed.out == ""
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_replaced_leaves_no_half_behind(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(OSError):
+        drawing.write_file(tmp_path / "x.json", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_text_that_is_not_utf_8_is_refused_by_name(tmp_path, capsys):
+    words = tokenizer()
+    tiny_model(vocab_size=len(words)).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    (tmp_path / "a.en").write_bytes("café\n".encode("latin-1"))
+    text = ["--text", str(tmp_path / "a.en"), str(tmp_path / "a.en")]
+    assert main(["analyze", "gradients", str(tmp_path), *text, "--output", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'a.en'} is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_a_missing_matplotlib_is_one_sentence(config_folder, tmp_path, monkeypatch, capsys):

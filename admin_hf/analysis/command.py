@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -171,7 +172,8 @@ def analyze(arguments: argparse.Namespace) -> None:
         OSError, ValueError: a source cannot be read or measured, or a file not be written. What was written before is
             whole.
     """
-    drawing.new_figure()
+    drawing.new_figure()  # which says if matplotlib is missing
+    _check_output(arguments.output)
     what, analysis, labels = arguments.what, ANALYSES[arguments.what], _labels(arguments.sources)
     if analysis.sources is not _RUN:
         for source in labels.values():
@@ -188,9 +190,17 @@ def analyze(arguments: argparse.Namespace) -> None:
         _write(arguments.output / what, analysis.draw(results), data)
 
 
+def _check_output(output: Path) -> None:
+    """Refuse what cannot become a folder, before anything is measured."""
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file; name a folder to write to.")
+
+
 def _labels(sources: Sequence[str]) -> dict[str, str]:
     """The sources by short names: as many of the last parts of their paths as it takes to tell them apart."""
-    paths = [Path(source).parent if source.endswith("config.json") else Path(source) for source in sources]
+    paths = [Path(os.path.abspath(source)) for source in sources]  # of which also "." has parts
+    paths = [path.parent if path.name.endswith("config.json") else path for path in paths]
     if len(set(paths)) < len(paths):
         raise ValueError(f"A source is named twice among {', '.join(sources)}: name each once.")
     for count in range(1, max(len(path.parts) for path in paths) + 1):
@@ -236,4 +246,7 @@ def _text(source: str, files: Sequence[str]) -> dict[str, Tensor]:
 
 def _first_lines(path: str) -> list[str]:
     with open(path, encoding="utf-8") as lines:
-        return [line.rstrip("\n") for line in islice(lines, TEXT_ROWS)]
+        try:
+            return [line.rstrip("\n") for line in islice(lines, TEXT_ROWS)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}.") from error

@@ -106,8 +106,8 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
         batch: what the model's forward takes.
 
     Raises:
-        ValueError: the batch lacks the input of a stack; a connection does not compute what its attributes say; or
-            its output is not finite.
+        ValueError: the batch lacks the input of a stack, or holds padding only; a connection does not compute what its
+            attributes say; or its output is not finite.
 
     Example:
 
@@ -128,6 +128,8 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
     for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
         connections = list(residual_connections(getattr(base, stack)))
         tokens = real_tokens(base, batch, inputs, prefix).nonzero()[:MAX_TOKENS].T
+        if not tokens.numel():
+            raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
         components = stacks[stack] = _Components([name for name, _ in connections], tokens)
         handles += [connection.register_forward_hook(components.observe) for _, connection in connections]
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..averaging import complete_checkpoints
+from ..averaging import complete_checkpoints, saved_checkpoints
 from ..checkpoints import check_weight_files, explained_errors
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
@@ -37,12 +37,19 @@ def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = N
 
     Raises:
         OSError: `source` is not there or cannot be read.
-        ValueError: its configuration has wrong values, or its weights belong to another one.
+        ValueError: its configuration has wrong values, its weights belong to another one, or it is a run that has not
+            saved its own yet, only checkpoints.
     """
     config, folder = load_config(source), Path(source)
     if folder.exists() and not _has_weights(folder):
+        if folder.is_dir() and (checkpoints := saved_checkpoints(folder)):
+            raise ValueError(
+                f"{source} has no weights but those of its checkpoints: name one of them, such as {checkpoints[-1]}, "
+                f"or {folder / 'config.json'} for a fresh model."
+            )
         return initialized_model(config, seed, batch)
-    model, info = AdminForConditionalGeneration.from_pretrained(source, config=config, output_loading_info=True)
+    with torch.random.fork_rng([]):
+        model, info = AdminForConditionalGeneration.from_pretrained(source, config=config, output_loading_info=True)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
         kind = "lacks" if info["missing_keys"] else "has no place for"
         raise ValueError(f"{source} {kind} {min(wrong)}: config.json and weights do not belong together.")
@@ -116,9 +123,12 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     length = min(length, config.max_position_embeddings)
     eos: Any = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     special = {config.pad_token_id, config.decoder_start_token_id, eos}
-    words = torch.tensor([token for token in range(config.vocab_size) if token not in special])
-    ids = words[torch.randint(len(words), (2, rows, length), generator=generator)]
-    ids[:, :, -1] = eos
+    vocabulary = range(min(config.vocab_size, config.decoder_vocab_size or config.vocab_size))  # of both sides
+    if not (words := [token for token in vocabulary if token not in special]):
+        raise ValueError(f"vocab_size={config.vocab_size} leaves no random tokens but the special ones.")
+    ids = torch.tensor(words)[torch.randint(len(words), (2, rows, length), generator=generator)]
+    if eos is not None:
+        ids[:, :, -1] = eos
     return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
 
 

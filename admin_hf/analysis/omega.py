@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import ClassVar
 
 from ..averaging import is_checkpoint_name
@@ -35,15 +36,16 @@ class StackOmega:
 
     def growth(self) -> list[float]:
         """The last mean of each sub-layer's ω over its first."""
-        return [last / first for first, last in zip(self.mean[0], self.mean[-1], strict=True)]
+        return [last / first if first else inf for first, last in zip(self.mean[0], self.mean[-1], strict=True)]
 
     def verdict(self) -> str:
         if not self.names:
             return "has no ω."
         growth = self.growth()
         fallen, entries = sum(g < 1 for g in growth), (min(self.min[-1]), max(self.max[-1]))
+        middle = geometric_mean(growth) if min(growth) > 0 else median(growth)  # a mean can fall below 0
         return (
-            f"ω fell in {fallen} of {len(growth)} sub-layers and changed by a factor of {geometric_mean(growth):.2f} "
+            f"ω fell in {fallen} of {len(growth)} sub-layers and changed by a factor of {middle:.2f} "
             f"({min(growth):.2f} to {max(growth):.2f}); its entries end between {entries[0]:.2f} and {entries[1]:.2f}."
         )
 
@@ -76,7 +78,8 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
 
     Raises:
         OSError: a checkpoint is not there, or its weights are damaged or a pickle.
-        ValueError: no checkpoints, a folder whose update is unknown, or checkpoints of different models.
+        ValueError: no checkpoints, a folder whose update is unknown, checkpoints of different models, or an ω with NaN
+            or infinite entries.
 
     Example:
 
@@ -122,6 +125,8 @@ def _omegas(folder: Path) -> _Omegas:
         stack, layer, connection = _OMEGA.findall(name)[0]
         place = (stack, int(layer), _ORDER.index(connection))
         values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
+        if not all(map(isfinite, values)):
+            raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
         found[place] = (f"{stack}.layers.{layer}.{connection}", values)
     return {name: values for _, (name, values) in sorted(found.items())}
 
