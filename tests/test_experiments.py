@@ -16,6 +16,7 @@ from admin_hf import AdminConfig
 from admin_hf.residual import SYSTEMS
 from training.arguments import parse_arguments
 from training.embedded_data import write_embedded_data
+from training.errors import InputError
 from training.experiments import __main__, page, preparation
 from training.experiments.__main__ import main
 from training.experiments.claims import fail, fail_somewhere, lower, lower_in_most, train
@@ -103,6 +104,8 @@ def test_the_list_says_what_would_run(capsys):
     assert "18 runs" in text and "10 runs" in text and "of 22, 1 at a time" in text and "expected wall time" in text
     assert "max_steps 500" in text and "seed 7, 8" in text and "d_model 64" in text
     assert len([line for line in text.splitlines() if line.endswith("seed8")]) == 11
+    assert main(["rezero", "--list", "--scale", "paper", "--seeds", "7"]) == 0
+    assert "num_train_epochs 90" in (text := capsys.readouterr().out) and "d_model 512" in text
     with pytest.raises(SystemExit):
         main(["tables"])
 
@@ -149,11 +152,22 @@ def test_a_difference_counts_beyond_two_standard_errors():
     assert "difference +0.000" in verdict([3.0, 3.0], [4.0, 4.0], early=True)[1]  # of the curves, at update 20
 
 
+@pytest.mark.parametrize("curve", [[], [[20, math.nan]]], ids=["diverged before", "nan"])
+def test_a_run_without_an_early_loss_has_failed_by_then(curve):
+    lacking = [record(None, eval_loss=curve)] * 2
+    table = {("A", ""): ([record()] * 2, 2), ("B", ""): (lacking, 2), ("C", ""): ([record(), lacking[0]], 2)}
+    for one, other, expected in (("A", "B", True), ("B", "A", False), ("B", "B", False), ("A", "C", False)):
+        assert lower("", (one, ""), (other, ""), early=True).verdict(table)[0] is expected
+    assert lower("", ("A", ""), ("C", ""), early=True).verdict(table)[1] == "0 of 2 runs failed against 1 of 2"
+
+
 def test_most_settings_are_compared_cell_by_cell():
     table = {(row, column): ([record(loss)], 1) for row, losses in {"A": (1, 2, 3), "B": (2, 3, 1)}.items()
              for column, loss in zip("xyz", losses, strict=True)}  # fmt: skip
     assert lower_in_most("", ("A", "*"), ("B", "*")).verdict(table) == (True, "in 2 of 3")
     assert lower_in_most("", ("B", "*"), ("A", "*")).verdict(table) == (False, "in 1 of 3")
+    stuck = {("A", "x"): ([record(5.1)], 1), ("B", "x"): ([record(5.2)], 1)}
+    assert lower_in_most("", ("A", "*"), ("B", "*")).verdict(stuck) == (False, "in 0 of 1"), "both failed"
 
 
 @pytest.mark.parametrize("module", [preparation, __main__])
@@ -246,6 +260,36 @@ def test_runs_of_other_arguments_are_left_out(here):
     assert "max_steps: 149 there, 150 now" in runner.failures[run.name]
 
 
+@pytest.mark.parametrize("content", ['{"a', "[1]", "\xff", "{}", None])
+@pytest.mark.parametrize("name", ["arguments", "results", "train_results", "trainer_state", "divergence"])
+def test_runs_with_damaged_files_are_left_out_and_named(here, capsys, name, content):
+    run, path = planned("grid", SCALES["cpu"])[0], f"{name}.json"
+    write_run(run, None if name == "divergence" else 4.0)
+    (run.folder / path).unlink()
+    if content is not None:
+        (run.folder / path).write_text(content, encoding="latin-1")
+    if (name, content) in {("arguments", None), ("results", None), ("divergence", None)}:
+        assert state(run) in ("new", "begun") and collect(run) is None
+    elif (name, content) in {("train_results", "{}"), ("divergence", "{}")}:
+        assert collect(run) is not None
+    else:
+        with pytest.raises(InputError, match="damaged|other arguments"):
+            collect(run)
+        assert __main__.state_of(run) == ("other" if name == "arguments" else state(run))
+        page.update()
+        assert str(run.folder) in capsys.readouterr().err
+        assert "grid --scale cpu`: 0 of 45" in (here / "docs" / "experiments.md").read_text()
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_started(here, monkeypatch):
+    states = iter(["new", "finished"])
+    monkeypatch.setattr("training.experiments.runner.state", lambda run: next(states))
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: pytest.fail("started"))
+    runner = Runner()
+    runner.run([planned("grid", SCALES["cpu"])[0]])
+    assert not runner.failures and next(states, None) is None
+
+
 def test_other_seeds_are_shown_too(here):
     run = planned("rezero", SCALES["cpu"], [9])[0]
     write_run(run, 4.0)
@@ -268,6 +312,7 @@ def test_a_map_shows_where_runs_failed(here):
 
 
 def test_cells_and_records_in_text():
+    assert "stuck at" in describe([record(1000.0)], 1), "whose exponential is no float"
     records = [record(math.log(100)), record(math.log(104)), record(6.0), record(None)]
     assert describe(records, 5) == (
         "102.0 ± 2.8; **failed** 2 of 4: diverged at update 7, stuck at 403.4; (4 of 5 runs)"

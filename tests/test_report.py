@@ -14,15 +14,15 @@ import torch
 from conftest import padded_batch, randomize, tiny_config, tiny_model
 from matplotlib import pyplot
 from test_run_translation import data, run  # noqa: F401  (a fixture)
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import MarianConfig, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.__main__ import main
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.report import write_report
 from admin_hf.report.figures import MAX_POINTS, thinned
-from admin_hf.report.measure import residual_variances, starting_model
-from admin_hf.report.page import formulas
+from admin_hf.report.measure import newest_model, residual_variances, starting_model
+from admin_hf.report.page import formulas, without_folders
 from admin_hf.report.run import Run, is_number
 from admin_hf.report.text import predictions, read_pairs
 from admin_hf.report.weights import position
@@ -225,6 +225,13 @@ def test_the_start_is_the_model_that_the_run_started_from(data, tmp_path):  # no
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
 
 
+def test_a_stock_model_did_not_start_as_admin_does(tmp_path):
+    config = {name: value for name, value in tiny_config().to_dict().items() if "residual" not in name}
+    MarianMTModel(MarianConfig(**config | {"model_type": "marian"})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trains a stock model \(marian\)"):
+        starting_model(Run(tmp_path), padded_batch())
+
+
 @pytest.mark.parametrize("systems", [("admin", "admin"), ("pre_ln", "post_ln")])
 def test_variances_are_those_that_the_monitor_divides(systems):
     model = randomize(tiny_model(encoder_residual=systems[0], decoder_residual=systems[1]))
@@ -275,6 +282,13 @@ def test_a_run_that_goes_on_shows_its_newest_whole_checkpoint(going_on, data, tm
     assert (data / "validation.de").read_text().splitlines()[7].strip() in page.texts["translations"]
     assert "From update 0 to 4" in page.texts["omega"]
     assert "β of the encoder (admin), update 4" in page.texts["dependency"]
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_not_missed(going_on):
+    run = Run(going_on)
+    assert run.weights == going_on / "checkpoint-4"
+    shutil.rmtree(run.weights)
+    assert newest_model(run)[1] == "update 2"
 
 
 def test_a_diverged_run_without_a_checkpoint_says_what_happened(data, tmp_path):  # noqa: F811
@@ -360,8 +374,12 @@ def hostile(finished, tmp_path) -> Path:
     shutil.copytree(finished, folder)
     image = '"><img src=http://example.org/x onerror=alert(1)>'
     edit(folder / "arguments.json", output_dir=image, optim=SCRIPT, hub_token="secret-token", api_key="secret-key")
-    edit(folder / "arguments.json", run_name=f"run {SCRIPT} {{{{ 7 * 191 }}}} {TOKEN}", project=f"--token={TOKEN}")
-    edit(folder / "arguments.json", cache_dir="/home/somebody/cache")
+    edit(
+        folder / "arguments.json",
+        run_name=["/home/somebody/x", f"{SCRIPT} {{{{ 7 * 191 }}}} {TOKEN}"],
+        project=f"--token={TOKEN}",
+    )
+    edit(folder / "arguments.json", cache_dir="/home/somebody/cache", trackio_space_id=f"me_{TOKEN}")
     (folder / "generated_predictions.txt").write_text(f"{SCRIPT}\n{image}\n" * 6)
     scores = json.loads((folder / "results.json").read_text())["scores"]
     edit(folder / "results.json", weights=[image, SCRIPT], scores=scores | {"test_bleu_signature": image})
@@ -396,6 +414,31 @@ def test_no_secret_and_no_folder_of_a_machine_is_on_the_page(hostile, tmp_path):
     for secret in (TOKEN, TOKEN[8:], "secret-token", "secret-key", "HUB_TOKEN", "/home/somebody", str(hostile.parent)):
         assert secret not in source, secret
     assert "max_tokens" in source, "which is none"
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no file without an end")
+def test_files_without_an_end_are_not_read(tmp_path):
+    (tmp_path / "results.json").symlink_to("/dev/zero")
+    arguments = {"validation_file": "/dev/zero", "source_lang": "en", "target_lang": "de"}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    assert Run(tmp_path).scores == {}
+    with pytest.raises(FileNotFoundError):
+        read_pairs(Run(tmp_path), "validation", 1)
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("/home/jane doe/runs/x", "x"),
+        ("No such file: '/home/jane doe/x.en'", "No such file: 'x.en'"),
+        ("See /home/jane/b and ~/c/d.", "See b and d."),
+        ("file:///home/jane/x, a:/home/jane/b", "x, a:b"),
+        ("C:\\Users\\jane\\x", "x"),
+        ("https://example.org/a/b and src/c", "https://example.org/a/b and src/c"),
+    ],
+)
+def test_of_a_path_the_last_part_is_left(text, shown):
+    assert without_folders(text) == shown
 
 
 # --- in a browser ----------------------------------------------------------------------------------

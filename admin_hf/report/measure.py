@@ -1,6 +1,7 @@
 """What the page measures anew: the run's model as it started and as it is, on the same sentences."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,24 +44,24 @@ def measured(model: AdminForConditionalGeneration, batch: Batch, name: str) -> M
     return Moment(name, layer_dependency(model, batch), gradient_norms(model, batch), residual_variances(model, batch))
 
 
-def newest_name(run: Run) -> str:
-    """What the newest weights are called on the page."""
-    averaged = run.read("results.json").get("weights")
-    if run.weights == run.folder and isinstance(averaged, list) and len(averaged) > 1:
-        return f"mean of {len(averaged)} checkpoints"
-    step = run.read(STATE_NAME, run.weights).get("global_step")
-    return f"update {step:,}" if isinstance(step, int) else "saved model"
-
-
-def newest_model(run: Run) -> AdminForConditionalGeneration:
-    """The run's model with its newest weights.
+def newest_model(run: Run) -> tuple[AdminForConditionalGeneration, str]:
+    """The run's model with its newest weights, and what they are called on the page.
 
     Raises:
         OSError, ValueError: it has none, or they cannot be read.
     """
-    if run.weights is None:
+    if (folder := run.weights) is None:
         raise FileNotFoundError("The run has saved no weights.")
-    return load_model(run.weights)
+    return load_model(folder), _name(run, folder)
+
+
+def _name(run: Run, weights: Path) -> str:
+    """Which weights of the run they are."""
+    averaged = run.read("results.json").get("weights")
+    if weights == run.folder and isinstance(averaged, list) and len(averaged) > 1:
+        return f"mean of {len(averaged)} checkpoints"
+    step = run.read(STATE_NAME, weights).get("global_step")
+    return f"update {step:,}" if isinstance(step, int) else "saved model"
 
 
 def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneration, str]:
@@ -73,12 +74,14 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
         The model, and a sentence that says how near to the run's it is.
 
     Raises:
-        OSError, ValueError: the run started from other weights, or has no config.json yet.
+        OSError, ValueError: the run started from other weights or as a stock model, or has no config.json yet.
     """
     if source := run.arguments.get("model_name_or_path"):
         raise ValueError(f"The run went on from the weights of {source}, which are not part of it.")
     if run.weights is None:
         raise FileNotFoundError("The run has no config.json yet, which comes with its first checkpoint.")
+    if (kind := run.config.get("model_type")) != AdminConfig.model_type:
+        raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts otherwise.")
     config = AdminConfig.from_pretrained(run.weights)
     seed = run.arguments.get("seed")
     if isinstance(seed, int):

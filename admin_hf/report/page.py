@@ -15,6 +15,12 @@ from .run import Run
 
 
 TEMPLATE = "page.html.jinja"
+# All but the last part of a path: one in quotes or alone, which may have spaces; one anywhere; and one of Windows
+_FOLDERS = re.compile(
+    r"""(?:^|(?<=['"]))(?:~?/|~)(?:[^/'":,]+/)+(?=[^/'":,]*(?:['"]|$))"""
+    r"""|(?:file://|(?<![\w./:])|(?<=:)(?!//))(?:~?/|~)(?:[^\s/'":,]+/)+"""
+    r"""|\b[A-Za-z]:\\(?:[^\\'":,]+\\)+"""
+)
 
 
 def render(run: Run) -> str:
@@ -31,21 +37,21 @@ def render(run: Run) -> str:
     )
     environment.filters["formulas"] = formulas
     page = environment.get_template(TEMPLATE).render(
-        name=run.arguments.get("run_name") or run.folder.resolve().name,
+        name=str(run.arguments.get("run_name") or run.folder.resolve().name),
         status=records.status(run),
         model=records.model_line(run),
         facts=records.facts(run),
         sections=[section for section in sections if not _is_empty(section)],
         made=f"Made by admin-hf {version('admin-hf')} on {datetime.now(UTC):%Y-%m-%d} from the run's own files.",
     )
-    return re.sub(r"\bhf_\w{20,}", "hf_…", page)  # a token of the Hub, wherever it was put
+    return re.sub(r"(?<![A-Za-z0-9])hf_\w{20,}", "hf_…", page)  # a token of the Hub, wherever it was put
 
 
 def without_folders(value: Any) -> Any:
     """Leave only the last part of a path on this machine; markup is left as it is."""
     if type(value) is not str:
         return value
-    return re.sub(r"(?<![\w.:/])[/~](?:[^\s/'\":,]+/)+", "", value)
+    return _FOLDERS.sub("", value)
 
 
 def formulas(text: str) -> Markup:

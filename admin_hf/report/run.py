@@ -30,7 +30,7 @@ class Run:
     def read(self, name: str, folder: Path | None = None) -> dict[str, Any]:
         """A JSON object in the run's folder, or in `folder`."""
         try:
-            value = json.loads(((folder or self.folder) / name).read_text(encoding="utf-8"))
+            value = json.loads(regular_file((folder or self.folder) / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
@@ -53,12 +53,14 @@ class Run:
 
     # --- how far it is ---
 
-    @cached_property
+    # These two are looked up anew: a run that is going on deletes checkpoints while the page is made
+
+    @property
     def checkpoints(self) -> list[Path]:
         """The complete checkpoints, the newest last."""
         return complete_checkpoints(self.folder)
 
-    @cached_property
+    @property
     def weights(self) -> Path | None:
         """Where the newest weights are: the run's folder once its model is saved, else the newest checkpoint."""
         places = [(_step(self.read(STATE_NAME, folder)), folder) for folder in (*self.checkpoints, self.folder)]
@@ -115,6 +117,17 @@ class Run:
     @cached_property
     def divergence(self) -> dict[str, Any]:
         return self.read("divergence.json")
+
+
+def regular_file(path: Path) -> Path:
+    """The path of a file that has an end, as /dev/zero and pipes have not.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    return path
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..modeling_admin import AdminForConditionalGeneration
-from .run import Run
+from .run import Run, regular_file
 
 
 PREDICTIONS_NAME = "generated_predictions.txt"
@@ -54,12 +54,12 @@ def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
 
 
 def _lines(path: Path, count: int) -> list[Any]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with regular_file(path).open(encoding="utf-8-sig", newline="\n") as file:
         return [line.strip() for line in islice(file, count)]
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with regular_file(path).open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             yield from csv.DictReader(file)
         elif path.suffix == ".tsv":

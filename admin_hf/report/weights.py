@@ -9,7 +9,7 @@ from ..analysis.omega import omega_history
 from ..checkpoints import one_line
 from ..residual import ResidualSystem
 from . import figures
-from .measure import STACKS, Moment, batch_of, measured, newest_model, newest_name, starting_model
+from .measure import STACKS, Moment, batch_of, measured, newest_model, starting_model
 from .records import Section
 from .run import Run
 from .text import SENTENCES, load_tokenizer, predictions, read_pairs, translate
@@ -23,12 +23,12 @@ def translations(run: Run) -> Section:
         section.samples = samples
         return section
     with _explained(section):
-        model, tokenizer = newest_model(run), load_tokenizer(run)
-        if tokenizer is None:
+        model, name = newest_model(run)
+        if (tokenizer := load_tokenizer(run)) is None:
             raise ValueError("The run has no tokenizer that can be loaded.")
         pairs = read_pairs(run, "validation", SENTENCES)
         section.samples = translate(model, tokenizer, pairs, str(run.arguments.get("source_prefix") or ""))
-        section.text.append(f"The first sentences of the validation set, translated by {newest_name(run)}.")
+        section.text.append(f"The first sentences of the validation set, translated by {name}.")
     return section
 
 
@@ -66,7 +66,8 @@ def measurements(run: Run) -> list[Section]:
             text = f"{text} {how}"
             moments.append(measured(start, batch, "start"))
             del start
-        moments.append(measured(newest_model(run), batch, newest_name(run)))
+        model, name = newest_model(run)
+        moments.append(measured(model, batch, name))
     if moments:
         for section, draw in zip(sections, (_draw_dependency, _draw_layers), strict=True):
             section.text.append(text)

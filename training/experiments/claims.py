@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import isnan, nan, sqrt
+from math import inf, isfinite, isnan, nan, sqrt
 from operator import lt
 from statistics import mean, stdev
 
@@ -88,14 +88,17 @@ def fail_somewhere(text: str, cells: Cell) -> Claim:
 def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
     """The mean development loss of `one` is lower than that of `other`, by more than two standard errors.
 
-    With `early`, at the first evaluation after warm-up, else at the end. Where runs failed there is no mean: the claim
-    then holds if all of `other` failed and none of `one`.
+    With `early`, at the first evaluation after warm-up, else at the end. Where runs failed (with `early`: before it)
+    there is no mean: the claim then holds if all of `other` failed and none of `one`.
     """
+
+    def has_failed(record: Record) -> bool:
+        return not isfinite(_early_loss(record)) if early else record.failed
 
     def check(ones: Groups, others: Groups) -> tuple[bool | None, str]:
         one, other = ([record for group in groups for record in group] for groups in (ones, others))
-        if not early and any(record.failed for record in (*one, *other)):
-            failed = [sum(record.failed for record in records) for records in (one, other)]
+        if any(map(has_failed, (*one, *other))):
+            failed = [sum(map(has_failed, records)) for records in (one, other)]
             numbers = f"{failed[0]} of {len(one)} runs failed against {failed[1]} of {len(other)}"
             return failed[0] == 0 and failed[1] == len(other), numbers
         a, b = ([_early_loss(r) if early else r.final_loss for r in records] for records in (one, other))
@@ -110,10 +113,16 @@ def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
 
 
 def lower_in_most(text: str, ones: Cell, others: Cell) -> Claim:
-    """In more than half of the cells the development loss at the end is lower than in the matching ones."""
+    """In more than half of the cells the development loss at the end is lower than in the matching ones.
+
+    The loss of a run that failed is lower than none.
+    """
+
+    def loss(record: Record) -> float:
+        return inf if record.failed else record.final_loss
 
     def check(ones: Groups, others: Groups) -> tuple[bool, str]:
-        a, b = ([mean(record.final_loss for record in records) for records in groups] for groups in (ones, others))
+        a, b = ([mean(map(loss, records)) for records in groups] for groups in (ones, others))
         count = sum(map(lt, a, b))
         return count > len(a) / 2, f"in {count} of {len(a)}"
 
@@ -129,4 +138,4 @@ def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _early_loss(record: Record) -> float:
     warmup = record.arguments["warmup_steps"]
-    return next((loss for step, loss in record.eval_loss if step > warmup), float("inf"))
+    return next((loss for step, loss in record.eval_loss if step > warmup), inf)

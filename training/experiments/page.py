@@ -1,13 +1,14 @@
 """docs/experiments.md with its figures and numbers, made of what the runs recorded."""
 
+import sys
 from collections.abc import Iterable, Sequence
-from math import exp
 from pathlib import Path
 from statistics import mean, stdev
 
 from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure, write_file
 
 from ..errors import InputError
+from ..monitor import perplexity
 from .claims import Cell, Claim, Table
 from .plan import EXPERIMENTS, planned
 from .records import Record, collect, from_json, to_json
@@ -81,7 +82,8 @@ def _records(runs: Iterable[Run], before: dict[str, Record]) -> dict[str, Record
     for run in runs:
         try:
             record = collect(run)
-        except InputError:  # of other arguments; it is named when experiments run
+        except InputError as error:
+            print(f"Left out: {error}", file=sys.stderr)
             record = None
         record = record or before.get(run.name)
         if record is not None and record.arguments == run.arguments:
@@ -130,13 +132,13 @@ def describe(records: Sequence[Record], wanted: int) -> str:
     trained = [record for record in records if not record.failed]
     parts = []
     if trained:
-        parts.append(_spread([exp(record.final_loss) for record in trained]))
+        parts.append(_spread([perplexity(record.final_loss) for record in trained]))
         if bleu := [record.bleu for record in trained if record.bleu is not None]:
             parts.append(f"{_spread(bleu)} BLEU")
     if failed := [record for record in records if record.failed]:
         diverged = sorted(record.diverged_at for record in failed if record.diverged_at is not None)
         ends = [f"diverged at update {', '.join(map(str, diverged))}"] if diverged else []
-        if stuck := [exp(record.final_loss) for record in failed if record.loss is not None]:
+        if stuck := [perplexity(record.final_loss) for record in failed if record.loss is not None]:
             ends.append(f"stuck at {_spread(stuck)}")
         many = f" {len(failed)} of {len(records)}" if len(records) > 1 else ""
         parts.append(f"**failed**{many}: {', '.join(ends)}")
@@ -166,7 +168,7 @@ def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
         records = {row: table[row, column][0] for row, other in table if other == column}
         add_lines(panel, {row: mean_curve(there) for row, there in records.items()})
         if all_records := [record for there in records.values() for record in there]:
-            blind = exp(all_records[0].blind_loss)
+            blind = perplexity(all_records[0].blind_loss)
             panel.axhline(blind, color="#666666", linewidth=0.8, linestyle=":")
             panel.annotate("blind", (1, blind), xycoords=("axes fraction", "data"), fontsize=8, ha="right")
         plain_axes(panel, title=column, xlabel="updates", yscale="log")
@@ -182,7 +184,7 @@ def mean_curve(records: Sequence[Record]) -> tuple[list[float], list[float]]:
     """Updates that all runs evaluated at, and the perplexity of their mean loss there."""
     curves = [dict(map(tuple, record.eval_loss)) for record in records]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
-    return steps, [exp(mean(curve[step] for curve in curves)) for step in steps]
+    return steps, [perplexity(mean(curve[step] for curve in curves)) for step in steps]
 
 
 def draw_map(table: Table, path: Path, title: str, caption: str) -> None:

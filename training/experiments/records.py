@@ -54,7 +54,7 @@ def state(run: Run) -> str:
     """How far a run is: "new", "begun", "finished" or "diverged".
 
     Raises:
-        InputError: its folder holds a run of other arguments.
+        InputError: its folder holds a run of other arguments, or its arguments.json is damaged.
     """
     arguments = run.folder / "arguments.json"
     if not arguments.exists():
@@ -79,21 +79,28 @@ def collect(run: Run) -> Record | None:
     """What a run recorded, or None where it is not done.
 
     Raises:
-        InputError: its folder holds a run of other arguments.
+        InputError: its folder holds a run of other arguments, or its files are damaged.
     """
     if (how := state(run)) not in ("finished", "diverged"):
         return None
+    try:
+        return _record(run, how)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The files in {run.folder} are damaged ({error!r}).") from error
+
+
+def _record(run: Run, how: str) -> Record:
     folder = run.folder
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
     results = _read(folder / "results.json") if how == "finished" else {}
-    scores = results.get("scores", {})
     history = _read(folder / "trainer_state.json")["log_history"]
     times = _read(folder / "train_results.json") if how == "finished" else {}
+    scores = results.get("scores", {})
     return Record(
         arguments=run.arguments,
         diverged_at=divergence.get("step"),
         reason=divergence.get("reason"),
-        loss=scores.get("eval_loss"),
+        loss=scores["eval_loss"] if how == "finished" else None,
         blind_loss=_read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)["loss"],
         bleu=scores.get("test_bleu", scores.get("eval_bleu")),
         parameters=results.get("parameters"),
@@ -107,8 +114,19 @@ def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
     return [[entry["step"], round(float(entry[name]), 4)] for entry in history if name in entry]
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: the file is missing or holds none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}).") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object.")
+    return value
 
 
 def to_json(records: dict[str, Record]) -> str:

@@ -71,8 +71,10 @@ class Runner:
         if log is None:
             self._fail(run, "another process is at it")
             return
-        print(f"{_clock()} {run.name} {'goes on' if state(run) == 'begun' else 'starts'}", flush=True)
         with log:  # the child inherits it, and with it the lock
+            if not self._is_to_do(run):  # another process has done it meanwhile
+                return
+            print(f"{_clock()} {run.name} {'goes on' if state(run) == 'begun' else 'starts'}", flush=True)
             process = subprocess.Popen(
                 [sys.executable, "run_translation.py", *flags(run.arguments | FLAGS)],
                 cwd=REPO,
@@ -83,6 +85,8 @@ class Runner:
                 start_new_session=True,  # Ctrl-C comes from us: a second signal would end it without a checkpoint
             )
         self._running[slot] = process, run
+        if self.stopped is not None:  # while it was started
+            process.send_signal(self.stopped)
 
     def _environment(self, slot: int) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -210,5 +210,7 @@ def settings(runs: Sequence[Run]) -> str:
         if values:
             parts.append(f"{name} {', '.join(values)}")
     model = dict(item.split("=") for item in runs[0].arguments["config_overrides"].split(","))
+    if config := runs[0].arguments.get("config_name"):
+        model = json.loads((REPO / config / "config.json").read_text(encoding="utf-8")) | model
     parts += [f"{name} {model[name]}" for name in ("d_model", "encoder_ffn_dim", "dropout") if name in model]
     return f"Settings: {'; '.join(parts)}."
