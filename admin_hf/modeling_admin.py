@@ -102,8 +102,8 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
 
 @contextmanager
 def _stock_constructor(config: AdminConfig) -> Iterator[None]:
-    """Around Marian's constructor, whose stacks or layers are replaced at once: it builds no layers, which takes a third
-    of the time, draws no weights, and does not use up `config.gradient_checkpointing`, which works only once."""
+    """Around Marian's constructor, whose stacks or layers are replaced at once: it builds no layers (else making a
+    model takes three times as long), draws no weights, and leaves `config.gradient_checkpointing`, which works once."""
     legacy = config.__dict__.pop("gradient_checkpointing", None)
     layers = config.encoder_layers, config.decoder_layers
     config.encoder_layers = config.decoder_layers = 0
