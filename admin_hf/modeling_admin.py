@@ -103,7 +103,7 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
 @contextmanager
 def _stock_constructor(config: AdminConfig) -> Iterator[None]:
     """Around Marian's constructor, whose stacks or layers are replaced at once: it builds no layers (else making a
-    model takes three times as long), draws no weights, and leaves `config.gradient_checkpointing`, which works once."""
+    model takes three times as long), draws no weights, and spares `config.gradient_checkpointing`, used once."""
     legacy = config.__dict__.pop("gradient_checkpointing", None)
     layers = config.encoder_layers, config.decoder_layers
     config.encoder_layers = config.decoder_layers = 0
