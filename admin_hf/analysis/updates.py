@@ -115,8 +115,7 @@ def _update(before: Path, after: Path) -> LayerNorms:
 
 def _gradient(folder: Path, batch: Batch) -> LayerNorms:
     """‖∇L(W_t)‖₂ of a checkpoint."""
-    with torch.random.fork_rng([]):  # which building a model moves
-        model = load_model(folder)
+    model = load_model(folder)
     weights = {name: W for name, W in model.named_parameters() if _WEIGHT.fullmatch(name)}
     gradients = torch.autograd.grad(training_loss(model, batch), list(weights.values()))
     return _relative(
@@ -126,7 +125,7 @@ def _gradient(folder: Path, batch: Batch) -> LayerNorms:
 
 def _relative(norms: dict[str, float]) -> LayerNorms:
     """Norms by the weights' names, divided by the largest and sorted into projections and layers."""
-    largest = max(norms.values())
+    largest = max(norms.values()) or 1.0  # all are 0 where the loss has no gradient
     found = {match.groups(): norms[name] / largest for name in norms if (match := _WEIGHT.fullmatch(name))}
     layers = sorted({int(layer) for layer, _ in found})
     return {projection: [found[str(layer), projection] for layer in layers] for projection in MATRICES}
