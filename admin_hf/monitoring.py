@@ -1,5 +1,6 @@
 """What residual connections do while a model trains: the range of ω, and how large branches are beside shortcuts."""
 
+import math
 from typing import Any
 
 import torch
@@ -99,3 +100,8 @@ def _variance(x: Tensor, tokens: Tensor) -> Tensor:
     count = tokens.sum() * x.shape[-1]
     mean = (x * tokens).sum() / count
     return ((x - mean).square() * tokens).sum() / count
+
+
+def perplexity(nll: float) -> float:
+    """The exponential of a negative log-likelihood, and a finite number for any."""
+    return math.exp(min(nll, 700))

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from admin_hf.monitoring import ResidualMonitor
+from admin_hf.monitoring import ResidualMonitor, perplexity
 
 from .divergence import MAX_OVERFLOWS, Divergence, first_non_finite
 from .optimization import LossScaleClamp
@@ -176,11 +176,6 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         raise Divergence(
             f"Training diverged: {what}.", state.global_step, self.loss, self._scale, next(iter(layers), None)
         )
-
-
-def perplexity(nll: float) -> float:
-    """The exponential of a negative log-likelihood, and a finite number for any."""
-    return math.exp(min(nll, 700))
 
 
 class TranslationProgress(ProgressCallback):

@@ -22,12 +22,12 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PredictionOutput
 
-from admin_hf.monitoring import ResidualMonitor
+from admin_hf.monitoring import ResidualMonitor, perplexity
 
 from .batching import TokenBatchSampler
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
-from .monitor import TranslationProgress, UpdateMonitor, perplexity
+from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 
 

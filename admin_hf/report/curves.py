@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..monitoring import perplexity
 from .figures import Picture, bands, lines
-from .records import METRICS, Section, perplexity
+from .records import METRICS, Section
 from .run import Run
 
 

@@ -1,7 +1,6 @@
 """The parts of the page that come from what a run wrote down: how far it is, its scores, its arguments."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import Seq2SeqTrainingArguments
 
+from ..monitoring import perplexity
 from .figures import Picture
 from .run import Run, is_number
 from .text import Sample
@@ -222,8 +222,3 @@ def _name(path: Any) -> str:
 
 def _score(value: Any) -> str:
     return f"{value:.2f}" if is_number(value) else ""
-
-
-def perplexity(loss: float) -> float:
-    """The exponential of a loss, and a finite number for any."""
-    return math.exp(min(loss, 700))

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure, write_file
+from admin_hf.monitoring import perplexity
 
 from ..errors import InputError
-from ..monitor import perplexity
 from .claims import Cell, Claim, Table
 from .plan import EXPERIMENTS, planned
 from .records import Record, collect, from_json, to_json
