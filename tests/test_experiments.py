@@ -312,10 +312,10 @@ def test_a_map_shows_where_runs_failed(here):
 
 
 def test_cells_and_records_in_text():
-    assert "stuck at" in describe([record(1000.0)], 1), "whose exponential is no float"
+    assert "ended at" in describe([record(1000.0)], 1), "whose exponential is no float"
     records = [record(math.log(100)), record(math.log(104)), record(6.0), record(None)]
     assert describe(records, 5) == (
-        "102.0 ± 2.8; **failed** 2 of 4: diverged at update 7, stuck at 403.4; (4 of 5 runs)"
+        "102.0 ± 2.8; **failed** 2 of 4: diverged at update 7, ended at 403.4; (4 of 5 runs)"
     )
     assert describe([replace(record(0.0), bleu=30.25)], 1) == "1.0; 30.2 BLEU" and describe([], 3) == "…"
     table = {("A", "x"): ([], 1), ("B", "y"): ([], 1)}

@@ -139,7 +139,7 @@ def describe(records: Sequence[Record], wanted: int) -> str:
         diverged = sorted(record.diverged_at for record in failed if record.diverged_at is not None)
         ends = [f"diverged at update {', '.join(map(str, diverged))}"] if diverged else []
         if stuck := [perplexity(record.final_loss) for record in failed if record.loss is not None]:
-            ends.append(f"stuck at {_spread(stuck)}")
+            ends.append(f"ended at {_spread(stuck)}")
         many = f" {len(failed)} of {len(records)}" if len(records) > 1 else ""
         parts.append(f"**failed**{many}: {', '.join(ends)}")
     if len(records) < wanted:
@@ -161,7 +161,7 @@ def _anchor(title: str) -> str:
 
 def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
     """Development perplexity by update, a panel for each column and a line for each row: the mean over seeds."""
-    _, columns = axes(table)
+    columns = [column for column in axes(table)[1] if any(table[cell][0] for cell in table if cell[1] == column)]
     figure = new_figure(width=max(7, 3.4 * len(columns)), height=4, caption=caption)
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
