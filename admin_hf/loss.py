@@ -1,76 +1,100 @@
 """The training loss, computed without the full matrix of logits."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-# Elements of the largest matrix of logits that exists at a time: 2^22 float32 are 16 MiB, whatever the vocabulary.
-CHUNK_ELEMENTS = 2**22
+# Elements of the largest matrix of logits that exists at a time: 2^23 float32 are 32 MiB, whatever the vocabulary.
+CHUNK_ELEMENTS = 2**23
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T + bias`; the gradients are computed with the loss, chunk by chunk."""
+# An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
+# it anew for every shape of a batch
+@torch.library.custom_op("admin_hf::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    pad_id: int,
+    dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+    selects: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed cross-entropy of `hidden @ weight.T + bias` at rows with a label, the same unsmoothed, and the gradients.
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, label_smoothing: float, pad_id: int
-    ) -> tuple[Tensor, Tensor]:
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        with torch.autocast(device_type, enabled=False):
-            w, b = weight.to(dtype), bias.to(dtype)
-            smoothed = label_smoothing / (weight.shape[0] - 1)
-            # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
-            w_sum = weight.float().sum(0) - weight[pad_id].float()
-            b_sum = bias[:pad_id].float().sum() + bias[pad_id + 1 :].float().sum()
-            needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            loss, nll = hidden.new_zeros(2, dtype=torch.float32)
+    Products are of `dtype`; a gradient that is not needed is empty. `selects` is for a CPU: rows without a label are
+    cut out, and a bias of 0 is not added, which costs as much as the product in bfloat16. On a GPU looking at the data
+    would make the step wait; there such rows are computed and weighted with 0.
+    """
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    w, b = weight.to(dtype), bias.to(dtype)
+    others = torch.arange(len(b), device=b.device) != pad_id
+    smoothed = label_smoothing / (len(b) - 1)
+    # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
+    w_sum = weight.to(exact).sum(0) - weight[pad_id].to(exact)
+    b_sum = (bias.to(exact) * others).sum()
+    only_pad = selects and not (bias * others).any()  # as Marian's
+    selected = labels.ne(-100).nonzero().squeeze(1) if selects else torch.arange(len(labels), device=labels.device)
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else weight.new_empty(0)
+    loss, nll = (hidden.new_zeros((), dtype=exact) for _ in range(2))
 
-            rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-            for start in range(0, hidden.shape[0], rows):
-                h, y = hidden[start : start + rows], labels[start : start + rows]
-                real = y.ne(-100).float()
-                y = y.clamp(min=0).unsqueeze(1)
-                z = torch.addmm(b, h.to(dtype), w.T)
-                p = z.softmax(dim=1, dtype=torch.float32)
-                lse = z.amax(dim=1).float() - p.amax(dim=1).log()
-                z_y = z.gather(1, y).squeeze(1).float()
-                nll += ((lse - z_y) * real).sum()
-                smoothing = label_smoothing * z_y - smoothed * (h.float() @ w_sum + b_sum)
-                loss += ((lse - z_y + smoothing) * real).sum()
-                # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind
-                # the products, where it is a vector
-                dz = p.scatter_add_(1, y, torch.full_like(y, label_smoothing - 1, dtype=p.dtype))
-                dz[:, pad_id] = 0
-                dz = dz.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = (dz @ w - smoothed * w_sum) * real.unsqueeze(1)
-                if grad_weight is not None:
-                    h = h * real.unsqueeze(1)
-                    grad_weight += dz.T @ h.to(dtype)
-                    grad_weight -= smoothed * h.float().sum(0)
-            if grad_weight is not None:
-                grad_weight[pad_id] = 0
-                grad_weight = grad_weight.to(weight.dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None, None, None
+    for rows in selected.split(max(1, CHUNK_ELEMENTS // len(b))):
+        h, y = hidden[rows], labels[rows]
+        real = y.ne(-100).to(exact)
+        target = torch.arange(len(y), device=y.device), y.clamp(min=0)
+        z = torch.mm(h.to(dtype), w.T) if only_pad else torch.addmm(b, h.to(dtype), w.T)
+        if only_pad:
+            z[:, pad_id] += b[pad_id]
+        p = z.softmax(dim=1)  # in float32 inside
+        lse = z.amax(dim=1).to(exact) - p.amax(dim=1).to(exact).log()
+        z_y = z[target].to(exact)
+        nll += ((lse - z_y) * real).sum()
+        smoothing = label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum)
+        loss += ((lse - z_y + smoothing) * real).sum()
+        # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
+        # products, where it is a vector
+        dz = p
+        dz[target] = ((z_y - lse).exp() - (1 - label_smoothing)).to(dtype)  # scatter_ would copy all of dz
+        dz[:, pad_id] = 0
+        if needs_hidden:
+            grad_hidden[rows] = ((dz @ w - smoothed * w_sum) * real.unsqueeze(1)).to(hidden.dtype)
+        if needs_weight:
+            h = h * real.unsqueeze(1)
+            grad_weight += dz.T @ h.to(dtype)
+            grad_weight -= smoothed * h.sum(0, dtype=exact)
+    if needs_weight:
+        grad_weight[pad_id] = 0
+        grad_weight = grad_weight.to(weight.dtype)
+    return loss, nll, grad_hidden, grad_weight
 
 
-# Traced, the loop over chunks would be unrolled, and compiled anew for every shape of a batch
-@torch.compiler.disable
+@_loss_and_gradients.register_fake
+def _(hidden, weight, bias, labels, label_smoothing, pad_id, dtype, needs_hidden, needs_weight, selects):  # type: ignore[no-untyped-def]
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    loss, nll = (hidden.new_empty((), dtype=exact) for _ in range(2))
+    grad_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    return loss, nll, grad_hidden, grad_weight
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = (grad * grad_loss if grad.numel() else None for grad in ctx.saved_tensors)
+    return *gradients, *[None] * 8
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -85,8 +109,9 @@ def linear_cross_entropy(
         loss = lse(z) − (1−ε) z_y − ε/(V−1) Σ_{v≠pad} z_v,    z = hidden · weightᵀ + bias
 
     The logits of a whole batch never exist: they are made, used for the gradient and dropped, a chunk of rows at a
-    time. Sums are in float32; products run in autocast's dtype where that is on, else in `hidden`'s. The padding entry
-    gets no share of the smoothing and its row of `weight` no gradient, so a zero row stays exactly zero.
+    time. Sums are in float32 (float64 if `hidden` is); products run in autocast's dtype where that is on, else in
+    `hidden`'s. The padding entry gets no share of the smoothing and its row of `weight` no gradient, so a zero row
+    stays exactly zero.
 
     Args:
         hidden: decoder output, `(batch_size, target_length, d_model)`.
@@ -99,14 +124,15 @@ def linear_cross_entropy(
             average over all targets of an update; by default the targets of this batch.
 
     Returns:
-        The loss and, without smoothing and without a gradient, the negative log-likelihood: float32 scalars.
+        The loss and, without smoothing and without a gradient, the negative log-likelihood: scalars.
     """
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
-    hidden, labels = hidden.flatten(0, 1), labels.flatten()
-    if hidden.device.type == "cpu":
-        # Selecting rows would make a GPU wait for the CPU; there, padded rows are computed and weighted with 0
-        real = labels.ne(-100)
-        hidden, labels = hidden[real], labels[real]
-    loss, nll = _LinearCrossEntropy.apply(hidden, weight, bias.flatten(), labels, label_smoothing, pad_token_id)
-    return loss / num_items_in_batch, nll / num_items_in_batch
+    hidden, labels, bias = hidden.flatten(0, 1), labels.flatten(), bias.flatten()
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    loss, nll, *_ = _loss_and_gradients(
+        hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, selects=device == "cpu"
+    )
+    return loss / num_items_in_batch, nll.detach() / num_items_in_batch

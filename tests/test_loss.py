@@ -40,10 +40,9 @@ def test_loss_and_gradients_equal_the_plain_computation(problem, smoothing, chun
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
     loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, smoothing)
     grads = torch.autograd.grad(loss, (hidden, weight))
-    # Sums are in float32 whatever the input
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(grads[0], expected_grads[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grads[1][:PAD], expected_grads[1][:PAD], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads[0], expected_grads[0])
+    torch.testing.assert_close(grads[1][:PAD], expected_grads[1][:PAD])
     assert not grads[1][PAD].any()
 
 
@@ -52,19 +51,25 @@ def test_num_items_in_batch_divides_the_summed_loss(problem):
     total = plain_loss(hidden, weight, bias, labels, 0.1).sum()
     for items in (100, torch.tensor(100)):
         loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1, num_items_in_batch=items)
-        torch.testing.assert_close(loss.double(), total / 100, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(loss, total / 100)
 
 
-def test_padded_rows_count_nothing_where_they_are_not_cut_out(problem):
-    """On a GPU rows are weighted, not selected: both give the same."""
+@pytest.mark.parametrize("only_pad", [True, False])
+def test_rows_without_a_label_count_nothing_where_they_are_not_cut_out(problem, only_pad):
+    """On a GPU rows are weighted, not selected, and the whole bias is added: both give the same."""
     hidden, weight, bias, labels = problem
-    selected, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
-    selected_grads = torch.autograd.grad(selected, (hidden, weight))
-    rows, targets = hidden.flatten(0, 1), labels.flatten()
-    total, _ = admin_hf.loss._LinearCrossEntropy.apply(rows, weight, bias.flatten(), targets, 0.1, PAD)
-    weighted = total / targets.ne(-100).sum()
+    if only_pad:
+        bias[:, :PAD] = 0
+    arguments = hidden.flatten(0, 1), weight, bias.flatten(), labels.flatten(), 0.1, PAD, torch.float64, True, True
+    selected, weighted = (admin_hf.loss._loss_and_gradients(*arguments, selects=selects) for selects in (True, False))
     torch.testing.assert_close(weighted, selected)
-    torch.testing.assert_close(torch.autograd.grad(weighted, (hidden, weight)), selected_grads)
+
+
+def test_the_operator_keeps_pytorchs_rules(problem):
+    """What autograd and torch.compile rely on: its schema, its shapes without data, its gradient."""
+    hidden, weight, bias, labels = problem
+    arguments = hidden.flatten(0, 1), weight, bias.flatten(), labels.flatten(), 0.1, PAD, torch.float64, True, True
+    torch.library.opcheck(admin_hf.loss._loss_and_gradients, arguments, {"selects": True})
 
 
 def test_no_gradients_are_computed_where_none_is_wanted(problem):
@@ -72,9 +77,7 @@ def test_no_gradients_are_computed_where_none_is_wanted(problem):
     with torch.no_grad():
         loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD)
     assert not loss.requires_grad
-    torch.testing.assert_close(
-        loss.double(), plain_loss(hidden, weight, bias, labels, 0.0).mean(), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(loss, plain_loss(hidden, weight, bias, labels, 0.0).mean())
 
 
 def test_a_batch_without_targets_has_loss_zero(problem):
