@@ -21,5 +21,6 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not (training and on_cpu and 0 < dropped < 2**16):
         return nn.functional.dropout(x, p=p, training=training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * (kept.to(x.dtype) * (2**16 / (2**16 - dropped)))
+    mask = torch.empty_like(x)  # where a comparison can write at once: a mask of bool would cost three passes more
+    torch.ge(bits.view(torch.int16)[: x.numel()].view(x.shape), dropped - 2**15, out=mask)
+    return x * mask.mul_(2**16 / (2**16 - dropped))
