@@ -120,7 +120,8 @@ class AdminConnection(ScaleModule, PostLNConnection):
         return self.omega
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(shortcut * self.omega.to(shortcut), branch)
+        # addcmul: the product and the sum in one pass
+        return nn.LayerNorm.forward(self, torch.addcmul(branch, shortcut, self.omega.to(shortcut)))
 
 
 class DeepNormConnection(PostLNConnection):

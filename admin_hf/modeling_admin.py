@@ -32,6 +32,13 @@ from .residual import ResidualSystem, residual_system
 logger = logging.get_logger(__name__)
 
 
+def _in_autocast_dtype(x: Tensor) -> Tensor:
+    """`x` as autocast hands it to matrix products: q, k and v share one cast, and one copy for their gradients."""
+    device = x.device.type
+    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
+
+
 class _ResidualLayer(nn.Module):
     """What encoder and decoder layers share: a residual connection around a branch, and the feed-forward branch."""
 
@@ -43,7 +50,7 @@ class _ResidualLayer(nn.Module):
 
     def residual(self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
-        f = branch(connection.branch_input(x))
+        f = branch(_in_autocast_dtype(connection.branch_input(x)))
         return connection(x, dropout(f, self.dropout, self.training))
 
     def feed_forward(self, x: Tensor) -> Tensor:
