@@ -47,6 +47,7 @@ from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training import runs
+from training.allocator import keep_freed_memory
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
@@ -92,6 +93,8 @@ def run(arguments: args.Arguments) -> int:
     runs.check_output_dir(arguments)
     check_model(model_args)
     check_access(training_args)
+    if training_args.use_cpu and training_args.keep_freed_memory:
+        keep_freed_memory()
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="preparing the data"):

@@ -145,6 +145,13 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
             "help": "Stop after so many evaluations without a better score by metric_for_best_model ('bleu', 'loss')."
         },
     )
+    keep_freed_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "On a CPU under Linux: keep freed memory for the next update. Giving it back to the system, which "
+            "clears it every time, takes a tenth to a third of an update."
+        },
+    )
     fp16_scale_window: int = field(
         default=256, metadata={"help": "Updates without an overflow after which the loss scale of fp16 is doubled."}
     )
