@@ -20,7 +20,7 @@ HEALTHY := import pip, sys; from importlib.metadata import distributions; \
 	sys.exit(sys.version_info < (3, 11) or any(d.read_text("RECORD") is None for d in distributions()))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test style quality clean
+.PHONY: help setup demo test bench style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ $(DEMO_DATA): | $(STAMP)
 # One thread in each of the two workers: more would only wait for each other.
 test: $(STAMP)  ## run all the tests
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+bench: $(STAMP)  ## measure what can be measured here, and make docs/performance.md
+	@$(RUN) -m benchmarks
 
 style: $(STAMP)  ## format the code and mend what ruff can mend
 	@$(RUN) -m ruff check --fix . || left=1; $(RUN) -m ruff format . && test -z "$$left"

@@ -93,8 +93,6 @@ def run(arguments: args.Arguments) -> int:
     runs.check_output_dir(arguments)
     check_model(model_args)
     check_access(training_args)
-    if training_args.use_cpu and training_args.keep_freed_memory:
-        keep_freed_memory()
     set_seed(training_args.seed)
 
     with training_args.main_process_first(desc="preparing the data"):
@@ -268,6 +266,8 @@ def build_trainer(
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
     training_args = arguments[2]
+    if training_args.use_cpu and training_args.keep_freed_memory:
+        keep_freed_memory()
     callbacks = [AdminProfilingCallback(), stop]
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStopping(training_args.early_stopping_patience))

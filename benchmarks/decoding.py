@@ -1,36 +1,33 @@
-"""Measures translation by Transformers and by CTranslate2, before and after the export of a trained model.
+"""Translation by Transformers and by CTranslate2, before and after the export of a trained model."""
 
-    python -m benchmarks.decoding runs/multi30k-4-4-tiny --source FILE.en --reference FILE.de
-
-All systems get the same batches of sentences sorted by length, the same number of threads and the same search, on the
-CPU. Measured is the way from source tokens in memory to target tokens, padding included. The systems take turns, so
-that what else the machine does meets all of them.
-"""
-
-import argparse
-import importlib.metadata
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ctranslate2
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from admin_hf import AdminForConditionalGeneration
-from training.files import write_whole
 from training.metrics import TranslationMetric
 from training.tokenization import lowercases
 
+from .record import Settings, conditions, cost, need, speed
+
+
+TITLE = "Decoding"
+ABOUT = (
+    "A trained model and what becomes of it when it is exported and converted. All get the same batches of sentences "
+    "sorted by length and the same search, and take turns in one process. Measured is the way from source tokens in "
+    "memory to target tokens, padding included. How much of the exported model's time the one with ω needs, and how "
+    "many times as fast as Transformers CTranslate2 is:"
+)
 
 Batch = list[list[int]]
 Translate = Callable[[Batch, int], Batch]  # from source ids and the number of beams to target ids, with </s>
@@ -40,29 +37,7 @@ CONVERTER = Path(sys.executable).with_name("ct2-transformers-converter")  # the 
 BEAMS = (1, 5)
 MAX_LENGTH = 128  # target tokens, with </s>
 WARM_UP = 2  # batches
-PACKAGES = ("torch", "transformers", "ctranslate2", "sacrebleu")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write the JSON file and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="trained model with its tokenizer")
-    parser.add_argument("--source", type=Path, required=True, metavar="FILE", help="text to translate")
-    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="its translation, line by line")
-    parser.add_argument("--sentences", type=int, metavar="N", help="use the first N only (default: all)")
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences in a batch (default: 32)")
-    parser.add_argument("--threads", type=int, default=1, help="of every system (default: 1)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each system (default: 3)")
-    parser.add_argument("--output", type=Path, default=Path("docs/performance/decoding.json"), metavar="JSON")
-    arguments = parser.parse_args(argv)
-    sources, references = (lines(path)[: arguments.sentences] for path in (arguments.source, arguments.reference))
-    if len(sources) != len(references):
-        parser.error(f"{arguments.source} has {len(sources)} lines, {arguments.reference} has {len(references)}.")
-
-    transformers.logging.disable_progress_bar()
-    results = measure(arguments, sources, references)
-    write_whole(arguments.output, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print(table(results))
+OMEGA, INT8 = 1.03, 4.0  # targets
 
 
 def lines(path: Path) -> list[str]:
@@ -126,17 +101,30 @@ def with_ctranslate2(translator: ctranslate2.Translator, tokenizer: PreTrainedTo
 # --- the measurement ------------------------------------------------------------------------------
 
 
-def measure(arguments: argparse.Namespace, sources: list[str], references: list[str]) -> dict[str, Any]:
-    """Time all systems and score their translations, and say under which conditions."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+def measure(
+    settings: Settings, split: str = "val", sentences: int | None = None, batch_size: int = 32
+) -> dict[str, Any]:
+    """Time all systems and score their translations.
+
+    Args:
+        settings: the common settings, of which `checkpoint` and `data` are used.
+        split: the files in `data` to translate from English to German.
+        sentences: how many, from the start; all by default.
+        batch_size: sentences in a batch.
+    """
+    files = [settings.data / f"{split}.{language}" for language in ("en", "de")]
+    need([settings.checkpoint / "config.json"], "A trained model (--checkpoint)")
+    need(files, "Multi30k (--data)")
+    sources, references = (lines(path)[:sentences] for path in files)
+    tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint)
     ids = tokenizer(sources)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    batches = [[ids[i] for i in order[j : j + arguments.batch_size]] for j in range(0, len(ids), arguments.batch_size)]
-    systems = load_systems(arguments.checkpoint, tokenizer, arguments.threads)
+    batches = [[ids[i] for i in order[j : j + batch_size]] for j in range(0, len(ids), batch_size)]
+    systems = load_systems(settings.checkpoint, tokenizer, settings.threads)
     metric = TranslationMetric(lowercase=lowercases(tokenizer))
     measurements = []
     for beams in BEAMS:
-        for name, (seconds, translations) in take_turns(systems, batches, beams, arguments.rounds).items():
+        for name, (seconds, translations) in take_turns(systems, batches, beams, settings.rounds).items():
             texts = dict(zip(order, tokenizer.batch_decode(translations, skip_special_tokens=True), strict=True))
             scores = metric.compute(predictions=[texts[i] for i in range(len(ids))], references=references)
             tokens = sum(map(len, translations))
@@ -145,11 +133,24 @@ def measure(arguments: argparse.Namespace, sources: list[str], references: list[
                 | {"tokens_per_second": spread(tokens, seconds), "sentences_per_second": spread(len(ids), seconds)}
                 | {"bleu": scores["bleu"], "bleu_signature": scores["bleu_signature"]}
             )
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    files = {name: getattr(arguments, name).name for name in ("checkpoint", "source", "reference")}  # no paths
-    numbers = {name: getattr(arguments, name) for name in ("batch_size", "threads", "rounds")}
-    numbers |= {"sentences": len(ids), "max_length": MAX_LENGTH}
-    return files | numbers | {"versions": versions, "measurements": measurements}
+    names = {"checkpoint": settings.checkpoint.name, "source": files[0].name, "reference": files[1].name}
+    sizes = {"sentences": len(ids), "batch_size": batch_size, "max_length": MAX_LENGTH}
+    results = names | sizes | conditions(settings)
+    return results | {"measurements": measurements, "figures": figures(measurements)}
+
+
+def figures(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ω model to exported model, and CTranslate2 to Transformers."""
+    found = []
+    for beams in BEAMS:
+        search = f"{beams} beams" if beams > 1 else "greedy"
+        measured = {f"{e['system']}, {e['dtype']}": e for e in measurements if e["beams"] == beams}
+        omega, exported, *converted = measured
+        found.append(cost(f"{search}: ω", measured, omega, exported, at_most=OMEGA))
+        for name in converted:
+            target = {"at_least": INT8} if beams == max(BEAMS) and "int8" in name else {}
+            found.append(speed(f"{search}: times as fast", measured, name, exported, **target))
+    return found
 
 
 def take_turns(
@@ -174,7 +175,7 @@ def spread(count: int, seconds: list[float]) -> dict[str, float]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as a table in Markdown, and below it the conditions."""
+    """Speed and BLEU of all systems as a table in Markdown, and below it the conditions."""
     rows = ["| system | dtype | beams | target tokens/s | sentences/s | BLEU |"]
     rows += ["| --- | --- | ---: | ---: | ---: | ---: |"]
     for entry in results["measurements"]:
@@ -192,5 +193,4 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*rows, "", conditions])
 
 
-if __name__ == "__main__":
-    main()
+more = table  # on the page, below the ratios

@@ -1,19 +1,53 @@
 """The benchmarks at tiny size: what they record, not how fast anything is."""
 
 import json
+import multiprocessing
+import resource
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
 
-from benchmarks import decoding
+from benchmarks import BENCHMARKS, corpus, decoding, load, record, report, systems, training_step, turns
+from benchmarks.__main__ import main
+from benchmarks.record import Settings
+from benchmarks.systems import Shape
 from training.embedded_data import write_embedded_data
 from training.tokenization import save_tokenizer, train_tokenizer
 
 
+TINY = Shape(16, 32, 2, layers=2, vocab_size=250, max_tokens=256, updates=2)
+THREADS = torch.get_num_threads()
+ROUNDS = 2
+
+SYSTEMS = """
+import os
+
+def writes(turns, name, path):
+    turns.next(name=name)
+    for turn in range(10**6):
+        with open(path, "a") as file:
+            file.write(name)
+        turns.next(turn=turn)
+
+def fails(turns):
+    turns.next()
+    raise ArithmeticError("broken")
+
+def dies(turns):
+    turns.next()
+    os._exit(3)
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Text in `test.en` and `test.de`, and a tokenizer for it in `model`."""
+    """Text in `train.en`, `test.en`, … and a tokenizer for it in `model`."""
     folder = tmp_path_factory.mktemp("data")
     write_embedded_data(folder, train=200, validation=8, test=8)
     texts = [(folder / f"train.{side}").read_text().splitlines() for side in ("en", "de")]
@@ -21,26 +55,226 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, output, reference, **options) -> dict:
-    options |= {"source": folder / "test.en", "reference": folder / reference, "output": output}
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    decoding.main([str(folder / "model"), *flags])
-    return json.loads(output.read_text())
+# --- turns ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def takers(tmp_path, monkeypatch):
+    """A module whose functions take turns, which the processes can import too."""
+    (tmp_path / "turn_takers.py").write_text(SYSTEMS)
+    monkeypatch.syspath_prepend(tmp_path)
+    import turn_takers
+
+    yield turn_takers
+    del sys.modules["turn_takers"]
 
 
 @pytest.mark.slow
-def test_decoding_is_measured_for_every_system(folder, tmp_path, capsys):
+def test_systems_take_turns(takers, tmp_path):
+    path, said = tmp_path / "turns", {}
+    writers = {name: partial(takers.writes, name=name, path=str(path)) for name in "AB"}
+    measured = turns.take_turns(writers, rounds=3, threads=1, check=said.update)
+    assert path.read_text() == "ABABAB"
+    assert said == {"A": {"name": "A"}, "B": {"name": "B"}}
+    for name, result in measured.items():
+        assert result["ready"] == said[name] and result["turn"] == [0, 1, 2] and len(result["seconds"]) == 3
+        assert all(seconds > 0 for seconds in result["seconds"])
+        assert result["peak_bytes"] >= result["import_bytes"] > 10**7
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, message", [("fails", "ArithmeticError: broken"), ("dies", "exit code 3")])
+def test_a_process_that_fails_ends_the_benchmark(takers, name, message):
+    with pytest.raises(turns.WorkerError, match=message):
+        turns.take_turns({name: getattr(takers, name)}, rounds=2, threads=1)
+    assert not multiprocessing.active_children()
+
+
+def test_memory_is_what_the_system_says():
+    block = torch.ones(2**24)
+    assert 4 * block.numel() < turns.resident_bytes() <= turns.peak_bytes()
+    del block
+    largest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert turns.peak_bytes() == pytest.approx(largest, rel=0.02)
+
+
+# --- what is trained --------------------------------------------------------------------------------
+
+
+def test_both_trainers_compute_the_same_loss_and_a_changed_weight_is_found(tmp_path):
+    stock_folder = systems.export_stock(TINY, tmp_path)
+    tokenizer, options = systems.word_tokenizer(TINY.vocab_size), systems.training_options(tmp_path, "float32")
+    ours = systems.our_trainer(systems.our_arguments(TINY, options), tokenizer, [])
+    batch = systems.random_batches(TINY, ours.data_collator)[0]
+
+    def ready() -> dict:
+        stock = systems.stock_trainer(stock_folder, options, tokenizer, [])
+        pair = {"Admin, float32": ours, "stock, float32": stock}
+        return {name: {"loss": systems.loss_without_dropout(trainer, batch)} for name, trainer in pair.items()}
+
+    training_step.check_losses(ready())
+    assert ours.model.model.encoder.layers[0].dropout == 0.1, "dropout is on again"
+
+    weights = load_file(stock_folder / "model.safetensors")
+    weights["model.decoder.layers.1.fc2.weight"] *= 1.05
+    save_file(weights, stock_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="do not compute the same"):
+        training_step.check_losses(ready())
+
+
+def test_a_loss_that_is_not_a_number_is_found():
+    with pytest.raises(ValueError, match="nan"):
+        training_step.check_losses({"stock, float32": {"loss": 5.0}, "Admin, bfloat16": {"loss": float("nan")}})
+
+
+def test_batches_are_the_same_everywhere_and_as_large_as_asked():
+    tokenizer = systems.word_tokenizer(TINY.vocab_size)
+    collator = systems.DataCollatorForSeq2Seq(tokenizer)
+    first, second = (systems.random_batches(TINY, collator) for _ in range(2))
+    assert len(first) == TINY.updates
+    for a, b in zip(first, second, strict=True):
+        assert all(a[name].equal(b[name]) for name in a)
+        assert 0.6 * TINY.max_tokens < max(a["input_ids"].numel(), a["labels"].numel()) <= TINY.max_tokens
+        assert a["input_ids"].max() == tokenizer.pad_token_id == TINY.vocab_size - 1
+        assert a["labels"].max() < tokenizer.pad_token_id
+
+
+# --- each benchmark -----------------------------------------------------------------------------------
+
+SIZES = {
+    "training_step": {"shapes": {"tiny": TINY}},
+    "levers": {"shape": TINY},
+    "memory": {"shapes": {"tiny": TINY}, "dtypes": ["float32"]},
+    "omega": {"shapes": {"tiny": TINY}, "dtypes": ["float32"]},
+    "corpus": {"shape": TINY, "batch_sizes": [4]},
+    "data": {"shape": TINY, "workers": [2]},
+    "growth": {"shape": TINY, "axes": {"layers": [1, 2]}},
+    "startup": {"pairs": 200, "vocab_size": 250},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_a_benchmark_gives_a_file_and_a_section_of_the_page(name, folder, tmp_path):
+    settings = Settings(THREADS, ROUNDS, data=folder)
+    results = load(name).measure(settings, **SIZES[name])
+
+    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    path = tmp_path / "performance" / f"{name}.json"
+    record.write(path, results)
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    assert str(folder) not in path.read_text() and str(Path.home()) not in path.read_text()
+    rounds = 1 if name == "memory" else ROUNDS
+    assert recorded["threads"] == THREADS and recorded["rounds"] == rounds and recorded["processor"]
+    assert {"python", "torch", "transformers"} < recorded["versions"].keys()
+    measured = list(systems_in(recorded["measured"]))
+    assert measured and all(len(system["seconds"]) == rounds for system in measured)
+    for figure in recorded["figures"]:
+        assert len(figure["ratios"]) in (1, rounds) and all(ratio > 0 for ratio in figure["ratios"])
+
+    report.main(tmp_path)
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert f"## {load(name).TITLE}" in page
+    assert all(f"| {figure['what']} | {figure['a']} | {figure['b']} | **" in page for figure in recorded["figures"])
+    assert (tmp_path / "performance" / "growth.png").exists() == (name == "growth")
+
+
+def systems_in(measured: dict):
+    """The systems, wherever they are: by shape or not."""
+    for value in measured.values():
+        if "seconds" in value:
+            yield value
+        else:
+            yield from systems_in(value)
+
+
+def test_every_benchmark_is_tried():
+    assert {*SIZES, "decoding"} == set(BENCHMARKS)
+
+
+def test_what_cannot_run_is_left_out(tmp_path, capsys):
+    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    assert main(["corpus", "decoding", "--data", str(tmp_path), "--checkpoint", str(tmp_path)], docs=tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "corpus is left out: Multi30k (--data) is needed" in error and "train.en" in error
+    assert "decoding is left out: A trained model (--checkpoint) is needed" in error
+    assert not (tmp_path / "performance").exists() and (tmp_path / "performance.md").exists()
+
+
+@pytest.mark.parametrize(
+    "option, message", [(["speed"], "'speed' is no benchmark"), (["--rounds", "0"], "at least 1")]
+)
+def test_wrong_options_are_refused(option, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(option)
+    assert message in capsys.readouterr().err
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def test_ratios_are_taken_in_the_same_round():
+    measured = {"A": {"seconds": [1.0, 2.0, 4.0]}, "B": {"seconds": [3.0, 2.0, 8.0]}}
+    assert record.speed("x", measured, "A", "B")["ratios"] == [3.0, 1.0, 2.0]
+    assert record.cost("x", measured, "A", "B")["ratios"] == [1 / 3, 1.0, 0.5]
+    for name, updates in (("A", [1, 1, 1]), ("B", [10, 10, 10])):
+        measured[name]["updates"] = updates
+    figure = record.cost("x", measured, "A", "B", "updates", at_most=2.0)
+    assert figure["ratios"] == pytest.approx([10 / 3, 10, 5]) and figure["at_most"] == 2.0
+    assert (figure["a"], figure["b"]) == ("A: 2 s", "B: 300 ms")
+
+
+def test_memory_is_counted_from_the_imports_on():
+    measured = {"A": {"peak_bytes": 40e6, "import_bytes": 30e6}, "B": {"peak_bytes": 70e6, "import_bytes": 30e6}}
+    figure = record.memory("x", measured, "A", "B")
+    assert figure["ratios"] == [0.25] and figure["b"] == "B: 40 MB"
+
+
+def test_the_table_shows_median_spread_and_target():
+    figures = [
+        record.figure("fast", "A", "B", [3.0, 1.0, 1.5], at_least=1.5),
+        record.figure("cheap", "A", "B", [1.5, 1.0, 3.0], at_most=1.4),
+        record.figure("alone", "A", "B", [0.25]),
+    ]
+    assert report.table(figures)[2:] == [
+        "| fast | A | B | **1.5** (1–3) | ≥ 1.5 | yes |",
+        "| cheap | A | B | **1.5** (1–3) | ≤ 1.4 | no |",
+        "| alone | A | B | **0.25** |  |  |",
+    ]
+
+
+def test_exponents_are_those_of_the_growth():
+    points = {str(n): {"s": {"seconds": [2e-3 * n**1.5], "updates": [2]}} for n in (2, 4, 16)}
+    for n, point in points.items():
+        point["s"] |= {"peak_bytes": 100 + 7 * int(n), "import_bytes": 100}
+    assert load("growth")._exponents(points, "s") == pytest.approx({"seconds": 1.5, "bytes": 1.0})
+
+
+def test_the_batch_size_is_the_largest_that_needs_no_more_memory():
+    assert corpus.largest({16: 100, 32: 200, 64: 300}, 250) == 32
+    assert corpus.largest({16: 100}, 50) == 16
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+def settings_of(folder: Path, **changes) -> Settings:
+    return Settings(THREADS, ROUNDS, data=folder, checkpoint=folder / "model", **changes)
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_for_every_system(folder, tmp_path):
     special = {"vocab_size": 250, "pad_token_id": 249, "eos_token_id": 0}
     tiny_model(max_position_embeddings=256, **special).save_pretrained(folder / "model")
-    output = tmp_path / "results" / "decoding.json"
-    threads = torch.get_num_threads()
-    results = run(folder, output, "test.de", sentences=6, batch_size=4, rounds=2, threads=threads)
+    results = decoding.measure(settings_of(folder), split="test", sentences=6, batch_size=4)
 
-    recorded = output.read_text()
-    assert list(output.parent.iterdir()) == [output] and str(tmp_path) not in recorded and str(folder) not in recorded
+    record.write(tmp_path / "decoding.json", results)
+    recorded = (tmp_path / "decoding.json").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / "decoding.json"] and str(folder) not in recorded
     assert results["checkpoint"] == "model" and results["source"] == "test.en" and results["reference"] == "test.de"
-    assert (results["sentences"], results["batch_size"], results["rounds"]) == (6, 4, 2)
-    assert results["threads"] == threads
+    assert (results["sentences"], results["batch_size"], results["rounds"]) == (6, 4, ROUNDS)
+    assert results["threads"] == THREADS
     assert {"torch", "transformers", "ctranslate2", "sacrebleu"} < results["versions"].keys()
 
     measurements = results["measurements"]
@@ -56,18 +290,30 @@ def test_decoding_is_measured_for_every_system(folder, tmp_path, capsys):
         assert speed["min"] == pytest.approx(entry["target_tokens"] / max(entry["seconds"]))
         assert speed["min"] <= speed["median"] <= speed["max"]
         assert entry["sentences_per_second"]["max"] == pytest.approx(6 / min(entry["seconds"]))
-    assert decoding.table(results) in capsys.readouterr().out
+    omega, exported, _, int8 = (entry["seconds"] for entry in measurements[4:])
+    figures = {(f["what"], f["a"].partition(":")[0]): f for f in results["figures"]}
+    assert figures["5 beams: ω", "Transformers, ω model, float32"]["ratios"] == pytest.approx(
+        [a / b for a, b in zip(omega, exported, strict=True)]
+    )
+    assert results["figures"][-1]["ratios"] == pytest.approx([b / a for a, b in zip(int8, exported, strict=True)])
+    assert [f.get("at_least") for f in results["figures"]] == [None] * 5 + [4.0]
+    assert decoding.table(results) in "\n".join(report.section("decoding", results))
 
 
 def test_translations_are_scored_in_the_order_of_the_file(folder, tmp_path, monkeypatch):
-    copy = {("copy", "int64"): lambda batch, beams: batch}
-    monkeypatch.setattr(decoding, "load_systems", lambda *arguments: copy)
-    results = run(folder, tmp_path / "decoding.json", "test.en", batch_size=3)
+    copy = lambda batch, beams: batch  # noqa: E731
+    names = ("omega", "exported")
+    monkeypatch.setattr(decoding, "load_systems", lambda *arguments: {(name, "int64"): copy for name in names})
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tiny_config().save_pretrained(tmp_path / "model")
+    for language in ("en", "de"):
+        shutil.copy(folder / "test.en", tmp_path / f"copy.{language}")
+    results = decoding.measure(settings_of(tmp_path), split="copy", batch_size=3)
     assert results["sentences"] == 8
-    assert [entry["bleu"] for entry in results["measurements"]] == [pytest.approx(100)] * 2
+    assert [entry["bleu"] for entry in results["measurements"]] == [pytest.approx(100)] * 4
 
 
-def test_the_table_shows_median_and_spread():
+def test_the_table_of_decoding_shows_median_and_spread():
     rate = {"median": 1234.5, "min": 1000.0, "max": 2000.0}
     entry = {"system": "Marian", "dtype": "int8", "beams": 5, "tokens_per_second": rate, "sentences_per_second": rate}
     results = {"checkpoint": "run", "source": "test.en", "sentences": 1000, "batch_size": 32, "threads": 1}
@@ -76,11 +322,3 @@ def test_the_table_shows_median_and_spread():
     text = decoding.table(results | {"measurements": [entry]})
     assert "| Marian | int8 | 5 | 1,234 (1,000–2,000) | 1,234.5 (1,000.0–2,000.0) | 30.12 |" in text
     assert "1,000 sentences of test.en" in text and "torch 2.13" in text and "`nrefs:1|x`" in text
-
-
-def test_files_of_different_length_are_refused(tmp_path, capsys):
-    for name, text in (("a", "one\ntwo\n"), ("b", "eins\n")):
-        (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit, match="2"):
-        decoding.main(["model", "--source", str(tmp_path / "a"), "--reference", str(tmp_path / "b")])
-    assert "has 2 lines" in capsys.readouterr().err

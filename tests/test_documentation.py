@@ -12,7 +12,8 @@ import admin_hf
 import run_translation
 from admin_hf.__main__ import build_parser
 from admin_hf.residual import SYSTEMS
-from benchmarks import decoding, report
+from benchmarks import BENCHMARKS, decoding, report
+from benchmarks.__main__ import build_parser as build_benchmarks_parser
 from training import arguments
 from training.model import config_changes
 
@@ -71,9 +72,17 @@ def test_the_readmes_commands_are_understood(tmp_path, capsys):
 
 def test_make_targets_of_the_documentation_exist():
     targets = set(re.findall(r"^([a-z]+):.*## ", (REPO / "Makefile").read_text(), re.MULTILINE))
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/performance.md"):
         named = set(re.findall(r"(?:`|^|\| `)make ([a-z]+)", (REPO / page).read_text(encoding="utf-8"), re.MULTILINE))
         assert named <= targets, page
+
+
+def test_the_commands_of_the_benchmarks_are_understood():
+    page = (REPO / "docs/performance.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m benchmarks (.*?)(?: +#.*)?$", page, re.MULTILINE)
+    assert len(commands) >= 2
+    for command in commands:
+        assert set(build_benchmarks_parser().parse_args(command.split()).names) <= set(BENCHMARKS)
 
 
 def test_measured_tables_are_those_of_the_recorded_numbers():

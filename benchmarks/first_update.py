@@ -1,0 +1,82 @@
+"""Trains the demo's model by one update and leaves: python -m benchmarks.first_update {ours,stock} FOLDER
+
+Nothing is imported before it is needed, so that each pays for its own imports alone. FOLDER has `train.json`, a
+tokenizer in `tokenizer`, and for stock the model's configuration in `stock`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+REPO = Path(__file__).parents[1]
+
+
+def ours(folder: Path) -> None:
+    """The steps of run_translation.py, up to the first update."""
+    import run_translation as script
+    from training.arguments import parse_arguments
+    from training.signals import StopOnSignal
+
+    values = {"train_file": folder / "train.json", "tokenizer_name": folder / "tokenizer", "do_predict": False}
+    values |= {"output_dir": folder / "ours", "cache_dir": folder / "cache", "disable_tqdm": True, "report_to": "none"}
+    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
+    recipe = REPO / "hub_configs" / "demo" / "recipe.json"
+    arguments = parse_arguments([str(recipe), "--config_name", str(recipe.parent), *flags])
+    script.check_model(arguments[0])
+    raw = script.load_data(arguments)
+    tokenizer = script.prepare_tokenizer(arguments, raw)
+    data = script.tokenize(raw, tokenizer, arguments)
+    model = script.build_model(arguments, tokenizer)
+    trainer = script.build_trainer(arguments, model, tokenizer, data, StopOnSignal())
+    leave_after_first_update(trainer)
+    script.train(trainer, arguments)
+
+
+def stock(folder: Path) -> None:
+    """A script of stock parts that does the same."""
+    from datasets import load_dataset
+    from transformers import (
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        MarianConfig,
+        MarianMTModel,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+    )
+
+    raw = load_dataset("json", data_files=str(folder / "train.json"), split="train", cache_dir=str(folder / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+    def tokenize(rows: dict) -> dict:
+        sources, targets = ([pair[language] for pair in rows["translation"]] for language in ("en", "de"))
+        return tokenizer(sources, text_target=targets)
+
+    model = MarianMTModel(MarianConfig.from_pretrained(folder / "stock"))
+    options = {"learning_rate": 0.002, "warmup_steps": 200, "max_steps": 1000, "max_grad_norm": 0.0}
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            str(folder / "run"), per_device_train_batch_size=32, disable_tqdm=True, report_to="none", **options
+        ),
+        train_dataset=raw.map(tokenize, batched=True, remove_columns=["translation"]),
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
+    leave_after_first_update(trainer)
+    trainer.train()
+
+
+def leave_after_first_update(trainer) -> None:
+    from transformers import TrainerCallback
+
+    class Leave(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            os._exit(0)
+
+    trainer.add_callback(Leave)
+
+
+if __name__ == "__main__":
+    {"ours": ours, "stock": stock}[sys.argv[1]](Path(sys.argv[2]))
+    sys.exit("Training ended before its first update.")

@@ -1,0 +1,129 @@
+"""What a benchmark records: the conditions, what was measured, and figures, which are ratios of two systems."""
+
+import importlib.metadata
+import json
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.files import write_whole
+
+from .turns import Measured
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "ctranslate2", "sacrebleu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all benchmarks share.
+
+    Attributes:
+        threads: of every system.
+        rounds: turns of every system.
+        data: folder of Multi30k: train.en, train.de, val.en, val.de.
+        checkpoint: a trained model with its tokenizer.
+    """
+
+    threads: int = field(default_factory=torch.get_num_threads)
+    rounds: int = 5
+    data: Path = Path("runs/data/multi30k")
+    checkpoint: Path = Path("runs/multi30k-4-4-tiny")
+
+
+class Missing(Exception):
+    """A benchmark cannot run here; the message says what it needs."""
+
+
+def need(paths: Iterable[Path], what: str) -> None:
+    """Raise [`Missing`] if a file is not there."""
+    for path in paths:
+        if not path.exists():
+            raise Missing(f"{what} is needed, and there is no {path}.")
+
+
+def conditions(settings: Settings) -> dict[str, Any]:
+    """Threads, rounds, processor and versions."""
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    numbers = {"threads": settings.threads, "rounds": settings.rounds}
+    return numbers | {"processor": processor_name(), "versions": versions}
+
+
+def processor_name() -> str:
+    """The processor's name, as the system says it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write results as JSON, whole or not at all."""
+    write_whole(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def figure(
+    what: str, a: str, b: str, ratios: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    """A ratio of two systems, with an entry for each round, and the target it should reach.
+
+    Args:
+        what: what the ratio is of, such as "tiny: times as fast".
+        a: the first system, with its median.
+        b: the second.
+        ratios: of a to b.
+    """
+    target = {"at_least": at_least} if at_least is not None else {"at_most": at_most} if at_most is not None else {}
+    return {"what": what, "a": a, "b": b, "ratios": list(ratios)} | target
+
+
+def speed(
+    what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float
+) -> dict[str, Any]:
+    """How many times as fast as b a is; `per` names the fact that says how much was done in a turn."""
+    first, second = (_seconds(measured[name], per) for name in (a, b))
+    ratios = [y / x for x, y in zip(first, second, strict=True)]
+    return figure(what, _with_time(a, first), _with_time(b, second), ratios, **target)
+
+
+def cost(
+    what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float
+) -> dict[str, Any]:
+    """How much of b's time a takes; `per` as in [`speed`]."""
+    first, second = (_seconds(measured[name], per) for name in (a, b))
+    ratios = [x / y for x, y in zip(first, second, strict=True)]
+    return figure(what, _with_time(a, first), _with_time(b, second), ratios, **target)
+
+
+def memory(what: str, measured: dict[str, Measured], a: str, b: str, **target: float) -> dict[str, Any]:
+    """How much of b's peak memory a has, both without what they have before a model is made."""
+    used = {name: own_bytes(measured[name]) for name in (a, b)}
+    labels = [f"{name}: {used[name] / 1e6:,.0f} MB" for name in (a, b)]
+    return figure(what, *labels, [used[a] / used[b]], **target)
+
+
+def own_bytes(measured: Measured) -> int:
+    """Peak memory without what the process had when nothing but the imports was done."""
+    return measured["peak_bytes"] - measured["import_bytes"]
+
+
+def _seconds(measured: Measured, per: str | None) -> list[float]:
+    counts = measured[per] if per else [1] * len(measured["seconds"])
+    return [seconds / count for seconds, count in zip(measured["seconds"], counts, strict=True)]
+
+
+def _with_time(name: str, seconds: list[float]) -> str:
+    median = statistics.median(seconds)
+    units = {"s": 1.0, "ms": 1e3, "µs": 1e6}
+    unit, factor = next(((unit, factor) for unit, factor in units.items() if median * factor >= 1), ("µs", 1e6))
+    return f"{name}: {median * factor:.3g} {unit}"
