@@ -91,9 +91,8 @@ def speed(
     what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float
 ) -> dict[str, Any]:
     """How many times as fast as b a is; `per` names the fact that says how much was done in a turn."""
-    first, second = (_seconds(measured[name], per) for name in (a, b))
-    ratios = [y / x for x, y in zip(first, second, strict=True)]
-    return figure(what, _with_time(a, first), _with_time(b, second), ratios, **target)
+    inverse = cost(what, measured, a, b, per, **target)
+    return inverse | {"ratios": [1 / ratio for ratio in inverse["ratios"]]}
 
 
 def cost(

@@ -3,6 +3,7 @@
 import doctest
 import json
 import re
+import statistics
 from importlib import import_module
 from pathlib import Path
 
@@ -89,3 +90,11 @@ def test_measured_tables_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
     assert decoding.table(measured) in README
     assert report.page() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
+    measured = json.loads((REPO / "docs/performance/training_step.json").read_text(encoding="utf-8"))
+    for dtype in ("float32", "bfloat16"):
+        same = [f for f in measured["figures"] if dtype in f["a"] and dtype in f["b"]]
+        medians = [statistics.median(figure["ratios"]) for figure in same]
+        assert f"{min(medians):.1f} to {max(medians):.1f} times as fast in {dtype}" in README.replace("\n", " ")
