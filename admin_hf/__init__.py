@@ -5,6 +5,7 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from .attention import CPU_ATTENTION
 from .averaging import average_checkpoints, last_checkpoints
 from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
 from .configuration_admin import AdminConfig
@@ -21,6 +22,7 @@ AutoModelForSeq2SeqLM.register(AdminConfig, AdminForConditionalGeneration)
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPU_ATTENTION",
     "AdminConfig",
     "AdminForConditionalGeneration",
     "AdminModel",

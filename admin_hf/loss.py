@@ -66,7 +66,7 @@ def _loss_and_gradients(
             grad_hidden[rows] = ((dz @ w - smoothed * w_sum) * real.unsqueeze(1)).to(hidden.dtype)
         if needs_weight:
             h = h * real.unsqueeze(1)
-            grad_weight += dz.T @ h.to(dtype)
+            grad_weight = grad_weight.addmm_(dz.T, h) if dtype == exact else grad_weight.add_(dz.T @ h.to(dtype))
             grad_weight -= smoothed * h.sum(0, dtype=exact)
     if needs_weight:
         grad_weight[pad_id] = 0

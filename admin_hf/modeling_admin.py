@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_admin import AdminConfig
-from .dropout import dropout
+from .dropout import dropout, relu_dropout
 from .loss import linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
 from .residual import ResidualSystem, residual_system
@@ -54,8 +54,12 @@ class _ResidualLayer(nn.Module):
         return connection(x, dropout(f, self.dropout, self.training))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        x = self.activation_fn(self.fc1(x))
-        return self.fc2(dropout(x, self.activation_dropout, self.training))
+        x = self.fc1(x)
+        if isinstance(self.activation_fn, nn.ReLU):
+            x = relu_dropout(x, self.activation_dropout, self.training)
+        else:
+            x = dropout(self.activation_fn(x), self.activation_dropout, self.training)
+        return self.fc2(x)
 
 
 # Differences to MarianEncoderLayer:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import run_translation
-from admin_hf import AdminForConditionalGeneration, modeling_admin
+from admin_hf import dropout, modeling_admin
 
 from . import systems
 from .record import Settings, conditions, cost
@@ -64,26 +64,24 @@ def plain_cross_entropy(
     return loss, loss.detach()
 
 
-def plain_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return nn.functional.dropout(x, p, training)
+def plain_relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    return dropout.dropout(nn.functional.relu(x), p, training)
 
 
-def build_with_fused_attention(*args: Any) -> AdminForConditionalGeneration:
-    model = build_model(*args)
-    model.set_attn_implementation("sdpa")
-    return model
+def never(x: Tensor, p: float) -> bool:
+    return False
 
 
 def nothing(*args: Any) -> Any:
     return args[0] if args else None
 
 
-build_model = run_translation.build_model
 LEVERS: dict[str, tuple[Any, str, Any]] = {
     "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
-    "`admin_hf.dropout`": (modeling_admin, "dropout", plain_dropout),
+    "`dropout`": (dropout, "_draws_bits", never),
+    "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
     "`keep_freed_memory`": (run_translation, "keep_freed_memory", nothing),
-    "eager attention": (run_translation, "build_model", build_with_fused_attention),
+    "`cpu_attention`": (run_translation, "CPU_ATTENTION", "sdpa"),
     "one cast for q, k and v": (modeling_admin, "_in_autocast_dtype", nothing),
 }
-BFLOAT16_ONLY = ("eager attention", "one cast for q, k and v")
+BFLOAT16_ONLY = ("one cast for q, k and v",)

@@ -3,7 +3,7 @@ import torch
 from conftest import padded_batch, tiny_model
 from torch.nn.functional import dropout as stock_dropout
 
-from admin_hf.dropout import dropout
+from admin_hf.dropout import dropout, relu_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])
@@ -57,3 +57,39 @@ def test_recomputed_activations_meet_the_same_mask():
         model(**padded_batch()).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# --- ReLU and dropout in one ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relu_dropout_is_dropout_of_relu(dtype):
+    results = []
+    for function in (relu_dropout, lambda x, p, training: dropout(torch.relu(x), p, training)):
+        torch.manual_seed(0)
+        x = torch.randn(31, 17, dtype=dtype).requires_grad_()
+        torch.manual_seed(1)
+        y = function(x, 0.3, True)
+        y.backward(torch.arange(y.numel(), dtype=dtype).view_as(y) - 100)
+        results.append((y.detach(), x.grad))
+    (y, grad), (plain_y, plain_grad) = results
+    assert 0.25 < float((y > 0).float().mean()) < 0.45  # half of the entries, of which 0.7 are kept
+    assert torch.equal(y, plain_y) and torch.equal(grad, plain_grad)
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.3, False), (0.0, True)])
+def test_relu_dropout_without_a_draw_is_relu(p, training):
+    x = torch.randn(4, 4)
+    assert torch.equal(relu_dropout(x, p, training), torch.relu(x))
+
+
+def test_relu_dropout_keeps_one_tensor_for_the_backward_pass():
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = relu_dropout(torch.randn(4, 4, requires_grad=True), 0.3, True)
+    assert [tensor.data_ptr() for tensor in kept] == [y.data_ptr()]

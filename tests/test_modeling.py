@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianModel, MarianMTModel
 from transformers.trainer_pt_utils import LabelSmoother
 
-from admin_hf import AdminConfig, AdminForConditionalGeneration, AdminModel
+from admin_hf import CPU_ATTENTION, AdminConfig, AdminForConditionalGeneration, AdminModel
 from admin_hf.residual import AdminConnection
 
 
@@ -53,11 +53,12 @@ def test_the_bare_model_loads_a_stock_marian_too(tmp_path, batch):
         assert torch.equal(AdminModel.from_pretrained(tmp_path)(**ids).last_hidden_state, stock)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", CPU_ATTENTION])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-def test_training_loss_and_gradients_equal_marians(tmp_path, batch, dtype, tolerance):
+def test_training_loss_and_gradients_equal_marians(tmp_path, batch, dtype, tolerance, attention):
     marian = without_dropout(stock_marian().to(dtype))
     marian.save_pretrained(tmp_path)
-    model = AdminForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    model = AdminForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, attn_implementation=attention)
     # Marian has no bias against padding, which enters its softmax and ours alike
     marian.train(), without_dropout(model).train()
     loss, stock = model(**batch).loss, marian(**batch).loss
@@ -204,9 +205,11 @@ def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batc
     assert counter.frame_count <= 4
 
 
+@pytest.mark.parametrize("attention", ["sdpa", CPU_ATTENTION])
 @pytest.mark.parametrize(("encoder", "decoder"), [("admin", "admin"), ("fixup", "deepnorm")])
-def test_a_compiled_training_pass_is_one_graph(batch, encoder, decoder):
+def test_a_compiled_training_pass_is_one_graph(batch, encoder, decoder, attention):
     model = tiny_model(encoder_residual=encoder, decoder_residual=decoder, dropout=0.1, label_smoothing=0.1).train()
+    model.set_attn_implementation(attention)
     torch._dynamo.reset()
     explained = torch._dynamo.explain(model)(**batch, num_items_in_batch=torch.tensor(20))
     assert (explained.graph_count, explained.break_reasons) == (1, [])
