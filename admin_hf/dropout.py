@@ -10,7 +10,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry in place of a draw of its own.
 
     There a mask of `bernoulli_` takes ten times as long as its bits here (10 ms and 1 ms for 512,000 entries on one
-    thread), which was a fifth of a training step of a small model in bfloat16. The mask follows PyTorch's global
+    thread), and a training step of a small model 1.4 times as long. The mask follows PyTorch's global
     generator, but is not the one that `torch.nn.functional.dropout` draws.
 
     Args:
@@ -26,8 +26,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`dropout(relu(x))` that keeps one tensor for the backward pass in place of three.
 
-    Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed. Of
-    the activations of a Transformer-base layer that is a quarter.
+    Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed: in
+    float32 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model takes 1.1
+    times as long without it in float32, and about the same time in bfloat16.
     """
     if not (training and _draws_bits(x, p)):
         return dropout(nn.functional.relu(x), p, training)

@@ -30,7 +30,7 @@ ABOUT = (
 )
 
 Batch = list[list[int]]
-Translate = Callable[[Batch, int], Batch]  # from source ids and the number of beams to target ids, with </s>
+Translate = Callable[[list[Batch], int], Batch]  # from source ids and the number of beams to target ids, with </s>
 Name = tuple[str, str]  # of a system: what runs, and in which type of numbers
 
 CONVERTER = Path(sys.executable).with_name("ct2-transformers-converter")  # the command that CTranslate2 installs
@@ -61,7 +61,7 @@ def load_systems(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, threads: 
             out = f"{folder}/{quantization}"
             options = ["--model", vanilla, "--output_dir", out, "--quantization", quantization]
             subprocess.run([CONVERTER, *options], check=True)
-            translator = ctranslate2.Translator(out, inter_threads=1, intra_threads=threads)
+            translator = ctranslate2.Translator(out, inter_threads=threads, intra_threads=1)
             systems["CTranslate2, exported", translator.compute_type] = with_ctranslate2(translator, tokenizer)
     return systems
 
@@ -69,7 +69,7 @@ def load_systems(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, threads: 
 def with_transformers(model: PreTrainedModel) -> Translate:
     pad = model.eval().config.pad_token_id
 
-    def translate(batch: Batch, beams: int) -> Batch:
+    def translate_batch(batch: Batch, beams: int) -> Batch:
         longest = max(map(len, batch))
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in batch])
         output = model.generate(
@@ -81,13 +81,14 @@ def with_transformers(model: PreTrainedModel) -> Translate:
         )
         return [[token for token in ids[1:] if token != pad] for ids in output.tolist()]
 
-    return translate
+    return lambda batches, beams: [ids for batch in batches for ids in translate_batch(batch, beams)]
 
 
 def with_ctranslate2(translator: ctranslate2.Translator, tokenizer: PreTrainedTokenizerBase) -> Translate:
-    def translate(batch: Batch, beams: int) -> Batch:
+    def translate(batches: list[Batch], beams: int) -> Batch:
         results = translator.translate_batch(
-            [tokenizer.convert_ids_to_tokens(ids) for ids in batch],
+            [tokenizer.convert_ids_to_tokens(ids) for batch in batches for ids in batch],
+            max_batch_size=len(batches[0]),
             beam_size=beams,
             max_decoding_length=MAX_LENGTH,
             min_decoding_length=0,  # 1 by default: the first step's softmax then lacks </s>
@@ -158,13 +159,12 @@ def take_turns(
 ) -> dict[Name, tuple[list[float], Batch]]:
     """Seconds of each system in each round, and its translations."""
     for translate in systems.values():
-        for batch in batches[:WARM_UP]:
-            translate(batch, beams)
+        translate(batches[:WARM_UP], beams)
     seconds: dict[Name, list[float]] = {name: [] for name in systems}
     translations = {}
     for name in tqdm([*systems] * rounds, desc=f"{beams} beams", unit="turn"):
         start = time.perf_counter()
-        translations[name] = [ids for batch in batches for ids in systems[name](batch, beams)]
+        translations[name] = systems[name](batches, beams)
         seconds[name].append(time.perf_counter() - start)
     return {name: (seconds[name], translations[name]) for name in systems}
 
