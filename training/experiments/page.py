@@ -169,13 +169,12 @@ def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
         add_lines(panel, {row: mean_curve(there) for row, there in records.items()})
         if all_records := [record for there in records.values() for record in there]:
             blind = perplexity(all_records[0].blind_loss)
-            panel.axhline(blind, color="#666666", linewidth=0.8, linestyle=":")
-            panel.annotate("blind", (1, blind), xycoords=("axes fraction", "data"), fontsize=8, ha="right")
+            panel.axhline(blind, color="#666666", linewidth=0.8, linestyle=":", label="blind guess")
         plain_axes(panel, title=column, xlabel="updates", yscale="log")
     panels[0].set_ylabel("development perplexity")
     lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
     if lines:
-        panels[-1].legend(handles=list(lines.values()), frameon=False)
+        panels[-1].legend(handles=list(lines.values()), framealpha=1, edgecolor="none")
     figure.suptitle(title)
     save_figure(figure, path)
 
