@@ -53,7 +53,7 @@ def cpu_attention(
     if keys < SHORTEST_ROW:
         scores = nn.functional.pad(scores, (0, SHORTEST_ROW - keys), value=-torch.inf)
     weights = scores.softmax(dim=-1).to(value.dtype)
-    weights = cpu_dropout(weights, dropout, module.training)[..., :keys]
+    weights = cpu_dropout(weights, dropout, training=True)[..., :keys]
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
