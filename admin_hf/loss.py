@@ -52,15 +52,19 @@ def _loss_and_gradients(
         if only_pad:
             z[:, pad_id] += b[pad_id]
         p = z.softmax(dim=1)  # in float32 inside
-        lse = z.amax(dim=1).to(exact) - p.amax(dim=1).to(exact).log()
-        z_y = z[target].to(exact)
-        nll += ((lse - z_y) * real).sum()
+        z_y, p_y = z[target].to(exact), p[target]
+        log_p = p_y.to(exact).log()
+        too_small = p_y < torch.finfo(dtype).tiny
+        if not selects or too_small.any():
+            # Where p_y cannot be told exactly, from the largest p of its row
+            log_p = torch.where(too_small, z_y - z.amax(1).to(exact) + p.amax(1).to(exact).log(), log_p)
+        nll -= (log_p * real).sum()
         smoothing = label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum)
-        loss += ((lse - z_y + smoothing) * real).sum()
+        loss += ((smoothing - log_p) * real).sum()
         # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
         # products, where it is a vector
         dz = p
-        dz[target] = ((z_y - lse).exp() - (1 - label_smoothing)).to(dtype)  # scatter_ would copy all of dz
+        dz[target] = p_y - (1 - label_smoothing)  # scatter_ would copy all of dz
         dz[:, pad_id] = 0
         if needs_hidden:
             grad_hidden[rows] = ((dz @ w - smoothed * w_sum) * real.unsqueeze(1)).to(hidden.dtype)

@@ -54,6 +54,25 @@ def test_num_items_in_batch_divides_the_summed_loss(problem):
         torch.testing.assert_close(loss, total / 100)
 
 
+@pytest.mark.parametrize("selects", [True, False])
+@pytest.mark.parametrize(
+    "dtype, product, scale, rtol", [("float64", "float64", 400, 1e-9), ("float32", "float16", 10, 1e-2)]
+)
+def test_a_probability_too_small_for_its_dtype_costs_what_it_should(problem, dtype, product, scale, rtol, selects):
+    hidden, weight, _, labels = problem
+    hidden, bias, product = hidden * scale, torch.zeros(11), getattr(torch, product)
+    real = labels[labels != -100].unsqueeze(1)
+    p = (hidden @ weight.T).to(product).softmax(-1)[labels != -100].gather(1, real)
+    assert (p == 0).any() and (p > 0.01).any()
+    inputs = [x.to(getattr(torch, dtype)) for x in (hidden.flatten(0, 1), weight, bias)]
+    loss, nll, *_ = admin_hf.loss._loss_and_gradients(
+        *inputs, labels.flatten(), 0.1, PAD, product, False, False, selects=selects
+    )
+    for value, smoothing in ((loss, 0.1), (nll, 0.0)):
+        expected = plain_loss(hidden, weight, bias, labels, smoothing).sum()
+        torch.testing.assert_close(value.double(), expected, rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("only_pad", [True, False])
 def test_rows_without_a_label_count_nothing_where_they_are_not_cut_out(problem, only_pad):
     """On a GPU rows are weighted, not selected, and the whole bias is added: both give the same."""
