@@ -13,12 +13,10 @@ checkpoint.
 
 import contextlib
 import copy
-import json
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import datasets
@@ -57,6 +55,7 @@ from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
 from training.model_card import VANILLA_NAME, write_card
+from training.scores import compare, log_decode, remove_results, report, write_results
 from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
 from training.trainer import EarlyStopping, TranslationCollator, TranslationTrainer
@@ -65,9 +64,6 @@ from training.trainer import EarlyStopping, TranslationCollator, TranslationTrai
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_NAME = "generated_predictions.txt"
-DECODES_NAME = "decodes.jsonl"
-RESULTS_NAME = "results.json"
-RESULTS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -300,8 +296,7 @@ def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     if trainer.is_world_process_zero():
         runs.record_arguments(arguments)
         remove_incomplete_checkpoints(Path(training_args.output_dir))
-        for name in (RESULTS_NAME, *(f"{name}_results.json" for name in RESULTS)):
-            Path(training_args.output_dir, name).unlink(missing_ok=True)
+        remove_results(training_args.output_dir)
     if checkpoint is None:
         profile_before_sharding(trainer)
     elif training_args.save_only_model:
@@ -456,46 +451,6 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     return metrics
 
 
-def log_decode(arguments: args.Arguments, trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
-    """Add a line to decodes.jsonl: a test set that was decoded many times has been tuned on."""
-    if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
-        return
-    generation = trainer.model.generation_config
-    entry = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "test": arguments[1].test_file or arguments[1].dataset_name,
-        "weights": weights,
-        "num_beams": generation.num_beams,
-        "length_penalty": generation.length_penalty,
-        **{name: score for name, score in scores.items() if name.startswith("test_")},
-    }
-    with Path(trainer.args.output_dir, DECODES_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def write_results(trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
-    """Write results.json: which weights were scored and what they scored, in this session or an earlier one."""
-    if not trainer.is_world_process_zero():
-        return
-    path = Path(trainer.args.output_dir, RESULTS_NAME)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    scores = before["scores"] | scores if before.get("weights") == weights else scores
-    record = {"weights": weights, "parameters": trainer.model.num_parameters(), "scores": scores}
-    write_whole(path, json.dumps(record, indent=1) + "\n")
-
-
-def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
-    """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
-    names = [f"{split}_{name}" for name in trainer.metric.scorers]
-    scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
-    trainer.save_metrics(f"vanilla_{split}", scores)
-    if trainer.is_world_process_zero():
-        print(f"{'':16}{'trained':>10}{'vanilla':>10}")
-        for name in names:
-            print(f"{name:16}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
-    return scores
-
-
 def finish_vanilla(trainer: TranslationTrainer, arguments: args.Arguments, scores: dict) -> None:
     """Put the model card beside the vanilla model, and push the folder where that is asked for."""
     if not trainer.is_world_process_zero():
@@ -506,12 +461,6 @@ def finish_vanilla(trainer: TranslationTrainer, arguments: args.Arguments, score
     print(f"Vanilla model, for stock Transformers: {folder}")
     if trainer.args.push_to_hub:
         print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")
-
-
-def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
-    """Print the metrics and save them as `{split}_results.json` and in `all_results.json`."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Tiny models and batches that the tests share."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from admin_hf import AdminConfig, AdminForConditionalGeneration
+from admin_hf import AdminConfig, AdminForConditionalGeneration, initialize_omega, profile_residuals
 from admin_hf.residual import SYSTEMS
+from training.embedded_data import write_embedded_data
 
 
 # The adapter of Hugging Face's own tests runs inside their tree only (see test_hf_common.py)
@@ -84,3 +86,31 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     return padded_batch()
+
+
+@pytest.fixture
+def run_folder(tmp_path, batch):
+    """A run's folder with a profile and two checkpoints, as Trainer leaves it; ω is 1.5 and 2 in them but for one."""
+    model = tiny_model(encoder_layers=12)
+    profile = profile_residuals(model, batch)
+    initialize_omega(model, profile)
+    profile.save(tmp_path / "residual_profile.json")
+    for step, value in ((90, 1.5), (100, 2.0)):
+        for name, parameter in model.named_parameters():
+            if name.endswith("omega"):
+                parameter.data.fill_(value)
+        model.model.encoder.layers[10].final_layer_norm.omega.data[0] = 7.0
+        for layer in model.model.encoder.layers:
+            layer.self_attn.q_proj.weight.data *= 1.5
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-110").mkdir()  # cut short
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Files of embedded sentences, for short runs of the script; they stay as they are."""
+    folder = tmp_path_factory.mktemp("data")
+    write_embedded_data(folder, train=120, validation=12, test=12)
+    return folder

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.divergence import DIVERGENCE_NAME, Divergence, first_non_finite
-from training.embedded_data import write_embedded_data
 from training.monitor import MAX_START, START, WINDOW, UpdateMonitor
 
 
@@ -203,13 +202,6 @@ def test_a_resumed_run_remembers_the_losses_of_the_start(tmp_path):
 
 DIVERGING = {"optim": "adamw_torch", "learning_rate": 50, "lr_scheduler_type": "constant", "max_steps": 60}
 DIVERGING |= {"save_strategy": "steps", "save_steps": WINDOW - 5, "report_to": "none", "warmup_steps": 0}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_embedded_data(folder, train=120, validation=4, test=4)
-    return folder
 
 
 def test_a_diverged_run_ends_with_a_sentence_a_record_and_its_checkpoints(data, tmp_path, capsys):

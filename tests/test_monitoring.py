@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem, residual_connections
-from training.embedded_data import write_embedded_data
 from training.runs import finished_checkpoint
 from training.trainer import EarlyStopping
 
@@ -246,13 +245,6 @@ def test_every_way_to_log_works(tmp_path, options, ratios):
 
 
 # --- where it is shown ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_embedded_data(folder, train=120, validation=6, test=4)
-    return folder
 
 
 def test_tensorboard_and_the_progress_bar_show_it(data, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import padded_batch, randomize, tiny_config, tiny_model
 from matplotlib import pyplot
-from test_run_translation import data, run  # noqa: F401  (a fixture)
+from test_run_translation import run
 from transformers import MarianConfig, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from admin_hf import AdminForConditionalGeneration
@@ -80,7 +80,7 @@ def page_of(folder: Path, tmp_path: Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:  # noqa: F811
+def finished(data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     options = {"do_eval": True, "do_predict": True, "num_beams": 2, "max_steps": 6, "logging_steps": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 3, "save_steps": 2, "label_smoothing_factor": 0.1}
@@ -152,7 +152,7 @@ def test_curves_are_drawn_through_the_logged_values(finished, page):
     assert any(abs(np.corrcoef(points[:, 1], rates)[0, 1] + 1) < 1e-6 for points in drawn)
 
 
-def test_translations_are_those_of_the_test_file(finished, page, data):  # noqa: F811
+def test_translations_are_those_of_the_test_file(finished, page, data):
     text = " ".join(page.texts["translations"].split())
     files = (data / "test.en", data / "test.de", finished / "generated_predictions.txt")
     lines = [[" ".join(line.split()) for line in path.read_text().splitlines()] for path in files]
@@ -163,7 +163,7 @@ def test_translations_are_those_of_the_test_file(finished, page, data):  # noqa:
     assert len(samples) == 12 and " ".join(samples[:8]) in text and samples[8] not in text
 
 
-def test_predictions_stand_beside_their_sources_until_training_goes_on(finished, data, tmp_path):  # noqa: F811
+def test_predictions_stand_beside_their_sources_until_training_goes_on(finished, data, tmp_path):
     for name in ("arguments.json", "results.json"):
         shutil.copyfile(finished / name, tmp_path / name)
     (tmp_path / "generated_predictions.txt").write_text("".join(f"line {i}\n" for i in range(12)))
@@ -215,7 +215,7 @@ def test_what_cannot_be_drawn_is_no_number(value):
 # --- what is measured ------------------------------------------------------------------------------
 
 
-def test_the_start_is_the_model_that_the_run_started_from(data, tmp_path):  # noqa: F811
+def test_the_start_is_the_model_that_the_run_started_from(data, tmp_path):
     """At a learning rate of 0 training ends with it."""
     assert run(data, tmp_path, max_steps=1, learning_rate=0.0, seed=7, report_to="none") == 0
     trained = AdminForConditionalGeneration.from_pretrained(tmp_path).state_dict()
@@ -272,7 +272,7 @@ def test_formulas_are_set_and_names_of_files_are_not():
 # --- runs that have less ---------------------------------------------------------------------------
 
 
-def test_a_run_that_goes_on_shows_its_newest_whole_checkpoint(going_on, data, tmp_path):  # noqa: F811
+def test_a_run_that_goes_on_shows_its_newest_whole_checkpoint(going_on, data, tmp_path):
     page = page_of(going_on, tmp_path)
     assert page.sections == SECTIONS
     assert page.notes.pop("scores") == ["Final scores come when training has ended."]
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_not_missed(going_on):
     assert newest_model(run)[1] == "update 2"
 
 
-def test_a_diverged_run_without_a_checkpoint_says_what_happened(data, tmp_path):  # noqa: F811
+def test_a_diverged_run_without_a_checkpoint_says_what_happened(data, tmp_path):
     folder = tmp_path / "diverged"
     diverging = {"learning_rate": 50, "lr_scheduler_type": "constant", "max_steps": 60, "warmup_steps": 0}
     assert run(data, folder, **diverging, optim="adamw_torch", report_to="none") == 3

@@ -16,19 +16,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, Pe
 
 import run_translation
 from admin_hf import AdminForConditionalGeneration, ResidualProfile
-from training.embedded_data import write_embedded_data
 
 
 REPO = Path(__file__).parents[1]
 SHAPE = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
 SHAPE += ",encoder_attention_heads=2,decoder_attention_heads=2"
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_embedded_data(folder, train=120, validation=12, test=12)
-    return folder
 
 
 def arguments(data, output, **changes) -> dict:

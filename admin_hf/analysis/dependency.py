@@ -16,15 +16,14 @@ read x_i belongs to the branch. What the biases ν bring into x_i is a component
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import linear_regression
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..pretrained import AdminPreTrainedModel
-from ..profiling import base_model_inputs, real_tokens
 from ..residual import PostLNConnection, residual_connections
-from .inputs import Batch, modes_restored
+from .inputs import Batch, Observer, observe_connections
 
 
 # Cost is quadratic in sub-layers, and linear in tokens; β hardly depends on how many there are.
@@ -94,7 +93,6 @@ class LayerDependency:
         return f"Encoder {self.encoder.verdict()} Decoder {self.decoder.verdict()}"
 
 
-@torch.no_grad()
 def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependency:
     """Measure β_{i,j} of both stacks in one pass without dropout, at the first 256 real tokens of the batch.
 
@@ -122,23 +120,16 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
 
     ```
     """
-    base: Any = model.base_model
-    inputs = base_model_inputs(model, batch)
-    stacks, handles = {}, []
-    for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
-        connections = list(residual_connections(getattr(base, stack)))
-        tokens = real_tokens(base, batch, inputs, prefix).nonzero()[:MAX_TOKENS].T
-        if not tokens.numel():
+    stacks: dict[str, _Components] = {}
+
+    def observer(stack: str, tokens: Tensor) -> Observer:
+        if not tokens.any():
             raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
-        components = stacks[stack] = _Components([name for name, _ in connections], tokens)
-        handles += [connection.register_forward_hook(components.observe) for _, connection in connections]
-    try:
-        with modes_restored(model):
-            model.eval()
-            base(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+        names = [name for name, _ in residual_connections(getattr(model.base_model, stack))]
+        stacks[stack] = _Components(names, tokens.nonzero()[:MAX_TOKENS].T)
+        return stacks[stack].observe
+
+    observe_connections(model, batch, observer)
     systems = {stack: getattr(model.config, f"{stack}_residual") for stack in stacks}
     return LayerDependency(**{stack: components.result(systems[stack]) for stack, components in stacks.items()})
 

@@ -23,6 +23,7 @@ from .updates import MATRICES, UpdateNorms
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 # Wong's palette (Nature Methods 8, 2011), and line styles for those who print in grey
@@ -99,6 +100,15 @@ def plain_axes(axes: "Axes", **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def add_heat_map(axes: "Axes", beta: Sequence[Sequence[float]], largest: float) -> "AxesImage":
+    """Draw β_{i,j} from 0 to `largest`, a row for each sub-layer: j = 0 … i of them are there."""
+    size = len(beta)
+    square = [[*row, *[float("nan")] * (size + 1 - len(row))] for row in beta]
+    extent = (-0.5, size + 0.5, size + 0.5, 0.5)
+    axes.set(xlabel="branch j (0: embedding)", ylabel="output of sub-layer i")
+    return axes.imshow(square, cmap=COLOUR_MAP, vmin=0, vmax=largest, extent=extent, interpolation="nearest")
+
+
 def draw_lines(
     path: str | os.PathLike | None,
     title: str,
@@ -144,13 +154,8 @@ def draw_dependency(result: LayerDependency, path: str | os.PathLike | None = No
     largest = max(value for stack in stacks.values() for row in stack.beta for value in row[1:])
     panels = figure.subplots(1, 2)
     for axes, (title, stack) in zip(panels, stacks.items(), strict=True):
-        size = len(stack.beta)
-        square = [row + [float("nan")] * (size + 1 - len(row)) for row in stack.beta]
-        extent = (-0.5, size + 0.5, size + 0.5, 0.5)
-        image = axes.imshow(
-            square, cmap=COLOUR_MAP, vmin=0, vmax=largest or 1, extent=extent, interpolation="nearest", aspect="auto"
-        )
-        axes.set(title=f"{title} ({stack.system})", xlabel="branch j (0: embedding)", ylabel="output of sub-layer i")
+        image = add_heat_map(axes, stack.beta, largest or 1)
+        axes.set(title=f"{title} ({stack.system})", aspect="auto")
     figure.colorbar(image, ax=panels, label="β$_{i,j}$", extend="max", shrink=0.9)
     return _finished(figure, path)
 

@@ -16,7 +16,7 @@ from .inputs import Batch, training_loss
 
 
 # What a connection's name, which is Marian's of its LayerNorm, says of its branch
-BRANCHES = {
+BRANCH_KINDS = {
     "self_attn_layer_norm": "self-attention",
     "encoder_attn_layer_norm": "encoder-attention",
     "final_layer_norm": "feed-forward",
@@ -52,7 +52,7 @@ class StackGradients:
         logs: dict[str, list[float]] = {}
         pairs = zip(self.relative_norms, self.relative_norms[1:], strict=False)
         for name, (before, after) in zip(self.names[1:], pairs, strict=True):
-            logs.setdefault(BRANCHES[name.rpartition(".")[2]], []).append(log(before / after))
+            logs.setdefault(BRANCH_KINDS[name.rpartition(".")[2]], []).append(log(before / after))
         return {branch: exp(fmean(values)) for branch, values in logs.items()}
 
     def verdict(self) -> str:

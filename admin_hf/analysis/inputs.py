@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -16,10 +16,13 @@ from ..averaging import complete_checkpoints, saved_checkpoints
 from ..checkpoints import check_weight_files, explained_errors
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
-from ..profiling import initialize_omega, profile_residuals
+from ..pretrained import AdminPreTrainedModel
+from ..profiling import base_model_inputs, initialize_omega, profile_residuals, real_tokens
+from ..residual import residual_connections
 
 
 Batch = Mapping[str, Tensor]
+Observer = Callable[[nn.Module, tuple[Tensor, Tensor], Tensor], None]
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -91,8 +94,33 @@ def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
         return cast(Tensor, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss)
 
 
+@torch.no_grad()
+def observe_connections(
+    model: AdminPreTrainedModel, batch: Batch, observer: Callable[[str, Tensor], Observer]
+) -> None:
+    """Run both stacks once without dropout, seen by observers of their residual connections.
+
+    Args:
+        observer: makes the observer of a stack, from its name, `"encoder"` or `"decoder"`, and where its tokens are
+            real, `(rows, length)`. It is called behind each connection with the connection, its inputs and its output.
+    """
+    base: Any = model.base_model
+    inputs = base_model_inputs(model, batch)
+    handles = []
+    try:
+        for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
+            observe = observer(stack, real_tokens(base, batch, inputs, prefix))
+            handles += [c.register_forward_hook(observe) for _, c in residual_connections(getattr(base, stack))]
+        with modes_restored(model):
+            model.eval()
+            base(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
-def modes_restored(model: torch.nn.Module) -> Iterator[None]:
+def modes_restored(model: nn.Module) -> Iterator[None]:
     """Afterwards every module is in train or evaluation mode as before."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,7 +1,6 @@
 """Figures as inline SVG: text stays text, and takes the page's font and colour, in light and in dark mode."""
 
 import io
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from ..analysis.drawing import COLOUR_MAP, STYLES, Series, add_lines, new_figure, plain_axes
+from ..analysis.drawing import STYLES, Series, add_heat_map, add_lines, new_figure, plain_axes
 from ..analysis.omega import StackOmega
 
 
@@ -91,15 +90,11 @@ def history(caption: str, x: Sequence[int], updates: Sequence[int], omega: Stack
         return _picture(figure, caption)
 
 
-def heat_map(caption: str, rows: Sequence[Sequence[float]], largest: float) -> Picture:
-    """Draw a triangle of numbers from 0 to `largest`: a row for each sub-layer, an entry for each component of it."""
+def heat_map(caption: str, beta: Sequence[Sequence[float]], largest: float) -> Picture:
+    """Draw β_{i,j} from 0 to `largest`."""
     with matplotlib.rc_context(_PARAMETERS):
         figure, axes = _panel(height=3.6)
-        size = len(rows)
-        values = [[*row, *[math.nan] * (size + 1 - len(row))] for row in rows]
-        extent = (-0.5, size + 0.5, size + 0.5, 0.5)
-        image = axes.imshow(values, cmap=COLOUR_MAP, vmin=0, vmax=largest, extent=extent, interpolation="nearest")
-        axes.set(xlabel="component j (0: the embedding)", ylabel="output of sub-layer i")
+        image = add_heat_map(axes, beta, largest)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         axes.spines[["top", "right"]].set_visible(False)

@@ -4,17 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..analysis.dependency import LayerDependency, layer_dependency
 from ..analysis.gradients import GradientNorms, gradient_norms
-from ..analysis.inputs import Batch, initialized_model, load_model, modes_restored, random_batch, text_batch
+from ..analysis.inputs import (
+    Batch,
+    Observer,
+    initialized_model,
+    load_model,
+    observe_connections,
+    random_batch,
+    text_batch,
+)
 from ..checkpoints import one_line
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
-from ..profiling import base_model_inputs, initialize_omega, real_tokens
-from ..residual import residual_connections
+from ..profiling import initialize_omega
 from .run import STATE_NAME, Run
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
@@ -111,35 +117,24 @@ def batch_of(run: Run) -> tuple[Batch, str]:
         length = min(MAX_LENGTH, config.max_position_embeddings)
         batch = text_batch(tokenizer, [p.source for p in pairs], [str(p.reference) for p in pairs], max_length=length)
     except Exception as error:  # whatever is wrong with somebody's text or tokenizer, there are random tokens
-        return random_batch(
-            config
-        ), f"Measured on random tokens, because the run's text cannot be used: {one_line(error)}"
+        why = f"Measured on random tokens, because the run's text cannot be used: {one_line(error)}"
+        return random_batch(config), why
     return batch, f"Measured on the first {len(pairs)} pairs of the validation set, without dropout."
 
 
-@torch.no_grad()
 def residual_variances(model: AdminForConditionalGeneration, batch: Batch) -> dict[str, Any]:
     """Var[f_i] and Var[ω_i ⊙ x_{i-1}] of all sub-layers, by stack: at real tokens, scaled as they are added."""
-    base: Any = model.base_model
-    inputs = base_model_inputs(model, batch)
-    variances: dict[str, tuple[list[float], list[float]]] = {stack: ([], []) for stack in STACKS}
-    handles = []
-    for stack, prefix in zip(STACKS, ("", "decoder_"), strict=True):
-        tokens = real_tokens(base, batch, inputs, prefix)
+    variances: dict[str, tuple[list[float], list[float]]] = {}
 
-        def observe(
-            connection: nn.Module, args: tuple[Tensor, Tensor], tokens: Tensor = tokens, found: Any = variances[stack]
-        ) -> None:
+    def observer(stack: str, tokens: Tensor) -> Observer:
+        branches, shortcuts = variances[stack] = ([], [])
+
+        def observe(connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
             shortcut, branch = (x[tokens].float() for x in args)
-            found[0].append(float((branch * getattr(connection, "branch_scale", 1.0)).var(correction=0)))
-            found[1].append(float((shortcut * getattr(connection, "shortcut_scale", 1.0)).var(correction=0)))
+            branches.append(float((branch * getattr(connection, "branch_scale", 1.0)).var(correction=0)))
+            shortcuts.append(float((shortcut * getattr(connection, "shortcut_scale", 1.0)).var(correction=0)))
 
-        handles += [c.register_forward_pre_hook(observe) for _, c in residual_connections(getattr(base, stack))]
-    try:
-        with modes_restored(model):
-            model.eval()
-            base(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return observe
+
+    observe_connections(model, batch, observer)
     return variances

@@ -1,0 +1,66 @@
+"""The scores of a run: printed, and written into its folder as JSON."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .arguments import Arguments
+from .files import write_whole
+from .trainer import TranslationTrainer
+
+
+RESULTS_NAME = "results.json"
+DECODES_NAME = "decodes.jsonl"
+SPLITS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
+
+
+def remove_results(output_dir: str) -> None:
+    """Remove the scores of an earlier session, before the weights change. decodes.jsonl stays."""
+    for name in (RESULTS_NAME, *(f"{split}_results.json" for split in SPLITS)):
+        Path(output_dir, name).unlink(missing_ok=True)
+
+
+def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
+    """Print the metrics and save them as `{split}_results.json` and in `all_results.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
+    """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
+    names = [f"{split}_{name}" for name in trainer.metric.scorers]
+    scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
+    trainer.save_metrics(f"vanilla_{split}", scores)
+    if trainer.is_world_process_zero():
+        print(f"{'':16}{'trained':>10}{'vanilla':>10}")
+        for name in names:
+            print(f"{name:16}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
+    return scores
+
+
+def write_results(trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
+    """Write results.json: which weights were scored and what they scored, in this session or an earlier one."""
+    if not trainer.is_world_process_zero():
+        return
+    path = Path(trainer.args.output_dir, RESULTS_NAME)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    scores = before["scores"] | scores if before.get("weights") == weights else scores
+    record = {"weights": weights, "parameters": trainer.model.num_parameters(), "scores": scores}
+    write_whole(path, json.dumps(record, indent=1) + "\n")
+
+
+def log_decode(arguments: Arguments, trainer: TranslationTrainer, weights: list[str], scores: dict) -> None:
+    """Add a line to decodes.jsonl: a test set that was decoded many times has been tuned on."""
+    if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
+        return
+    generation = trainer.model.generation_config
+    entry = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "test": arguments[1].test_file or arguments[1].dataset_name,
+        "weights": weights,
+        "num_beams": generation.num_beams,
+        "length_penalty": generation.length_penalty,
+        **{name: score for name, score in scores.items() if name.startswith("test_")},
+    }
+    with Path(trainer.args.output_dir, DECODES_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
