@@ -25,7 +25,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from admin_hf import (
@@ -175,10 +174,15 @@ def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> Pre
     """Load the tokenizer that is named, or the run's own, or train one on the training pairs."""
     model_args, _, training_args = arguments
     output_dir = Path(training_args.output_dir)
-    if name := model_args.tokenizer_name or model_args.model_name_or_path:
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
+    trained = training_args.local_process_index > 0 or (output_dir / runs.ARGUMENTS_NAME).exists()
+    if not name and (output_dir / "tokenizer_config.json").exists() and (trained or not training_args.do_train):
+        name = str(output_dir)
+    if not name and not training_args.do_train:
+        name = runs.last_checkpoint(training_args)
+    if name:
         return load_tokenizer(name, model_args)
-    if (output_dir / "tokenizer_config.json").exists() and (output_dir / runs.ARGUMENTS_NAME).exists():
-        return load_tokenizer(str(output_dir), model_args)  # of the run that is gone on with
     logger.info(f"Training a joint BPE tokenizer with {model_args.vocab_size:,} entries.")
     tokenizer = train_tokenizer(text_batches(raw["train"]), model_args.vocab_size, model_args.lowercase)
     save_tokenizer(tokenizer, output_dir)
@@ -292,7 +296,7 @@ def build_trainer(
 def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
     """Train, from the last checkpoint where there is one, and save the model."""
     training_args = arguments[2]
-    checkpoint = training_args.resume_from_checkpoint or runs.last_checkpoint(training_args)
+    checkpoint = runs.last_checkpoint(training_args) or training_args.resume_from_checkpoint
     if trainer.is_world_process_zero():
         runs.record_arguments(arguments)
         remove_incomplete_checkpoints(Path(training_args.output_dir))
@@ -380,22 +384,30 @@ def load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> list[s
 
 
 def export(trainer: TranslationTrainer) -> str | None:
-    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why not, where that is impossible."""
+    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why it cannot be folded, if so.
+
+    Raises:
+        InputError: it cannot be written, such as on a full disk.
+    """
     folder = Path(trainer.args.output_dir) / VANILLA_NAME
-    problem: list[str | None] = [None]
+    problems: list[str | None] = [None, None]
     if trainer.is_world_process_zero():
         try:
-            folded = reparameterize(trainer.model)
-            with replaced_model(folder) as staging:
-                folded.save_pretrained(staging)
+            with writing(f"The vanilla model in {folder}"), replaced_model(folder) as staging:
+                reparameterize(trainer.model).save_pretrained(staging)
                 trainer.processing_class.save_pretrained(staging)
-        except (ValueError, OSError, SafetensorError) as error:
-            problem = [str(error)]
+        except InputError as error:
+            problems[1] = str(error)
+        except ValueError as error:
+            problems[0] = str(error)
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, and out of date now
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        logger.warning(f"There is no vanilla model: {problem[0]}")
-    return problem[0]
+    broadcast_object_list(problems)
+    unfoldable, unwritable = problems
+    if unwritable is not None:
+        raise InputError(unwritable)
+    if unfoldable is not None:
+        logger.warning(f"There is no vanilla model: {unfoldable}")
+    return unfoldable
 
 
 def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:

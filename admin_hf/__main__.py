@@ -114,7 +114,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:
-    """Refuse to replace anything but an earlier export."""
+    """Refuse to replace the checkpoint itself, or a model of another kind than exports are."""
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder.")
     if not (there := out / "config.json").exists():

@@ -67,6 +67,12 @@ class AdminProfilingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         model = _unwrapped(model)
+        if args.label_smoothing_factor and not model.config.label_smoothing:
+            logger.warning(
+                f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer smooths over the padding entry "
+                "too, which is banned by a bias of −10,000: the loss is far too large. Give it to the model instead, "
+                f"AdminConfig(label_smoothing={args.label_smoothing_factor})."
+            )
         omegas = [connection.omega for _, connection in profiled_connections(model)]
         if not omegas or state.global_step > 0:
             return
@@ -200,7 +206,8 @@ class AdminPublishingCallback(TrainerCallback):
     logged and the folder gets the model with ω: nothing is lost.
 
     Raises:
-        ValueError: no stock architecture can hold the model, when the Trainer is made.
+        ValueError: no stock architecture can hold the model, or its weights will be sharded (FSDP, DeepSpeed); when
+            the Trainer is made.
 
     Example:
 
@@ -221,6 +228,11 @@ class AdminPublishingCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if kind := sharding(args):
+            raise ValueError(
+                f"Under {kind} a model cannot be folded where it is: leave AdminPublishingCallback out, and export a "
+                "checkpoint when training is done, with `python -m admin_hf export`."
+            )
         if args.hub_token is not None:
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
         model = _unwrapped(model)

@@ -88,10 +88,13 @@ def _(hidden, weight, bias, labels, label_smoothing, pad_id, dtype, needs_hidden
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # of the outputs behind the loss, which nothing uses
     ctx.save_for_backward(*output[2:])
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # by create_graph=True
+        raise RuntimeError("The training loss has no second derivative; the loss of a model in eval mode has one.")
     gradients = (grad * grad_loss if grad.numel() else None for grad in ctx.saved_tensors)
     return *gradients, *[None] * 8
 
@@ -132,6 +135,9 @@ def linear_cross_entropy(
 
     Returns:
         The loss and, without smoothing and without a gradient, the negative log-likelihood: scalars.
+
+    Raises:
+        RuntimeError: a second derivative is asked for, in the backward pass.
     """
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
@@ -139,7 +145,32 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    loss, nll, *_ = _loss_and_gradients(
-        hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, selects=device == "cpu"
-    )
+    with torch.autocast(device, enabled=False):  # or it would compute sums in `dtype` too
+        loss, nll, *_ = _loss_and_gradients(
+            hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, selects=device == "cpu"
+        )
+    return loss / num_items_in_batch, nll.detach() / num_items_in_batch
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    pad_token_id: int,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What [`linear_cross_entropy`] computes, from logits: for an output layer that is more than its weight.
+
+    Args:
+        logits: `(batch_size, target_length, vocab_size)`.
+    """
+    z, labels = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten()
+    is_pad = torch.arange(z.shape[1], device=z.device).eq(pad_token_id)
+    log_p = torch.where(is_pad, z.detach(), z).log_softmax(dim=1)
+    real = labels.ne(-100)
+    nll = -(log_p.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1) * real).sum()
+    others = log_p.masked_fill(is_pad, 0.0).sum(1) / (z.shape[1] - 1)
+    loss = (1 - label_smoothing) * nll - label_smoothing * (others * real).sum()
+    if num_items_in_batch is None:
+        num_items_in_batch = real.sum().clamp(min=1)
     return loss / num_items_in_batch, nll.detach() / num_items_in_batch

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_admin import AdminConfig
 from .dropout import dropout, relu_dropout
-from .loss import linear_cross_entropy
+from .loss import cross_entropy, linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
 from .residual import ResidualSystem, residual_system
 
@@ -357,15 +357,12 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         }
         if labels is not None and self.training:
             decoded = self.model(**inputs)
-            loss, nll = linear_cross_entropy(
-                decoded.last_hidden_state,
-                self.lm_head.weight,
-                self.final_logits_bias,
-                labels,
-                pad_token_id=self.padding_id,
-                label_smoothing=self.config.label_smoothing,
-                num_items_in_batch=num_items_in_batch,
-            )
+            hidden, bias = decoded.last_hidden_state, self.final_logits_bias
+            of_loss = labels, self.padding_id, self.config.label_smoothing, num_items_in_batch
+            if type(self.lm_head).forward is nn.Linear.forward:
+                loss, nll = linear_cross_entropy(hidden, self.lm_head.weight, bias, *of_loss)
+            else:  # an adapter's
+                loss, nll = cross_entropy(self.lm_head(hidden) + bias, *of_loss)
             rest = {name: value for name, value in decoded.items() if name != "last_hidden_state"}
             return AdminSeq2SeqLMOutput(loss=loss, nll_loss=nll, **rest)
 

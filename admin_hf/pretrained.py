@@ -92,8 +92,12 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
 
     @property
     def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled."""
-        return all(connection.initialized for _, connection in profiled_connections(self))
+        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled.
+
+        An entry other than 1 was measured or loaded somehow, by `load_state_dict` too.
+        """
+        connections = (connection for _, connection in profiled_connections(self))
+        return all(connection.initialized or bool((connection.omega != 1).any()) for connection in connections)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -135,7 +135,7 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
         The profile: per stack the names, branch variances, shortcut variances and ω of its sub-layers.
 
     Raises:
-        ValueError: the batch lacks the input of a stack, or a variance is not finite and positive.
+        ValueError: the batch lacks the input of a stack, or a variance is not finite.
 
     Example:
 

@@ -349,7 +349,9 @@ def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: f
         return_dict_in_generate=True,
     )
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    expected, found = (m.generate(**source, generation_config=settings) for m in (model, folded))
+    for m in (model, folded):  # copies; `generate` would fill the settings up from their own
+        m.generation_config = settings
+    expected, found = (m.generate(**source) for m in (model, folded))
     steps = min(expected.sequences.shape[1], found.sequences.shape[1])
     differs = expected.sequences[:, :steps] != found.sequences[:, :steps]
     for row in differs.any(1).nonzero().flatten().tolist():

@@ -78,7 +78,7 @@ def nothing(*args: Any) -> Any:
 
 LEVERS: dict[str, tuple[Any, str, Any]] = {
     "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
-    "`dropout`": (dropout, "_draws_bits", never),
+    "`dropout` and `relu_dropout`": (dropout, "_draws_bits", never),
     "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
     "`keep_freed_memory`": (run_translation, "keep_freed_memory", nothing),
     "`cpu_attention`": (run_translation, "CPU_ATTENTION", "sdpa"),

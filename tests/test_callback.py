@@ -284,3 +284,21 @@ def test_a_mix_without_stock_architecture_is_refused_when_the_trainer_is_made(tm
     model = tiny_model(encoder_residual="post_ln", decoder_residual="pre_ln")
     with pytest.raises(ValueError, match="register_for_auto_class"):
         trainer(model, dataset, tmp_path, [AdminPublishingCallback()])
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeed", "FSDP"])
+def test_publishing_from_sharded_weights_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch, kind):
+    args = arguments(tmp_path)
+    args.use_cpu = False
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    with pytest.raises(ValueError, match=f"Under {kind} .* export a checkpoint when training is done"):
+        AdminPublishingCallback().on_init_end(args, TrainerState(), TrainerControl(), model=tiny_model())
+
+
+def test_the_trainers_own_smoothing_is_warned_of(tmp_path, caplog):
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    for smoothing in (0.1, 0.0):
+        assert not caplog.text
+        model = tiny_model(label_smoothing=smoothing)
+        AdminProfilingCallback().on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    assert "AdminConfig(label_smoothing=0.1)" in caplog.text

@@ -5,7 +5,13 @@ import pytest
 from datasets import Dataset
 
 from training.arguments import DataTrainingArguments, ModelArguments
-from training.data import load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
+from training.data import (
+    _encode_for_evaluation,
+    load_pairs,
+    resolve_files,
+    tokenize_for_evaluation,
+    tokenize_for_training,
+)
 from training.errors import InputError
 from training.files import count_lines
 from training.tokenization import train_tokenizer
@@ -212,3 +218,13 @@ def test_evaluation_keeps_every_line_and_cuts_and_counts_long_ones(tokenizer, ca
     for row in tokenized:
         assert (row["source"], row["target"]) == (sources[row["index"]], "abcd"[row["index"]])
     assert "1 of 4" in caplog.text
+
+
+def test_labels_are_tokenised_as_targets():
+    """Stock Marian has a tokenizer for each side."""
+
+    def two_sided(text=None, text_target=None, verbose=True):
+        return {"input_ids": [[1 if text_target is None else 2, 0] for _ in text or text_target]}
+
+    columns = _encode_for_evaluation({"source": ["a"], "target": ["b"]}, [0], two_sided, "", (9, 9))
+    assert (columns["input_ids"], columns["labels"]) == ([[1, 0]], [[2, 0]])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import padded_batch, tiny_model
+from conftest import VOCAB_SIZE, padded_batch, tiny_model
 from safetensors.torch import load_file
 from test_optimization import logged, plain_model, tiny_trainer
 from test_run_translation import arguments, flags, run
@@ -108,7 +108,7 @@ def test_a_loss_that_stays_where_it_is_is_no_divergence(tmp_path, noise):
             normal = np.convolve(rng.normal(size=1002), [0.6, 0.6, 0.53], "valid")
         uniform = rng.uniform(-1, 1, 1000)
         sequence = {"lognormal": np.exp(normal / 6), "uniform": 1 + 0.3 * uniform}.get(noise, 1 + normal / 6)
-        assert losses.diverged_at((2.5 * sequence).tolist()) is None
+        assert losses.diverged_at((6 * sequence).tolist()) is None
 
 
 def test_a_loss_that_stays_above_its_start_is_divergence(tmp_path):
@@ -116,6 +116,12 @@ def test_a_loss_that_stays_above_its_start_is_divergence(tmp_path):
     assert losses.diverged_at([*start, *[4.0] * 30, *[7.0] * 30]) == START + 30 + WINDOW
     assert losses.diverged_at([*start, *[4.0] * 30, *([7.0] * (WINDOW - 1) + [6.1]) * 4]) is None
     assert losses.diverged_at([*start, *[6.2] * 60]) is None, "as high as the start is not above it"
+
+
+def test_a_trained_model_may_get_worse_than_it_started_but_not_than_a_uniform_guess(tmp_path):
+    guess, losses = math.log(VOCAB_SIZE), Losses(tmp_path, warmup_steps=5)
+    assert losses.diverged_at([*[1.0] * START, *[guess - 0.1] * 90]) is None
+    assert losses.diverged_at([*[1.0] * START, *[guess + 0.1] * 90]) == START + WINDOW
 
 
 def test_warm_up_may_be_above_the_start(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import admin_hf.loss
-from admin_hf.loss import linear_cross_entropy
+from admin_hf.loss import cross_entropy, linear_cross_entropy
 
 
 PAD = 10
@@ -44,6 +44,17 @@ def test_loss_and_gradients_equal_the_plain_computation(problem, smoothing, chun
     torch.testing.assert_close(grads[0], expected_grads[0])
     torch.testing.assert_close(grads[1][:PAD], expected_grads[1][:PAD])
     assert not grads[1][PAD].any()
+
+
+def test_the_loss_of_logits_is_the_same(problem):
+    hidden, weight, bias, labels = problem
+    expected = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    found = cross_entropy(hidden @ weight.T + bias, labels, PAD, 0.1)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, (hidden, weight)) for loss in (found[0], expected[0]))
+    torch.testing.assert_close(*gradients)
+    divided = cross_entropy(hidden @ weight.T + bias, labels, PAD, 0.1, num_items_in_batch=100)
+    torch.testing.assert_close(divided[0] * 100, expected[0] * (labels != -100).sum())
 
 
 def test_num_items_in_batch_divides_the_summed_loss(problem):
@@ -104,6 +115,26 @@ def test_a_batch_without_targets_has_loss_zero(problem):
     loss, _ = linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, -100), PAD, 0.1)
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_sums_over_the_vocabulary_are_in_float32_under_autocast(problem):
+    """The smoothing term sums all logits of a row, here ten of about 8,000: too much for float16."""
+    _, weight, _, labels = problem
+    hidden, weight = torch.ones(3, 5, 8), 1000 + 8 * weight.detach().float().round()
+    weight[PAD] = 0
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss, nll = linear_cross_entropy(hidden, weight, torch.zeros(1, 11), labels, PAD, 0.1)
+    z = hidden[0, 0] @ weight[:PAD].T
+    smoothing = 0.1 * (z[labels[labels != -100]].mean() - z.mean())
+    assert z.sum() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(loss - nll, smoothing, rtol=1e-4, atol=1e-2)
+
+
+def test_a_second_derivative_is_refused(problem):
+    hidden, weight, bias, labels = problem
+    loss, _ = linear_cross_entropy(hidden, weight, bias, labels, PAD, 0.1)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 def test_autocast_computes_products_in_bfloat16_and_sums_in_float32(problem):

@@ -290,6 +290,31 @@ def test_training_builds_no_logits_and_smooths_only_then(batch):
     assert model.eval()(**batch).logits.shape == (4, 7, VOCAB_SIZE)
 
 
+class Adapted(nn.Linear):
+    """An output layer as adapters make it: W + BA, of which `weight` is only a part."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self.weight = layer.weight
+        self.down = nn.Parameter(torch.randn(2, layer.in_features))
+        self.up = nn.Parameter(torch.randn(layer.out_features, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+def test_an_adapter_on_the_output_layer_takes_part_in_training(batch):
+    model = without_dropout(tiny_model(label_smoothing=0.1, tie_word_embeddings=False)).train()
+    model.lm_head = Adapted(model.lm_head)
+    adapted = model(**batch).loss
+    gradients = torch.autograd.grad(adapted, (model.lm_head.down, model.lm_head.up))
+    assert all(gradient.any() for gradient in gradients)
+    merged = nn.Linear(16, VOCAB_SIZE, bias=False)
+    merged.weight.data = model.lm_head.weight + model.lm_head.up @ model.lm_head.down
+    model.lm_head = merged
+    torch.testing.assert_close(model(**batch).loss, adapted)
+
+
 # --- initialisation ---------------------------------------------------------------------------------
 
 # The standard deviations of fairseq's initialisation: Xavier uniform has sqrt(2 / (fan_in + fan_out)) · gain
@@ -379,6 +404,11 @@ def test_initialised_is_a_property_of_the_weights(tmp_path):
     model.save_pretrained(tmp_path)
     assert AdminForConditionalGeneration.from_pretrained(tmp_path).omega_initialized
     assert tiny_model(encoder_residual="pre_ln", decoder_residual="post_ln").omega_initialized, "there is none"
+    fresh, trained = tiny_model(), randomize(tiny_model())
+    fresh.load_state_dict(model.state_dict())
+    assert not fresh.omega_initialized, "as FSDP loads a model that is not profiled yet"
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.omega_initialized
 
 
 def test_missing_weights_beside_omega_are_not_taken_for_post_ln(tmp_path, caplog):

@@ -357,6 +357,16 @@ def test_generation_config_and_special_tokens_are_carried_over(tmp_path):
     assert not {"encoder_residual", "label_smoothing"} & json.loads((tmp_path / "config.json").read_text()).keys()
 
 
+def test_settings_of_generation_do_not_come_into_the_comparison():
+    model = trained_model()
+    settings = {"num_beams": 3, "num_return_sequences": 3, "forced_bos_token_id": 5, "no_repeat_ngram_size": 1}
+    model.generation_config.update(**settings, max_new_tokens=40, repetition_penalty=3.0)
+    folded = reparameterize(model)
+    torch.testing.assert_close(logits(model, padded_batch()), logits(folded, padded_batch()), rtol=0, atol=1e-5)
+    assert {name: getattr(folded.generation_config, name) for name in settings} == settings
+    assert model.generation_config.repetition_penalty == 3.0
+
+
 # --- the way back, and what keeps ω from being lost ------------------------------------------------
 
 

@@ -208,6 +208,18 @@ def test_a_stop_in_mid_epoch_is_not_the_end_of_the_epoch(session, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stop_at_an_evaluation_leaves_none_out(session, tmp_path):
+    """Of the scores here, which are all the same, the first is the best."""
+    options = SHORT | {"do_eval": True, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    options |= {"learning_rate": 0.0}
+    assert session(tmp_path / "whole", **options)[0] == 0
+    assert session(tmp_path / "parts", {"update": 2, "signal": signal.SIGTERM}, **options)[0] == 128 + signal.SIGTERM
+    assert session(tmp_path / "parts", **options)[0] == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "trainer_state.json").read_text())["best_global_step"] == 2
+
+
+@pytest.mark.slow
 def test_two_processes_resume_exactly(data, tmp_path):
     """One is asked to stop, one killed between the files of both, one's disk is full; then both go on."""
     options = {"gradient_accumulation_steps": 1, "save_steps": 4, "max_steps": 10}

@@ -1,11 +1,13 @@
 """The script end to end, at tiny size: real files, real Trainer, real signals."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, Pe
 
 import run_translation
 from admin_hf import AdminForConditionalGeneration, ResidualProfile
+from training.arguments import parse_arguments
 
 
 REPO = Path(__file__).parents[1]
@@ -167,6 +170,38 @@ def test_an_omega_near_zero_ends_without_a_vanilla_model(data, tmp_path, monkeyp
     assert "eval_bleu" in (tmp_path / "all_results.json").read_text()
 
 
+def test_a_vanilla_model_that_cannot_be_written_is_an_error(data, tmp_path, capsys):
+    assert run(data, tmp_path) == 0
+    before = (tmp_path / "vanilla" / "model.safetensors").read_bytes()
+    (tmp_path / "vanilla" / "generation_config.json").unlink()
+    (tmp_path / "vanilla" / "generation_config.json").mkdir()
+    assert run(data, tmp_path) == 2
+    assert "generation_config.json is in the way" in capsys.readouterr().err
+    assert (tmp_path / "vanilla" / "model.safetensors").read_bytes() == before
+    (tmp_path / "vanilla" / "generation_config.json").rmdir()
+    assert run(data, tmp_path) == 0
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_targets(data, tmp_path):
+    """However the sentences are cut into batches, of which the last is short, and whatever else is computed."""
+    assert run(data, tmp_path) == 0
+    losses = []
+    for changes in (
+        {"per_device_eval_batch_size": 12},
+        {"per_device_eval_batch_size": 5},
+        {"predict_with_generate": False},
+    ):
+        assert run(data, tmp_path, do_train=False, do_eval=True, val_max_target_length=None, **changes) == 0
+        losses.append(json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    model = AdminForConditionalGeneration.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    sources, targets = ((data / f"validation.{lang}").read_text().splitlines() for lang in ("en", "de"))
+    batch = tokenizer(sources, text_target=targets, padding=True, return_tensors="pt")
+    batch["labels"][batch["labels"] == tokenizer.pad_token_id] = -100
+    assert losses[0] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
 def test_pre_ln_becomes_pegasus_and_a_mix_stays_as_it_is(data, tmp_path, caplog):
     shape = f"{SHAPE},encoder_residual=pre_ln"
     both = {"config_overrides": f"{shape},decoder_residual=pre_ln", "do_eval": True}
@@ -242,6 +277,11 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
     assert run(data, tmp_path, resume_from_checkpoint=tmp_path / "checkpoint-2") == 2, "newer ones would be mixed in"
+    # From elsewhere, which is where a run begins, not where the same command goes on
+    assert run(data, tmp_path / "b", max_steps=6, resume_from_checkpoint=tmp_path / "checkpoint-4") == 0
+    assert run(data, tmp_path / "b", max_steps=8, resume_from_checkpoint=tmp_path / "checkpoint-4") == 0
+    state = json.loads((tmp_path / "b" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [2, 4, 6, 8]
     # Killed while it wrote what the checkpoint holds as well
     (tmp_path / "trainer_state.json").write_text('{"epoch": 1,')
     assert run(data, tmp_path) == 0
@@ -251,13 +291,15 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_evaluated(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_ends_a_run_with_a_checkpoint_that_resumes(data, tmp_path, number):
+    """Sent to the whole group, workers that load data included, as terminals and torchrun do."""
     values = arguments(data, tmp_path / "stopped", max_steps=400, save_steps=1000, logging_steps=1)
-    command = [sys.executable, str(REPO / "run_translation.py"), *flags(values)]
-    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    command = [sys.executable, str(REPO / "run_translation.py"), *flags(values), "--dataloader_num_workers", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=REPO, **pipes, start_new_session=True) as process:
         for line in process.stdout:
             if "'loss'" in line:
                 break
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         output = process.stdout.read()
     assert process.returncode == 128 + number, output
     assert "The same command goes on from there" in output
@@ -269,6 +311,27 @@ def test_a_stop_signal_ends_a_run_with_a_checkpoint_that_resumes(data, tmp_path,
     assert resumed.returncode == 0, resumed.stderr
     assert run(data, tmp_path / "whole", max_steps=400, save_steps=1000, logging_steps=1) == 0
     assert_equal_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_the_checkpoints_of_another_program_can_be_evaluated(data, tmp_path):
+    assert run(data, tmp_path) == 0
+    for name in ("arguments.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert run(data, tmp_path, do_train=False, do_eval=True) == 0
+
+
+def test_the_tokenizer_that_the_first_process_trains_is_that_of_all(data, tmp_path):
+    model_args, data_args, training_args = parse_arguments(flags(arguments(data, tmp_path)))
+    raw = run_translation.load_data((model_args, data_args, training_args))
+    first = run_translation.prepare_tokenizer((model_args, data_args, training_args), raw)
+    other = SimpleNamespace(output_dir=str(tmp_path), local_process_index=1, do_train=True)
+    assert run_translation.prepare_tokenizer((model_args, data_args, other), {}).get_vocab() == first.get_vocab()
+
+
+def test_the_best_score_is_the_highest_but_of_an_error_rate(data, tmp_path):
+    for metric, greater in (("bleu", True), ("eval_ter", False), ("loss", False)):
+        values = arguments(data, tmp_path, metric_for_best_model=metric)
+        assert parse_arguments(flags(values))[2].greater_is_better is greater
 
 
 def test_a_profile_can_be_shared(data, tmp_path):

@@ -149,7 +149,7 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         default=True,
         metadata={
             "help": "On a CPU under Linux: keep freed memory for the next update. Giving it back to the system, which "
-            "clears it every time, takes a tenth to a third of an update."
+            "clears it every time, takes up to a tenth of an update."
         },
     )
     fp16_scale_window: int = field(
@@ -180,6 +180,9 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
                     f"--early_stopping_patience {self.early_stopping_patience} needs --eval_strategy epoch or steps "
                     "and, without --average_last, the same --save_strategy."
                 )
+        if (self.metric_for_best_model or "").removeprefix("eval_") == "ter" and self.greater_is_better is None:
+            self.greater_is_better = False  # an error rate; Trainer knows of losses only
+        self.prediction_loss_only |= not self.predict_with_generate  # or Trainer keeps the logits of all sentences
         optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
         super().__post_init__()
         if optim == RADAM:  # which Trainer does not know

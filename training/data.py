@@ -173,16 +173,17 @@ def _encode_for_evaluation(
     prefix: str,
     limits: tuple[int, int],
 ) -> dict[str, list]:
-    def encode(texts: list[str], limit: int) -> tuple[list[list[int]], list[bool]]:
-        ids = tokenizer(texts, verbose=False)["input_ids"]
+    def cut_off(ids: list[list[int]], limit: int) -> tuple[list[list[int]], list[bool]]:
         cut = [len(sentence) > limit for sentence in ids]
         return [s[: limit - 1] + s[-1:] if long else s for s, long in zip(ids, cut, strict=True)], cut
 
     texts = {name: [text or "" for text in batch[name]] for name in ("source", "target") if name in batch}
-    input_ids, cut = encode([prefix + text for text in texts["source"]], limits[0])
+    sources = tokenizer([prefix + text for text in texts["source"]], verbose=False)["input_ids"]
+    input_ids, cut = cut_off(sources, limits[0])
     columns = texts | {"input_ids": input_ids, "cut": cut, "index": indices}
     if "target" in batch:
-        columns["labels"], target_cut = encode(texts["target"], limits[1])
+        targets = tokenizer(text_target=texts["target"], verbose=False)["input_ids"]
+        columns["labels"], target_cut = cut_off(targets, limits[1])
         columns["cut"] = [source or target for source, target in zip(cut, target_cut, strict=True)]
     return columns
 

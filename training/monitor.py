@@ -29,8 +29,8 @@ MAX_START = 3.0
 class UpdateMonitor(TrainerCallback, ExportableState):
     """Sums up the batches of each update over all processes, and stops training that has diverged.
 
-    Divergence is a loss, a gradient or weights about to be saved that are NaN or infinite, a loss above its start once
-    warm-up is over, or ten overflows of float16 in a row at the smallest loss scale.
+    Divergence is a loss, a gradient or weights about to be saved that are NaN or infinite, a loss above its start (and
+    that of a uniform guess) once warm-up is over, or ten overflows of float16 in a row at the smallest loss scale.
 
     Attributes:
         loss: of the last update.
@@ -125,7 +125,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         update = self.accelerator.reduce(self._update, reduction="sum").cpu()
@@ -144,10 +144,13 @@ class UpdateMonitor(TrainerCallback, ExportableState):
             self.first_losses.append(self.loss)
         self.last_losses = [*self.last_losses, self.loss][-WINDOW:]
         start = min(max(self.first_losses), MAX_START * self.first_losses[0])
+        if trained := start < (guess := math.log(model.config.vocab_size)):
+            start = guess  # training goes on from a model that may well be better than it will be after warm-up
         warm = state.global_step >= args.get_warmup_steps(state.max_steps) + WINDOW
         if warm and min(self.last_losses) > start:
             self._diverged(
-                f"{WINDOW} losses after warm-up are all above the {start:.2f} of the start; now {self.loss:.2f}",
+                f"{WINDOW} losses after warm-up are all above the {start:.2f} of "
+                f"{'a uniform guess' if trained else 'the start'}; now {self.loss:.2f}",
                 state,
                 model,
             )

@@ -61,7 +61,7 @@ def averaged_checkpoints(training: TranslationTrainingArguments) -> list[Path]:
 # Arguments that may change between the sessions of one run: they do not change what is trained, or say for how long.
 _FREE = {
     *("do_train", "do_eval", "do_predict", "test_file", "max_eval_samples", "max_predict_samples", "num_beams"),
-    *("length_penalty", "average_last"),
+    *("length_penalty", "average_last", "prediction_loss_only"),
     *("val_max_target_length", "overwrite_cache", "preprocessing_num_workers", "cache_dir", "output_dir"),
     *("max_steps", "num_train_epochs", "run_name", "disable_tqdm", "report_to", "project", "trackio_space_id"),
     *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_accumulation_steps", "torch_empty_cache_steps"),

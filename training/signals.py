@@ -1,7 +1,10 @@
 """Stopping when asked to: with a checkpoint, and on all processes after the same update."""
 
+import atexit
 import logging
+import multiprocessing
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +13,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 logger = logging.getLogger(__name__)
+
+
+def outlive_signals(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a worker of a DataLoader live on when the whole group of processes is asked to stop, as torchrun does.
+
+    Training needs it until the update under way is finished, and ends it then. To be given as `worker_init_fn`.
+
+    Args:
+        then: what else to call with the worker's number.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends those that are left by SIGTERM, and would wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 class StopOnSignal(TrainerCallback):
@@ -47,7 +72,6 @@ class StopOnSignal(TrainerCallback):
         self._agree(args)
         if self.received is not None:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     # Also in the middle of an evaluation, which comes before the save of the same update
     on_step_end = on_prediction_step = on_evaluate = _stop

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from admin_hf.monitoring import ResidualMonitor, perplexity
 
@@ -29,12 +29,14 @@ from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
+from .signals import outlive_signals
 
 
 # Differences to Seq2SeqTrainer:
 # - BLEU, chrF and TER against the references' text, where the data set has it, not against detokenised labels
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
 # - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
+# - the loss of an evaluation is the mean over all its targets, not over batches of few and of many
 # - every update is watched: for logs, for the progress bar, and for divergence
 # - evaluation keeps the order of its data set
 # - the folder of the run, with its checkpoints and arguments, is never what is pushed to the Hub
@@ -57,6 +59,9 @@ class TranslationTrainer(ResumableTrainer):
         self.metric = metric
         self.signatures: dict[str, str] = {}
         self._references: list[str] | None = None
+        self._evaluated: torch.Tensor | None = (
+            None  # sum of losses and number of targets, while there is an evaluation
+        )
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._references = _references(eval_dataset if eval_dataset is not None else self.eval_dataset)
@@ -65,6 +70,34 @@ class TranslationTrainer(ResumableTrainer):
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         self._references = _references(test_dataset)
         return super().predict(test_dataset, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated = torch.zeros(2, device=self.args.device)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            loss, targets = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        finally:
+            self._evaluated = None
+        if targets:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        if (labels := inputs.get("labels")) is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        last = self.accelerator.gradient_state
+        if last.end_of_dataloader and last.remainder > 0:
+            # Several processes fill the last batches up with sentences from the start
+            is_real = torch.arange(len(labels)) + self.args.process_index * len(labels) < last.remainder
+            labels = labels.masked_fill(~is_real.to(labels.device).unsqueeze(1), -100)
+        loss, *others = super().prediction_step(model, inputs | {"labels": labels}, *args, **kwargs)
+        targets = labels.ne(-100).sum().to(loss.device)
+        self._evaluated += torch.stack([torch.where(targets > 0, loss * targets, 0.0), targets])
+        return loss, *others
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        # The loss of a batch in an evaluation is the mean over its own targets
+        return super()._get_num_items_in_batch(*args, **kwargs) if self._evaluated is None else None
 
     def end_autocast(self) -> None:
         """Compute in the weights' own precision from here on, as the users of the saved model will."""
@@ -113,8 +146,15 @@ class TranslationTrainer(ResumableTrainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_signals,
         )
         return self.accelerator.prepare(loader)  # which deals whole batches out to the processes in turn
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.worker_init_fn = functools.partial(outlive_signals, then=inner.worker_init_fn)
+        return loader
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         if args.max_tokens is None:
