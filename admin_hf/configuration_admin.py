@@ -34,7 +34,8 @@ class AdminConfig(MarianConfig):
             `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
         label_smoothing (`float`, defaults to 0.0):
             Share of the target probability that the training loss spreads evenly over the vocabulary without padding.
-            Used in train mode only: an evaluation loss is the negative log-likelihood.
+            Used in train mode only: an evaluation loss is the negative log-likelihood. It takes the place of the
+            Trainer's `label_smoothing_factor`, which smooths over the padding entry too.
         pad_token_id, decoder_start_token_id (`int`, *optional*):
             `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>` is last.
 
