@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from test_checkpoints import BAD, FC1, WEIGHTS, change_config, change_weights
-from test_reparameterization import assert_same_function, files
+from test_export import files
+from test_reparameterization import assert_same_function
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import padded_batch, tiny_model
 from safetensors.torch import load_file, save_file
-from test_reparameterization import assert_same_function, files, trained_model
+from test_export import files
+from test_reparameterization import assert_same_function, trained_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, MarianMTModel
 
 from admin_hf import AdminForConditionalGeneration, AdminModel
