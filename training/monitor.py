@@ -143,14 +143,13 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         if len(self.first_losses) < START:
             self.first_losses.append(self.loss)
         self.last_losses = [*self.last_losses, self.loss][-WINDOW:]
-        start = min(max(self.first_losses), MAX_START * self.first_losses[0])
-        if trained := start < (guess := math.log(model.config.vocab_size)):
-            start = guess  # training goes on from a model that may well be better than it will be after warm-up
+        guess = math.log(model.config.vocab_size)  # a trained model starts below, and may be worse after warm-up
+        start = max(guess, min(max(self.first_losses), MAX_START * self.first_losses[0]))
         warm = state.global_step >= args.get_warmup_steps(state.max_steps) + WINDOW
         if warm and min(self.last_losses) > start:
             self._diverged(
                 f"{WINDOW} losses after warm-up are all above the {start:.2f} of "
-                f"{'a uniform guess' if trained else 'the start'}; now {self.loss:.2f}",
+                f"{'a uniform guess' if start == guess else 'the start'}; now {self.loss:.2f}",
                 state,
                 model,
             )

@@ -59,9 +59,8 @@ class TranslationTrainer(ResumableTrainer):
         self.metric = metric
         self.signatures: dict[str, str] = {}
         self._references: list[str] | None = None
-        self._evaluated: torch.Tensor | None = (
-            None  # sum of losses and number of targets, while there is an evaluation
-        )
+        # Sum of losses and number of targets, while there is an evaluation
+        self._evaluated: torch.Tensor | None = None
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._references = _references(eval_dataset if eval_dataset is not None else self.eval_dataset)
