@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from admin_hf.analysis.drawing import draw_lines
+from admin_hf.analysis.drawing import add_lines, draw_lines, new_figure, plain_axes, save_figure
 
 from .errors import InputError
 from .runs import ARGUMENTS_NAME
@@ -177,12 +177,19 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     deep = {result["model"]["encoder_residual"]: curve(result, "loss") for result in _deep(results)}
     title = "The deepest runs: same seed, data and learning rate"
     draw_lines(folder / "depth.png", title, "updates", "training loss", deep)
-    omega = {
-        f"{result['name']}, {stack}": (list(range(1, len(profile["omega"]) + 1)), profile["omega"])
-        for result in results
-        for stack, profile in result["profile"].items()
-    }
-    draw_lines(folder / "omega.png", "Shortcut scales that profiling found", "sub-layer", "ω", omega)
+    draw_omega(results, folder / "omega.png")
+
+
+def draw_omega(results: list[dict[str, Any]], path: Path) -> None:
+    """ω by sub-layer, encoders and decoders side by side, with a line for each run."""
+    profiled = [result for result in results if result["profile"]]
+    figure = new_figure(10, 4.4)
+    for axes, stack in zip(figure.subplots(1, 2, sharey=True), ("encoder", "decoder"), strict=True):
+        omega = {result["name"]: result["profile"][stack]["omega"] for result in profiled}
+        add_lines(axes, {name: (list(range(1, len(values) + 1)), values) for name, values in omega.items()})
+        plain_axes(axes, title=f"ω that profiling found, {stack}", xlabel="sub-layer", ylabel="ω")
+        axes.legend(frameon=False)
+    save_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
