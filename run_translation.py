@@ -54,6 +54,7 @@ from training.hub import check_access, first_line, push_folder
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
 from training.model_card import VANILLA_NAME, write_card
+from training.processes import end_process_group
 from training.scores import compare, log_decode, remove_results, report, write_results
 from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
@@ -70,17 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = args.parse_arguments(argv)
         set_up_logging(arguments[2])
-        return run(arguments)
+        code = run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Divergence as error:
         if PartialState().is_main_process:
             print(f"{error} Checkpoints from before are kept.", file=sys.stderr)
-        return 3
+        code = 3
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    end_process_group()
+    return code
 
 
 def run(arguments: args.Arguments) -> int:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from training.arguments import TranslationTrainingArguments
 from training.batching import TokenBatchSampler
 from training.metrics import TranslationMetric
+from training.processes import end_process_group
 from training.trainer import TranslationTrainer
 
 
@@ -228,3 +229,4 @@ if __name__ == "__main__":  # one of the processes of test_two_processes_give_th
     folder = Path(sys.argv[1])
     change = update(folder, pairs(), max_tokens=sum(pairs()["length"]) // 3, gradient_accumulation_steps=2)
     torch.save(change, folder / f"update{torch.distributed.get_rank()}.pt")
+    end_process_group()

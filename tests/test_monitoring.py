@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem, residual_connections
+from training.processes import end_process_group
 from training.runs import finished_checkpoint
 from training.trainer import EarlyStopping
 
@@ -368,3 +369,4 @@ if __name__ == "__main__":  # one of the processes of test_two_processes_log_as_
     logs = log_of_an_update(Path(sys.argv[1]), accumulated=1)
     if torch.distributed.get_rank() == 0:
         (Path(sys.argv[1]) / "log.json").write_text(json.dumps(logs))
+    end_process_group()

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, default_data_
 
 from admin_hf import AdminProfilingCallback
 from admin_hf.callback import profile_and_initialize
+from training.processes import end_process_group
 
 
 def main(folder: str, batch_size: str) -> None:
@@ -68,3 +69,4 @@ def make_trainer(folder: str, batch_size: int) -> Seq2SeqTrainer:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process_group()

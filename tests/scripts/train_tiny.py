@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from admin_hf import AdminProfilingCallback
 from admin_hf.residual import AdminConnection
+from training.processes import end_process_group
 
 
 def main(folder: str, *options: str) -> None:
@@ -49,3 +50,4 @@ def main(folder: str, *options: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process_group()

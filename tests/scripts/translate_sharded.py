@@ -3,6 +3,7 @@
 import sys
 
 from accelerate.utils import DistributedType
+from torch import distributed
 
 import run_translation
 from training import arguments
@@ -18,4 +19,6 @@ def parse_arguments(argv: list[str]) -> arguments.Arguments:
 
 if __name__ == "__main__":
     ORIGINAL, arguments.parse_arguments = arguments.parse_arguments, parse_arguments
-    sys.exit(run_translation.main(sys.argv[1:]))
+    code = run_translation.main(sys.argv[1:])
+    assert not distributed.is_initialized()
+    sys.exit(code)
