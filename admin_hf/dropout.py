@@ -20,7 +20,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not (training and _draws_bits(x, p)):
         return nn.functional.dropout(x, p=p, training=training)
-    return x * _kept(x, p).mul_(_scale(p))
+    return _Dropout.apply(x, p)
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -35,10 +35,24 @@ def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return _ReluDropout.apply(x, p)
 
 
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        bits = _draw(x)
+        ctx.save_for_backward(bits)  # half of a mask in float32
+        ctx.p = p
+        return _mask(bits, x, p).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return _mask(bits, grad, ctx.p).mul_(grad), None
+
+
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        y = _kept(x, p).mul_(x).relu_().mul_(_scale(p))
+        y = _mask(_draw(x), x, p).mul_(x).relu_()
         ctx.save_for_backward(y)
         ctx.scale = _scale(p)
         return y
@@ -53,11 +67,16 @@ def _draws_bits(x: Tensor, p: float) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and 0 < round(p * 2**16) < 2**16
 
 
-def _kept(x: Tensor, p: float) -> Tensor:
-    """1 for an entry of `x` to keep, 0 for one to drop."""
+def _draw(x: Tensor) -> Tensor:
+    """16 random bits for each entry of `x`: integers between -2¹⁵ and 2¹⁵."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[: x.numel()].view(x.shape)
+
+
+def _mask(bits: Tensor, x: Tensor, p: float) -> Tensor:
+    """1 / (1 − p) for an entry of `x` to keep, 0 for one to drop."""
     mask = torch.empty_like(x)  # where a comparison can write at once: a mask of bool would cost three passes more
-    return torch.ge(bits.view(torch.int16)[: x.numel()].view(x.shape), round(p * 2**16) - 2**15, out=mask)
+    return torch.ge(bits, round(p * 2**16) - 2**15, out=mask).mul_(_scale(p))
 
 
 def _scale(p: float) -> float:

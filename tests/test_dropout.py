@@ -83,13 +83,19 @@ def test_relu_dropout_without_a_draw_is_relu(p, training):
     assert torch.equal(relu_dropout(x, p, training), torch.relu(x))
 
 
-def test_relu_dropout_keeps_one_tensor_for_the_backward_pass():
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = relu_dropout(torch.randn(4, 4, requires_grad=True), 0.3, True)
+def test_relu_dropout_keeps_its_output_alone_for_the_backward_pass():
+    y, kept = output_and_kept(relu_dropout)
     assert [tensor.data_ptr() for tensor in kept] == [y.data_ptr()]
+
+
+def test_dropout_keeps_its_random_bits_alone_for_the_backward_pass():
+    y, kept = output_and_kept(dropout)
+    assert [(tensor.dtype, tensor.shape) for tensor in kept] == [(torch.int16, y.shape)]
+
+
+def output_and_kept(function):
+    """What the function returns, and the tensors that it keeps for the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = function(torch.randn(4, 4, requires_grad=True), 0.3, True)
+    return y, kept
