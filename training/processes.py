@@ -1,15 +1,18 @@
 """The end of a process among several."""
 
-import gc
+import time
 
 from accelerate import PartialState
+from torch import distributed
 
 
 def end_process_group() -> None:
-    """Leave the process group and wait for its threads; does nothing where there is one process.
+    """Leave the process group once its threads hold nothing more; does nothing where there is one process.
 
-    To be called when all processes are done and nothing holds the trainer. A thread of Gloo that releases a tensor
-    while Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    To be called when all processes are done. A thread of Gloo needs Python's lock to release the tensors of the last
+    collective, and aborts a process that ends before (https://github.com/pytorch/pytorch/issues/190489).
     """
-    PartialState().destroy_process_group()
-    gc.collect()  # a trainer is in reference cycles, and its model holds the group
+    if distributed.is_initialized():
+        # Without the lock. To collect the group as garbage waits for its threads too, but with the lock: for ever
+        time.sleep(1)
+        PartialState().destroy_process_group()

@@ -53,10 +53,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         session = json.loads(sys.argv[1])
         arm(session["moment"])
-        code = run_translation.main(session["flags"])
-        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-        assert code or not any("gloo" in name for name in threads), "they may abort the process as it ends"
-        sys.exit(code)
+        sys.exit(run_translation.main(session["flags"]))
     for line in sys.stdin:
         session = json.loads(line)
         errors, child_errors = os.pipe()
