@@ -41,18 +41,18 @@ class _Dropout(torch.autograd.Function):
         bits = _draw(x)
         ctx.save_for_backward(bits)  # half of a mask in float32
         ctx.p = p
-        return _mask(bits, x, p).mul_(x)
+        return _kept(bits, x, p).mul_(x).mul_(_scale(p))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
-        return _mask(bits, grad, ctx.p).mul_(grad), None
+        return _kept(bits, grad, ctx.p).mul_(grad).mul_(_scale(ctx.p)), None
 
 
 class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        y = _mask(_draw(x), x, p).mul_(x).relu_()
+        y = _kept(_draw(x), x, p).mul_(x).relu_().mul_(_scale(p))
         ctx.save_for_backward(y)
         ctx.scale = _scale(p)
         return y
@@ -73,10 +73,10 @@ def _draw(x: Tensor) -> Tensor:
     return bits.view(torch.int16)[: x.numel()].view(x.shape)
 
 
-def _mask(bits: Tensor, x: Tensor, p: float) -> Tensor:
-    """1 / (1 − p) for an entry of `x` to keep, 0 for one to drop."""
+def _kept(bits: Tensor, x: Tensor, p: float) -> Tensor:
+    """1 for an entry of `x` to keep, 0 for one to drop."""
     mask = torch.empty_like(x)  # where a comparison can write at once: a mask of bool would cost three passes more
-    return torch.ge(bits, round(p * 2**16) - 2**15, out=mask).mul_(_scale(p))
+    return torch.ge(bits, round(p * 2**16) - 2**15, out=mask)
 
 
 def _scale(p: float) -> float:

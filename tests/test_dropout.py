@@ -46,6 +46,17 @@ def test_without_a_draw_it_is_pytorchs(p, training):
     assert torch.equal(dropout(x, p, training), stock_dropout(x, p, training))
 
 
+@pytest.mark.parametrize("function", [dropout, relu_dropout])
+def test_the_scale_is_not_rounded_to_bfloat16(function):
+    torch.manual_seed(0)
+    x = torch.rand(100, 100).bfloat16().requires_grad_()
+    y = function(x, 0.1, True)
+    y.backward(x.detach())
+    scaled = (x.detach().double() * 2**16 / (2**16 - round(0.1 * 2**16))).bfloat16()
+    for result in (y.detach(), x.grad):
+        assert torch.equal(result, torch.where(result == 0, result, scaled))
+
+
 def test_recomputed_activations_meet_the_same_mask():
     """Gradient checkpointing runs a layer twice, and must drop the same entries."""
     gradients = []
