@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import randomize, tiny_config, tiny_model
 
-from admin_hf import initialize_omega, profile_residuals
-from admin_hf.analysis import load_model, random_batch, text_batch
+from admin_hf import initialize_omega, profile_residuals, reparameterize
+from admin_hf.analysis import layer_dependency, load_model, random_batch, text_batch
 
 
 def test_a_configuration_is_initialised_from_the_seed_and_profiled(tmp_path, batch):
@@ -30,6 +30,20 @@ def test_a_checkpoint_is_loaded_as_it_is(tmp_path):
     loaded = load_model(tmp_path, seed=9)
     assert loaded.dtype == torch.float32
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_a_stock_marian_model_is_post_ln(tmp_path, batch):
+    """It computes what `admin` does with ω = 1, but has no ω and is no Admin model."""
+    stock = reparameterize(randomize(tiny_model()))
+    stock.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert (loaded.config.encoder_residual, loaded.config.decoder_residual) == ("post_ln", "post_ln")
+    assert {name: tuple(value.shape) for name, value in loaded.named_parameters()} == {
+        name: tuple(value.shape) for name, value in stock.named_parameters()
+    }
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batch).logits, stock(**batch).logits, atol=1e-5)
+    assert layer_dependency(loaded, batch).decoder.system == "post_ln"
 
 
 def test_loading_a_checkpoint_leaves_the_random_state(tmp_path):

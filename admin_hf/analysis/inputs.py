@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..averaging import complete_checkpoints, saved_checkpoints
@@ -60,7 +60,7 @@ def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = N
 
 
 def load_config(source: str | os.PathLike) -> AdminConfig:
-    """Read the configuration of what [`load_model`] takes.
+    """Read the configuration of what [`load_model`] takes; a stock Marian model, which has no ω, is Post-LN.
 
     Raises:
         OSError: `source` is not there or cannot be read.
@@ -69,7 +69,10 @@ def load_config(source: str | os.PathLike) -> AdminConfig:
     if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"There is no {source}: expected a checkpoint, or a config.json or its folder.")
     with explained_errors(source):
-        return AdminConfig.from_pretrained(source)
+        config = AdminConfig.from_pretrained(source)
+        if PreTrainedConfig.get_config_dict(source)[0].get("model_type") == "marian":
+            config.encoder_residual = config.decoder_residual = "post_ln"
+        return config
 
 
 def initialized_model(config: AdminConfig, seed: int = 0, batch: Batch | None = None) -> AdminForConditionalGeneration:
