@@ -35,7 +35,7 @@ ALL_RUNS = [run for scale in SCALES.values() for name in EXPERIMENTS for run in 
 
 def record(loss: float | None = 4.0, **changes) -> Record:
     """A run that ended with this loss, where a blind one has 5."""
-    values = Record({"seed": 1, "warmup_steps": 10}, None, None, loss, 5.0, None, 10, 1.0, [[10, 4.5], [20, 4.0]], [])
+    values = Record({"seed": 1, "warmup_steps": 10}, None, None, loss, 5.0, None, 10, [[10, 4.5], [20, 4.0]], [])
     return replace(values, diverged_at=7 if loss is None else None, **changes)
 
 
@@ -84,7 +84,7 @@ def test_the_recipes_of_one_depth_differ_in_the_residual_system_alone():
 
 def test_sizes_at_cpu_scale():
     sizes = {name: len(planned(name, SCALES["cpu"])) for name in EXPERIMENTS}
-    assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 3}
+    assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 5}
 
 
 def test_patterns_of_the_claims_select_what_they_name():
@@ -210,7 +210,6 @@ def write_run(run: Run, loss: float | None) -> None:
         files["trainer_state.json"] = {"log_history": [{"step": 50, "eval_loss": 6.5}]}
     else:
         files["results.json"] = {"parameters": 10, "scores": {"eval_loss": loss}}
-        files["train_results.json"] = {"train_runtime": 12.5}
         history = [{"step": 50, "loss": 7.0}, {"step": 50, "eval_loss": 6.0}, {"step": 150, "eval_loss": loss}]
         files["trainer_state.json"] = {"log_history": history}
     for name, content in files.items():
@@ -261,7 +260,7 @@ def test_runs_of_other_arguments_are_left_out(here):
 
 
 @pytest.mark.parametrize("content", ['{"a', "[1]", "\xff", "{}", None])
-@pytest.mark.parametrize("name", ["arguments", "results", "train_results", "trainer_state", "divergence"])
+@pytest.mark.parametrize("name", ["arguments", "results", "trainer_state", "divergence"])
 def test_runs_with_damaged_files_are_left_out_and_named(here, capsys, name, content):
     run, path = planned("grid", SCALES["cpu"])[0], f"{name}.json"
     write_run(run, None if name == "divergence" else 4.0)
@@ -270,7 +269,7 @@ def test_runs_with_damaged_files_are_left_out_and_named(here, capsys, name, cont
         (run.folder / path).write_text(content, encoding="latin-1")
     if (name, content) in {("arguments", None), ("results", None), ("divergence", None)}:
         assert state(run) in ("new", "begun") and collect(run) is None
-    elif (name, content) in {("train_results", "{}"), ("divergence", "{}")}:
+    elif (name, content) == ("divergence", "{}"):
         assert collect(run) is not None
     else:
         with pytest.raises(InputError, match="damaged|other arguments"):

@@ -122,11 +122,24 @@ def batch_runs(scale: Scale, seed: int) -> list[Run]:
 
 
 def deep_runs(scale: Scale, seed: int) -> list[Run]:
+    first = min(scale.deep)
+    rates = {"": 1.0, "quarter_rate": 0.25}
     return [
-        make_run(scale, scale.large, layers, system, seed, TITLES[system], f"{layers}-{layers}", **changes)
+        make_run(
+            scale,
+            scale.large,
+            layers,
+            system,
+            seed,
+            TITLES[system],
+            f"{layers}-{layers}" + (", quarter rate" if tag else ""),
+            tag=tag,
+            **changes | {"learning_rate": share * scale.recipe(scale.large, layers)["learning_rate"]},
+        )
+        for tag, share in rates.items()
         for layers, changes in scale.deep.items()
         for system in ("admin", "post_ln")
-        if system == "admin" or layers == min(scale.deep)
+        if layers == first or (system == "admin" and not tag)
     ]
 
 
@@ -220,11 +233,14 @@ EXPERIMENTS = {
     "deep": Experiment(
         "Deeper: 100 layers and more",
         "Not in the paper's tables, which end at 18 layers (and 60 in an encoder): the example of its authors' "
-        "admin-torch is for 100-100. 500-500 layers are 2,500 sub-layers.",
+        "admin-torch is for 100-100. 500-500 layers are 2,500 sub-layers. A quarter of the learning rate was added to "
+        "the plan after the first run at scale cpu, Admin 100-100, had failed.",
         deep_runs,
         (
-            train("Admin trains at every depth", ("Admin", "*")),
-            fail("100-layer Post-LN fails", ("Post-LN", "100-*")),
+            train("Admin trains at every depth", ("Admin", "???-???")),
+            fail("100-layer Post-LN fails", ("Post-LN", "100-100")),
+            train("100-layer Admin trains with a quarter of the learning rate", ("Admin", "*quarter rate")),
+            fail("100-layer Post-LN fails with a quarter of the learning rate", ("Post-LN", "*quarter rate")),
         ),
         seeds=1,
     ),

@@ -35,7 +35,6 @@ class Record:
     blind_loss: float
     bleu: float | None
     parameters: int | None
-    train_seconds: float | None
     eval_loss: list[list[float]]
     train_loss: list[list[float]]
 
@@ -94,7 +93,6 @@ def _record(run: Run, how: str) -> Record:
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
     results = _read(folder / "results.json") if how == "finished" else {}
     history = _read(folder / "trainer_state.json")["log_history"]
-    times = _read(folder / "train_results.json") if how == "finished" else {}
     scores = results.get("scores", {})
     return Record(
         arguments=run.arguments,
@@ -104,7 +102,6 @@ def _record(run: Run, how: str) -> Record:
         blind_loss=_read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)["loss"],
         bleu=scores.get("test_bleu", scores.get("eval_bleu")),
         parameters=results.get("parameters"),
-        train_seconds=times.get("train_runtime"),
         eval_loss=_curve(history, "eval_loss"),
         train_loss=_curve(history, "loss"),
     )
