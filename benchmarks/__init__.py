@@ -6,7 +6,18 @@ from typing import Any
 
 # In the order of the page. Each module has a TITLE, what it is ABOUT, and `measure(settings)`, which gives what is
 # recorded; it may have `more(results)`, text below its table, and `draw(results, path)`.
-BENCHMARKS = ("training_step", "levers", "corpus", "memory", "omega", "decoding", "data", "growth", "startup")
+BENCHMARKS = (
+    "training_step",
+    "levers",
+    "corpus",
+    "memory",
+    "omega",
+    "decoding",
+    "data",
+    "growth",
+    "very_deep",
+    "startup",
+)
 
 
 def load(name: str) -> Any:

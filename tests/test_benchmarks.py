@@ -150,6 +150,7 @@ SIZES = {
     "corpus": {"shape": TINY, "batch_sizes": [4]},
     "data": {"shape": TINY, "workers": [2]},
     "growth": {"shape": TINY, "axes": {"layers": [1, 2]}},
+    "very_deep": {"shape": TINY, "layers": (2, 1)},
     "startup": {"pairs": 200, "vocab_size": 250},
 }
 
