@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from conftest import VOCAB_SIZE, padded_batch, tiny_model
 from safetensors.torch import load_file
 from test_optimization import logged, plain_model, tiny_trainer
-from test_run_translation import arguments, flags, run
+from tiny_runs import arguments, flags, run
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_batching import pairs
 from test_optimization import inputs_of, logged, plain_model, tiny_trainer
-from test_run_translation import run
+from tiny_runs import run
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import padded_batch, randomize, tiny_config, tiny_model
 from matplotlib import pyplot
-from test_run_translation import run
+from tiny_runs import run
 from transformers import MarianConfig, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from admin_hf import AdminForConditionalGeneration

@@ -1,0 +1,115 @@
+"""Bad input to the script ends in one sentence, exit code 2, and before any training."""
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import SHAPE, run
+from transformers import AutoTokenizer
+
+
+def error(capsys, data, output, **changes) -> str:
+    """The one sentence in which a run with bad input ends."""
+    assert run(data, output, **changes) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert not list(Path(output).glob("**/model.safetensors")), "before any training"
+    return lines[0]
+
+
+def test_nothing_to_do(data, tmp_path, capsys):
+    assert "Nothing to do" in error(capsys, data, tmp_path, do_train=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source_lang": None}, "--source_lang is missing"),
+        ({"target_lang": "en"}, "both 'en'"),
+        ({"train_file": None}, "--do_train needs --train_file"),
+        ({"train_file": "no/such/file"}, "there is no no/such/file.en"),
+        ({"target_lang": "fr"}, "train.fr does not exist"),
+        (
+            {"config_overrides": "d_model=15,encoder_layers=1"},
+            "d_model=15 must be divisible by encoder_attention_heads=8",
+        ),
+        ({"config_overrides": "encoder_residual=resnet"}, "encoder_residual='resnet' is not a residual system"),
+        ({"config_overrides": "depth=12"}, "'depth=12' is not a field"),
+        ({"config_overrides": "d_model=wide"}, "d_model='wide'"),
+        ({"config_overrides": "d_model=1e3"}, "d_model"),
+        ({"config_overrides": "vocab_size=100"}, "vocab_size is set by the tokenizer"),
+        ({"config_overrides": "activation_function=foo"}, "activation_function='foo'"),
+        ({"label_smoothing_factor": 1.5}, "--label_smoothing_factor 1.5"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0"),
+        ({"resume_from_checkpoint": "no/such"}, "--resume_from_checkpoint no/such"),
+        ({"output_dir": "/dev/null/out"}, "no folder that can be written to"),
+        ({"config_overrides": SHAPE + ",encoder_layers=0"}, "encoder_layers=0 must be at least 1"),
+        ({"config_name": "no/such/config"}, "--config_name no/such/config"),
+        ({"vocab_size": 100000}, "--vocab_size 100000 does not fit the data"),
+        ({"max_source_length": 2}, "No training pair is left"),
+        ({"max_target_length": 0}, "--max_target_length 0"),
+        ({"max_source_length": 5000}, "max_position_embeddings is 1024"),
+        ({"tokenizer_name": "no/such/tokenizer"}, "The tokenizer no/such/tokenizer cannot be loaded"),
+        ({"residual_profile": "no/such/profile.json"}, "no/such/profile.json"),
+        ({"push_to_hub": True, "do_train": None, "do_eval": True, "model_name_or_path": "x"}, "needs --do_train"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "--hub_strategy every_save: only 'end' is possible"),
+        ({"max_tokens": 0}, "--max_tokens 0"),
+        ({"max_tokens": 2}, "No training pair is left"),
+        ({"max_tokens": 6, "pad_to_multiple_of": 8}, "--max_tokens 6 is below --pad_to_multiple_of 8"),
+        ({"report_to": "wandb"}, "--report_to wandb"),
+        ({"learning_rate": "inf"}, "--learning_rate inf"),
+        ({"warmup_init_lr": 1}, "--warmup_init_lr 1.0 must be at least 0 and at most the learning rate, 0.01"),
+        ({"average_last": 3, "save_total_limit": 2}, "--average_last 3 needs more checkpoints than"),
+        ({"average_last": 3, "save_strategy": "no"}, "--average_last 3 needs checkpoints"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience 2 needs --eval_strategy"),
+        ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, "--save_strategy best"),
+        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
+        ({"metric_for_best_model": "bleu", "predict_with_generate": False}, "expected one of loss."),
+        ({"optim": "lion_8bit"}, "--optim"),
+        ({"optim": "radan"}, "radan"),
+        ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
+        ({"learning_rat": 1}, "learning_rat"),
+        ({"learning_rate": "fast"}, "fast"),
+    ],
+)
+def test_a_wrong_argument(data, tmp_path, capsys, changes, message):
+    try:
+        assert message in error(capsys, data, tmp_path / "out", **changes)
+    except SystemExit as exit:  # argparse ends the process itself
+        assert exit.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_loaded(data, tmp_path, capsys):
+    assert run(data, tmp_path / "model") == 0
+    weights_file = tmp_path / "model" / "model.safetensors"
+    whole = weights_file.read_bytes()
+    from_model = {"model_name_or_path": tmp_path / "model", "config_overrides": None}
+    weights_file.write_bytes(whole[:1000])
+    assert "cannot be loaded" in error(capsys, data, tmp_path / "out", **from_model)
+    weights_file.unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"a pickle, say")
+    assert "cannot be loaded" in error(capsys, data, tmp_path / "out", **from_model)
+
+
+def test_a_profile_of_another_model_is_refused(data, tmp_path, capsys):
+    assert run(data, tmp_path / "model") == 0
+    profile = tmp_path / "model" / "residual_profile.json"
+    deeper = SHAPE.replace("encoder_layers=1", "encoder_layers=2")
+    message = error(capsys, data, tmp_path / "out", config_overrides=deeper, residual_profile=profile)
+    assert "The profile has 2 sub-layers in its encoder, the model has 4" in message
+
+
+def test_what_a_failed_run_left_is_not_taken_over(data, tmp_path, capsys):
+    assert "No training pair is left" in error(capsys, data, tmp_path / "out", max_source_length=2)
+    assert run(data, tmp_path / "out", vocab_size=220) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 220
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(data, tmp_path, capsys):
+    assert run(data, tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(data, tmp_path, learning_rate=0.02, config_overrides=SHAPE + ",dropout=0.2") == 2
+    message = capsys.readouterr().err
+    assert "learning_rate: 0.01 then, 0.02 now" in message and "config_overrides" in message
+    assert "seed" not in message and f"remove {tmp_path}" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
