@@ -162,7 +162,7 @@ def _anchor(title: str) -> str:
 def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
     """Development perplexity by update, a panel for each column and a line for each row: the mean over seeds."""
     columns = [column for column in axes(table)[1] if any(table[cell][0] for cell in table if cell[1] == column)]
-    figure = new_figure(width=max(7, 3.4 * len(columns)), height=4, caption=caption)
+    figure = new_figure(width=max(6, 3.4 * len(columns)) + 2, height=4, caption=caption)  # 2 for the legend
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         records = {row: table[row, column][0] for row, other in table if other == column}
@@ -174,7 +174,7 @@ def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
     panels[0].set_ylabel("development perplexity")
     lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
     if lines:
-        panels[-1].legend(handles=list(lines.values()), framealpha=1, edgecolor="none")
+        figure.legend(handles=list(lines.values()), loc="outside right upper", frameon=False)
     figure.suptitle(title)
     save_figure(figure, path)
 
