@@ -10,8 +10,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry in place of a draw of its own.
 
     There a mask of `bernoulli_` takes ten times as long as its bits here (10 ms and 1 ms for 512,000 entries on one
-    thread), and a training step of a small model 1.4 times as long, if `relu_dropout` draws so too. The mask follows
-    PyTorch's global generator, but is not the one that `torch.nn.functional.dropout` draws.
+    thread), and a training step of a small model 1.2 times as long in float32 and 1.4 times in bfloat16, if
+    `relu_dropout` draws so too. The mask follows PyTorch's global generator, but is not the one that
+    `torch.nn.functional.dropout` draws.
 
     Args:
         x: of any shape and floating dtype.
