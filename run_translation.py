@@ -45,7 +45,7 @@ from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training import runs
-from training.allocator import keep_freed_memory
+from training.allocator import KeepFreedMemory, map_large_buffers
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
@@ -211,6 +211,8 @@ def tokenize(
 def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
     """Load the model to go on from, or make a new one for this tokenizer."""
     model_args, data_args, training_args = arguments
+    if training_args.use_cpu and training_args.keep_freed_memory:
+        map_large_buffers()
     source = model_args.model_name_or_path
     if training_args.do_train or not source:
         source = runs.finished_checkpoint(training_args) or source
@@ -269,9 +271,9 @@ def build_trainer(
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
     training_args = arguments[2]
-    if training_args.use_cpu and training_args.keep_freed_memory:
-        keep_freed_memory()
     callbacks = [AdminProfilingCallback(), stop]
+    if training_args.use_cpu and training_args.keep_freed_memory:
+        callbacks.append(KeepFreedMemory())
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStopping(training_args.early_stopping_patience))
     try:

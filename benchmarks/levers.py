@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import run_translation
 from admin_hf import dropout, modeling_admin
+from training import allocator
 
 from . import systems
 from .record import Settings, conditions, cost
@@ -80,7 +81,7 @@ LEVERS: dict[str, tuple[Any, str, Any]] = {
     "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
     "`dropout` and `relu_dropout`": (dropout, "_draws_bits", never),
     "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
-    "`keep_freed_memory`": (run_translation, "keep_freed_memory", nothing),
+    "`keep_freed_memory`": (allocator, "_has_glibc", nothing),
     "`cpu_attention`": (run_translation, "CPU_ATTENTION", "sdpa"),
     "one cast for q, k and v": (modeling_admin, "_in_autocast_dtype", nothing),
 }

@@ -1,11 +1,18 @@
+import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import systems
+from training.allocator import KeepFreedMemory
 
-SCRIPT = """
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+
+FAULTS = """
 import resource, sys, torch
 from training.allocator import keep_freed_memory
 
@@ -20,14 +27,78 @@ for _ in range(8):
 print(min(faults[4:]))
 """
 
+# Where the heap ends is what sbrk says; buffers that are mapped lie behind it
+PLACES = """
+import ctypes, json, sys
+import run_translation  # its imports make no tensor, so that PyTorch reads its setting later
+from training.allocator import KeepFreedMemory, map_large_buffers
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back like this")
+if sys.argv[1] == "map":
+    assert map_large_buffers()
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1024, 1024))  # 4 MiB
+
+    def forward(self, x, labels=None):
+        return {"loss": (x @ self.weight).square().mean()}
+
+def in_heap(x):
+    sbrk = ctypes.CDLL(None).sbrk
+    sbrk.restype = ctypes.c_void_p
+    return x.data_ptr() < sbrk(0)
+
+model = Square()
+trainer = Trainer(
+    model,
+    TrainingArguments(sys.argv[2], max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True),
+    train_dataset=[{"x": torch.ones(1024), "labels": 0}] * 16,
+    callbacks=[KeepFreedMemory()],
+)
+before = torch.ones(2**20)
+trainer.train()
+stays = [model.weight, *(x for x in trainer.optimizer.state[model.weight].values() if x.numel() > 1)]
+after = torch.ones(2**20)
+offsets = [x.data_ptr() % 4096 for x in (*stays, before, after)]
+print(json.dumps({"stays": [in_heap(x) for x in stays], "before": in_heap(before), "after": in_heap(after),
+                  "offsets": offsets}))
+"""
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", script, *arguments]
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[-1]
+
+
 def test_freed_buffers_are_used_again_without_page_faults():
-    faults = {
-        mode: int(
-            subprocess.run([sys.executable, "-c", SCRIPT, mode], check=True, capture_output=True, text=True).stdout
-        )
-        for mode in ("keep", "give back")
-    }
+    faults = {mode: int(run(FAULTS, mode)) for mode in ("keep", "give back")}
     assert faults["give back"] > 4 * 2**26 / 2**21  # at least one for each page, however large pages are
     assert faults["keep"] < 10
+
+
+def test_what_stays_is_mapped_and_what_comes_and_goes_is_in_the_heap(tmp_path):
+    places = json.loads(run(PLACES, "map", str(tmp_path)))
+    assert places["stays"] == [False] * 3  # weight and two averages of Adam
+    assert not places["before"] and places["after"]
+    assert places["offsets"] == [0] * 5, "aligned to pages"
+
+
+def test_without_it_buffers_have_odd_addresses(tmp_path):
+    assert any(json.loads(run(PLACES, "leave", str(tmp_path)))["offsets"])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_training_does_so_unless_a_flag_says_no(tmp_path, monkeypatch, keep):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    shape = systems.Shape(d_model=8, ffn=8, heads=2, layers=1, vocab_size=20)
+    options = systems.training_options(tmp_path, "float32", use_cpu=True)
+    arguments = systems.our_arguments(shape, options, keep_freed_memory=keep)
+    trainer = systems.our_trainer(arguments, systems.word_tokenizer(20), [])
+    assert any(isinstance(callback, KeepFreedMemory) for callback in trainer.callback_handler.callbacks) == keep
+    assert ("THP_MEM_ALLOC_ENABLE" in os.environ) == keep

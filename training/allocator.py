@@ -1,12 +1,35 @@
 """Memory of a CPU that stays with the process."""
 
 import ctypes
+import os
 import platform
+from typing import Any
+
+from transformers import TrainerCallback
 
 
 # Parameters of glibc's mallopt(3)
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+LARGE = 2**20  # bytes of a buffer that is mapped by itself
 TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
+
+
+def map_large_buffers() -> bool:
+    """Let glibc map buffers of 1 MiB and more one by one until [`keep_freed_memory`], and PyTorch align them to pages.
+
+    Weights and the optimiser's states stay while activations come and go. Called before a model is built, this keeps
+    the ones that stay out of the heap, where they would leave gaps that are too small for others; so would odd
+    addresses, for which PyTorch has `THP_MEM_ALLOC_ENABLE` (read at its first tensor, and left as it is where it is
+    set). With both, Transformer-base in benchmarks/memory.py needs 2.95 GB at its peak in place of 3.79 in float32,
+    2.70 in place of 3.02 in bfloat16, for the same time.
+
+    Returns:
+        Whether this was done: not where the C library is another one.
+    """
+    if not _has_glibc():
+        return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _mallopt({M_MMAP_THRESHOLD: LARGE})
 
 
 def keep_freed_memory() -> bool:
@@ -19,8 +42,28 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether this was done: not where the C library is another one.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
     never = -1
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, never), mallopt(M_TOP_PAD, TOP_PAD)])
+    return _has_glibc() and _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: never, M_TOP_PAD: TOP_PAD})
+
+
+class KeepFreedMemory(TrainerCallback):
+    """Calls [`keep_freed_memory`] when all that stays has its memory: behind the first update or evaluated batch."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._done:
+            keep_freed_memory()
+            self._done = True
+
+    on_prediction_step = on_optimizer_step
+
+
+def _has_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def _mallopt(values: dict[int, int]) -> bool:
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(parameter, value) for parameter, value in values.items())
