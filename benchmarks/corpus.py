@@ -117,9 +117,9 @@ def prepare(settings: Settings, shape: Shape, folder: Path, pairs: int | None) -
     need([settings.data / f"train.{language}" for language in ("en", "de")], "Multi30k (--data)")
     quiet()
     options = training_options(folder, DTYPE, train_file=settings.data / "train", cache_dir=folder / "cache")
-    arguments = our_arguments(
-        shape, options, max_tokens=shape.max_tokens, **({"max_train_samples": pairs} if pairs else {})
-    )
+    few = {"max_train_samples": pairs} if pairs else {}
+    # In the process whose environment stock trainers inherit
+    arguments = our_arguments(shape, options, max_tokens=shape.max_tokens, keep_freed_memory=False, **few)
     raw = run_translation.load_data(arguments)
     tokenizer = run_translation.prepare_tokenizer(arguments, raw)
     tokenizer.save_pretrained(folder / "tokenizer")
