@@ -148,8 +148,8 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     keep_freed_memory: bool = field(
         default=True,
         metadata={
-            "help": "On a CPU under Linux: keep freed memory for the next update. Giving it back to the system, which "
-            "clears it every time, takes up to a tenth of an update."
+            "help": "On a CPU under Linux: keep freed memory for the next update, and align it to pages. Giving it "
+            "back to the system, which clears it every time, takes up to a third of an update."
         },
     )
     fp16_scale_window: int = field(
