@@ -118,8 +118,7 @@ def prepare(settings: Settings, shape: Shape, folder: Path, pairs: int | None) -
     quiet()
     options = training_options(folder, DTYPE, train_file=settings.data / "train", cache_dir=folder / "cache")
     few = {"max_train_samples": pairs} if pairs else {}
-    # In the process whose environment stock trainers inherit
-    arguments = our_arguments(shape, options, max_tokens=shape.max_tokens, keep_freed_memory=False, **few)
+    arguments = our_arguments(shape, options, max_tokens=shape.max_tokens, **few)
     raw = run_translation.load_data(arguments)
     tokenizer = run_translation.prepare_tokenizer(arguments, raw)
     tokenizer.save_pretrained(folder / "tokenizer")

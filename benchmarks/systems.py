@@ -134,8 +134,7 @@ def stock_trainer(
 
 def export_stock(shape: Shape, folder: Path) -> Path:
     """Write the stock form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
-    # In the process whose environment stock trainers inherit
-    arguments = our_arguments(shape, training_options(folder, "float32"), keep_freed_memory=False)
+    arguments = our_arguments(shape, training_options(folder, "float32"))
     set_seed(SEED)
     model = run_translation.build_model(arguments, word_tokenizer(shape.vocab_size))
     model.save_pretrained(folder / "stock", reparameterize=True)

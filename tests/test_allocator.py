@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import systems
-from training.allocator import KeepFreedMemory
+from training.allocator import ALIGN
 
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
@@ -69,10 +68,29 @@ print(json.dumps({"stays": [in_heap(x) for x in stays], "before": in_heap(before
                   "offsets": offsets}))
 """
 
+# What run_translation.py makes of --keep_freed_memory
+TRAINER = """
+import json, os, sys
+from pathlib import Path
+from benchmarks import systems
+from training.allocator import ALIGN, KeepFreedMemory
+
+shape = systems.Shape(d_model=8, ffn=8, heads=2, layers=1, vocab_size=20)
+options = systems.training_options(Path(sys.argv[2]), "float32", use_cpu=True)
+arguments = systems.our_arguments(shape, options, keep_freed_memory=sys.argv[1])
+trainer = systems.our_trainer(arguments, systems.word_tokenizer(20), [])
+
+import torch
+
+buffers = [torch.ones(2**20) for _ in range(4)]
+print(json.dumps({"callback": any(isinstance(x, KeepFreedMemory) for x in trainer.callback_handler.callbacks),
+                  "aligned": not any(x.data_ptr() % 4096 for x in buffers), "inherited": ALIGN in os.environ}))
+"""
+
 
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, "-c", script, *arguments]
-    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    env = {name: value for name, value in os.environ.items() if name != ALIGN}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[-1]
 
 
@@ -94,11 +112,6 @@ def test_without_it_buffers_have_odd_addresses(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_training_does_so_unless_a_flag_says_no(tmp_path, monkeypatch, keep):
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    shape = systems.Shape(d_model=8, ffn=8, heads=2, layers=1, vocab_size=20)
-    options = systems.training_options(tmp_path, "float32", use_cpu=True)
-    arguments = systems.our_arguments(shape, options, keep_freed_memory=keep)
-    trainer = systems.our_trainer(arguments, systems.word_tokenizer(20), [])
-    assert any(isinstance(callback, KeepFreedMemory) for callback in trainer.callback_handler.callbacks) == keep
-    assert ("THP_MEM_ALLOC_ENABLE" in os.environ) == keep
+def test_training_does_so_unless_a_flag_says_no(tmp_path, keep):
+    seen = json.loads(run(TRAINER, str(keep), str(tmp_path)))
+    assert seen == {"callback": keep, "aligned": keep, "inherited": False}
