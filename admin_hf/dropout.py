@@ -19,8 +19,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         p: probability of an entry to become 0, rounded to a multiple of 2⁻¹⁶; the others are divided by 1 − p.
         training: whether anything is dropped.
     """
-    if not (training and _draws_bits(x, p)):
-        return nn.functional.dropout(x, p=p, training=training)
+    if not training:
+        return x  # at once: translation calls this three times a layer for every token
+    if not _draws_bits(x, p):
+        return nn.functional.dropout(x, p=p)
     return _Dropout.apply(x, p)
 
 
