@@ -12,9 +12,7 @@ checkpoint.
 """
 
 import contextlib
-import copy
 import logging
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +20,9 @@ from pathlib import Path
 import datasets
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -34,26 +31,24 @@ from admin_hf import (
     ResidualProfile,
     initialize_omega,
     profile_and_initialize,
-    reparameterize,
 )
 from admin_hf.attention import CPU_ATTENTION
 from admin_hf.averaging import average_checkpoints
 from admin_hf.callback import sharding
-from admin_hf.checkpoints import one_line, replaced_model
+from admin_hf.checkpoints import one_line
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
-from training import runs
+from training import runs, vanilla
 from training.allocator import KeepFreedMemory, map_large_buffers
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
 from training.files import write_whole
-from training.hub import check_access, first_line, push_folder
+from training.hub import check_access, first_line
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
-from training.model_card import VANILLA_NAME, write_card
 from training.processes import end_process_group
 from training.scores import compare, log_decode, remove_results, report, write_results
 from training.signals import StopOnSignal
@@ -122,18 +117,18 @@ def run(arguments: args.Arguments) -> int:
         if checkpoints := runs.averaged_checkpoints(training_args):
             weights = load_average(trainer, checkpoints)
     trainer.end_autocast()
-    problem = export(trainer) if training_args.do_train else None
+    problem = vanilla.export(trainer) if training_args.do_train else None
     exported = training_args.do_train and problem is None
-    vanilla = build_vanilla_trainer(trainer) if exported and training_args.predict_with_generate else None
+    stock = vanilla.build_trainer(trainer) if exported and training_args.predict_with_generate else None
     scores: dict = {}
     if training_args.do_eval:
-        scores |= evaluate(trainer, vanilla)
+        scores |= evaluate(trainer, stock)
     if training_args.do_predict:
-        scores |= predict(trainer, vanilla, data["test"], raw["test"])
+        scores |= predict(trainer, stock, data["test"], raw["test"])
         log_decode(arguments, trainer, weights, scores)
     write_results(trainer, weights, scores)
     if exported:
-        finish_vanilla(trainer, arguments, scores)
+        vanilla.publish(trainer, arguments, scores)
     elif problem is not None and training_args.push_to_hub:
         raise InputError(f"Nothing was pushed, because there is no vanilla model: {problem}")
     return 0
@@ -388,70 +383,23 @@ def load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> list[s
     return [str(path) for path in checkpoints]
 
 
-def export(trainer: TranslationTrainer) -> str | None:
-    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why it cannot be folded, if so.
-
-    Raises:
-        InputError: it cannot be written, such as on a full disk.
-    """
-    folder = Path(trainer.args.output_dir) / VANILLA_NAME
-    problems: list[str | None] = [None, None]
-    if trainer.is_world_process_zero():
-        try:
-            with writing(f"The vanilla model in {folder}"), replaced_model(folder) as staging:
-                reparameterize(trainer.model).save_pretrained(staging)
-                trainer.processing_class.save_pretrained(staging)
-        except InputError as error:
-            problems[1] = str(error)
-        except ValueError as error:
-            problems[0] = str(error)
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, and out of date now
-    broadcast_object_list(problems)
-    unfoldable, unwritable = problems
-    if unwritable is not None:
-        raise InputError(unwritable)
-    if unfoldable is not None:
-        logger.warning(f"There is no vanilla model: {unfoldable}")
-    return unfoldable
-
-
-def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
-    """Load the exported model as anybody would, to evaluate it as the trained one is."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
-    training_args = copy.copy(trainer.args)
-    training_args.report_to, training_args.push_to_hub = [], False
-    vanilla = TranslationTrainer(
-        metric=trainer.metric,
-        model=model,
-        args=training_args,
-        eval_dataset=trainer.eval_dataset,
-        processing_class=trainer.processing_class,
-        data_collator=TranslationCollator(trainer.processing_class, model=model),
-    )
-    vanilla.end_sharding()
-    vanilla.end_autocast()
-    return vanilla
-
-
-def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> dict:
+def evaluate(trainer: TranslationTrainer, stock: TranslationTrainer | None) -> dict:
     """Score the validation pairs, by the trained model and by the vanilla one."""
     metrics = trainer.evaluate()
     metrics |= {f"eval_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "eval", metrics)
-    if vanilla is not None:
-        metrics |= compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
+    if stock is not None:
+        metrics |= compare(trainer, "eval", metrics, stock.evaluate(metric_key_prefix="vanilla_eval"))
     return metrics
 
 
-def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
+def predict(trainer: TranslationTrainer, stock: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
     """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "test", metrics)
-    if vanilla is not None and "target" in dataset.column_names:
-        metrics |= compare(
-            trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics
-        )
+    if stock is not None and "target" in dataset.column_names:
+        metrics |= compare(trainer, "test", metrics, stock.predict(dataset, metric_key_prefix="vanilla_test").metrics)
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return metrics
     translations = [""] * len(dataset)
@@ -466,18 +414,6 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
         print(f"  {source}\n  -> {translation}")
     print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
     return metrics
-
-
-def finish_vanilla(trainer: TranslationTrainer, arguments: args.Arguments, scores: dict) -> None:
-    """Put the model card beside the vanilla model, and push the folder where that is asked for."""
-    if not trainer.is_world_process_zero():
-        return
-    run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
-    folder = run / VANILLA_NAME
-    write_card(run, repo_id or run.name, runs.recorded(arguments), scores)
-    print(f"Vanilla model, for stock Transformers: {folder}")
-    if trainer.args.push_to_hub:
-        print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""The vanilla model of a run: exported, loaded again to be scored, and published."""
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers import AutoModelForSeq2SeqLM
+
+from admin_hf import reparameterize
+from admin_hf.checkpoints import replaced_model
+
+from . import runs
+from .arguments import Arguments
+from .checkpointing import writing
+from .errors import InputError
+from .hub import push_folder
+from .model_card import VANILLA_NAME, write_card
+from .trainer import TranslationCollator, TranslationTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+def export(trainer: TranslationTrainer) -> str | None:
+    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why it cannot be folded, if so.
+
+    Raises:
+        InputError: it cannot be written, such as on a full disk.
+    """
+    folder = Path(trainer.args.output_dir) / VANILLA_NAME
+    problems: list[str | None] = [None, None]
+    if trainer.is_world_process_zero():
+        try:
+            with writing(f"The vanilla model in {folder}"), replaced_model(folder) as staging:
+                reparameterize(trainer.model).save_pretrained(staging)
+                trainer.processing_class.save_pretrained(staging)
+        except InputError as error:
+            problems[1] = str(error)
+        except ValueError as error:
+            problems[0] = str(error)
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, and out of date now
+    broadcast_object_list(problems)
+    unfoldable, unwritable = problems
+    if unwritable is not None:
+        raise InputError(unwritable)
+    if unfoldable is not None:
+        logger.warning(f"There is no vanilla model: {unfoldable}")
+    return unfoldable
+
+
+def build_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
+    """Load the exported model as anybody would, to evaluate it as the trained one is."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
+    training_args = copy.copy(trainer.args)
+    training_args.report_to, training_args.push_to_hub = [], False
+    vanilla = TranslationTrainer(
+        metric=trainer.metric,
+        model=model,
+        args=training_args,
+        eval_dataset=trainer.eval_dataset,
+        processing_class=trainer.processing_class,
+        data_collator=TranslationCollator(trainer.processing_class, model=model),
+    )
+    vanilla.end_sharding()
+    vanilla.end_autocast()
+    return vanilla
+
+
+def publish(trainer: TranslationTrainer, arguments: Arguments, scores: dict) -> None:
+    """Put the model card beside the vanilla model, and push the folder where that is asked for."""
+    if not trainer.is_world_process_zero():
+        return
+    run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
+    folder = run / VANILLA_NAME
+    write_card(run, repo_id or run.name, runs.recorded(arguments), scores)
+    print(f"Vanilla model, for stock Transformers: {folder}")
+    if trainer.args.push_to_hub:
+        print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")
