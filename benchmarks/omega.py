@@ -28,7 +28,6 @@ def measure(
     settings: Settings, shapes: Mapping[str, Shape] = SHAPES, dtypes: Sequence[str] = DTYPES
 ) -> dict[str, Any]:
     figures, measured = [], {}
-    few = min(settings.rounds, 5)
     for name, shape in shapes.items():
         with tempfile.TemporaryDirectory() as folder:
             train = partial(systems.ours, shape=shape, folder=Path(folder))
@@ -41,7 +40,7 @@ def measure(
                 measured[name][dtype] = turns
             once: dict[str, Any] = {f"admin, {dtype}": partial(train, dtype=dtype) for dtype in dtypes}
             once["profiling"] = partial(profile, shape=shape, folder=Path(folder))
-            turns = take_turns(once, few, settings.threads, f"omega, {name}, profiling")
+            turns = take_turns(once, min(settings.rounds, 5), settings.threads, f"omega, {name}, profiling")
             for dtype in dtypes:
                 step = f"admin, {dtype}"
                 figures.append(cost(f"{name}: profiling", turns, "profiling", step, "updates", at_most=PROFILING))
