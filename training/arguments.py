@@ -149,7 +149,7 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         default=True,
         metadata={
             "help": "On a CPU under Linux: keep freed memory for the next update, and align it to pages. Giving it "
-            "back to the system, which clears it every time, takes up to a third of an update."
+            "back to the system, which clears it every time, takes up to a fifth of an update."
         },
     )
     fp16_scale_window: int = field(
