@@ -40,7 +40,7 @@ from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
-from training import runs, vanilla
+from training import runs
 from training.allocator import KeepFreedMemory, map_large_buffers
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
@@ -54,6 +54,7 @@ from training.scores import compare, log_decode, remove_results, report, write_r
 from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
 from training.trainer import EarlyStopping, TranslationCollator, TranslationTrainer
+from training.vanilla import build_vanilla_trainer, export, finish_vanilla
 
 
 logger = logging.getLogger(__name__)
@@ -117,18 +118,18 @@ def run(arguments: args.Arguments) -> int:
         if checkpoints := runs.averaged_checkpoints(training_args):
             weights = load_average(trainer, checkpoints)
     trainer.end_autocast()
-    problem = vanilla.export(trainer) if training_args.do_train else None
+    problem = export(trainer) if training_args.do_train else None
     exported = training_args.do_train and problem is None
-    stock = vanilla.build_trainer(trainer) if exported and training_args.predict_with_generate else None
+    vanilla = build_vanilla_trainer(trainer) if exported and training_args.predict_with_generate else None
     scores: dict = {}
     if training_args.do_eval:
-        scores |= evaluate(trainer, stock)
+        scores |= evaluate(trainer, vanilla)
     if training_args.do_predict:
-        scores |= predict(trainer, stock, data["test"], raw["test"])
+        scores |= predict(trainer, vanilla, data["test"], raw["test"])
         log_decode(arguments, trainer, weights, scores)
     write_results(trainer, weights, scores)
     if exported:
-        vanilla.publish(trainer, arguments, scores)
+        finish_vanilla(trainer, arguments, scores)
     elif problem is not None and training_args.push_to_hub:
         raise InputError(f"Nothing was pushed, because there is no vanilla model: {problem}")
     return 0
@@ -383,23 +384,25 @@ def load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> list[s
     return [str(path) for path in checkpoints]
 
 
-def evaluate(trainer: TranslationTrainer, stock: TranslationTrainer | None) -> dict:
+def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> dict:
     """Score the validation pairs, by the trained model and by the vanilla one."""
     metrics = trainer.evaluate()
     metrics |= {f"eval_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "eval", metrics)
-    if stock is not None:
-        metrics |= compare(trainer, "eval", metrics, stock.evaluate(metric_key_prefix="vanilla_eval"))
+    if vanilla is not None:
+        metrics |= compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
     return metrics
 
 
-def predict(trainer: TranslationTrainer, stock: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
+def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
     """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
     report(trainer, "test", metrics)
-    if stock is not None and "target" in dataset.column_names:
-        metrics |= compare(trainer, "test", metrics, stock.predict(dataset, metric_key_prefix="vanilla_test").metrics)
+    if vanilla is not None and "target" in dataset.column_names:
+        metrics |= compare(
+            trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics
+        )
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return metrics
     translations = [""] * len(dataset)

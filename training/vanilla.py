@@ -50,7 +50,7 @@ def export(trainer: TranslationTrainer) -> str | None:
     return unfoldable
 
 
-def build_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
+def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
     """Load the exported model as anybody would, to evaluate it as the trained one is."""
     model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
     training_args = copy.copy(trainer.args)
@@ -68,7 +68,7 @@ def build_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
     return vanilla
 
 
-def publish(trainer: TranslationTrainer, arguments: Arguments, scores: dict) -> None:
+def finish_vanilla(trainer: TranslationTrainer, arguments: Arguments, scores: dict) -> None:
     """Put the model card beside the vanilla model, and push the folder where that is asked for."""
     if not trainer.is_world_process_zero():
         return
