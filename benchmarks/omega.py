@@ -1,5 +1,6 @@
 """The cost of ω in a training step, and of profiling before the first."""
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -7,18 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from admin_hf import profile_residuals
+from admin_hf.connections import AdminConnection, PostLNConnection, profiled_connections
 
 from . import systems
 from .record import Settings, conditions, cost
 from .systems import DTYPES, SHAPES, Shape
-from .turns import Turns, take_turns
+from .turns import Measured, Turns, take_turns
 
 
 TITLE = "Cost of ω and of profiling"
 ABOUT = (
-    "A training step of `admin` in units of one of `post_ln`, which is the same code without ω; and the profiling of "
-    "a batch in units of a training step on it, which happens once (at most 5 rounds):"
+    "A training step of `admin` in units of one of `post_ln`, the same code without ω. One process trains one model, "
+    "whose connections forget ω in every other turn: two processes would differ by a few percent alone, by where "
+    "their memory lies. And the profiling of a batch in units of a training step on it, which happens once (at most 5 "
+    "rounds):"
 )
 OMEGA, PROFILING = 1.02, 2.0  # targets
 PAIR = ("admin", "post_ln")
@@ -33,11 +39,11 @@ def measure(
             train = partial(systems.ours, shape=shape, folder=Path(folder))
             measured[name] = {}
             for dtype in dtypes:
-                # These two alone, so that each follows the other and neither a third
-                pair = {f"{residual}, {dtype}": partial(train, dtype=dtype, residual=residual) for residual in PAIR}
-                turns = take_turns(pair, settings.rounds, settings.threads, f"omega, {name}, {dtype}")
-                figures.append(cost(f"{name}: ω", turns, *pair, "updates", at_most=OMEGA))
-                measured[name][dtype] = turns
+                both = {"both": partial(alternate, shape=shape, dtype=dtype, folder=Path(folder))}
+                turns = take_turns(both, 2 * settings.rounds, settings.threads, f"omega, {name}, {dtype}")["both"]
+                pair = {f"{residual}, {dtype}": every_other(turns, i) for i, residual in enumerate(PAIR)}
+                figures.append(cost(f"{name}: ω", pair, *pair, "updates", at_most=OMEGA))
+                measured[name][dtype] = pair
             once: dict[str, Any] = {f"admin, {dtype}": partial(train, dtype=dtype) for dtype in dtypes}
             once["profiling"] = partial(profile, shape=shape, folder=Path(folder))
             turns = take_turns(once, min(settings.rounds, 5), settings.threads, f"omega, {name}, profiling")
@@ -49,10 +55,35 @@ def measure(
     return conditions(settings) | {"shapes": shown, "measured": measured, "figures": figures}
 
 
+def alternate(turns: Turns, shape: Shape, dtype: str, folder: Path) -> None:
+    """Train `admin` in a turn and, with the same weights in the same memory, `post_ln` in the next one."""
+    trainer = systems.our_batch_trainer(shape, dtype, folder)
+    systems.train_on_random_batches(Alternating(turns, trainer.model), trainer, shape)
+
+
+class Alternating(Turns):
+    """Turns of which every other one has no ω: it gets no gradient then, and the optimiser leaves it alone."""
+
+    def __init__(self, turns: Turns, model: nn.Module) -> None:
+        self.turns = turns
+        self.connections = [connection for _, connection in profiled_connections(model)]
+        self.classes = itertools.cycle((AdminConnection, PostLNConnection))
+
+    def next(self, **facts: Any) -> None:
+        self.turns.next(**facts)
+        turn_class = next(self.classes)
+        for connection in self.connections:
+            connection.__class__ = turn_class
+
+
+def every_other(both: Measured, first: int) -> Measured:
+    """The turns of one of the two."""
+    return {name: both[name][first::2] for name in ("seconds", "updates")}
+
+
 def profile(turns: Turns, shape: Shape, folder: Path) -> None:
     """Profile, in each turn, every batch that a turn of training has."""
-    options = systems.training_options(folder, "float32")
-    trainer = systems.our_trainer(systems.our_arguments(shape, options), systems.word_tokenizer(shape.vocab_size), [])
+    trainer = systems.our_batch_trainer(shape, "float32", folder)
     batches = systems.random_batches(shape, trainer.data_collator)
     profile_residuals(trainer.model, batches[0])  # warm-up
     turns.next()

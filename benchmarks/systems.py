@@ -59,12 +59,12 @@ class Shape:
     max_tokens: int = 4096
     updates: int = 4
 
-    def overrides(self, residual: str = "admin") -> str:
+    def overrides(self) -> str:
         """The value of --config_overrides."""
         values = {"d_model": self.d_model, "dropout": 0.1}
         for stack in ("encoder", "decoder"):
             values |= {f"{stack}_layers": self.layers, f"{stack}_ffn_dim": self.ffn}
-            values |= {f"{stack}_attention_heads": self.heads, f"{stack}_residual": residual}
+            values |= {f"{stack}_attention_heads": self.heads, f"{stack}_residual": "admin"}
         return ",".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -100,9 +100,9 @@ def training_options(folder: Path, dtype: str, **changes: Any) -> dict[str, Any]
     } | changes
 
 
-def our_arguments(shape: Shape, options: dict[str, Any], residual: str = "admin", **changes: Any) -> Arguments:
+def our_arguments(shape: Shape, options: dict[str, Any], **changes: Any) -> Arguments:
     """The arguments of run_translation.py."""
-    values = {"config_overrides": shape.overrides(residual), "vocab_size": shape.vocab_size, "do_train": True}
+    values = {"config_overrides": shape.overrides(), "vocab_size": shape.vocab_size, "do_train": True}
     values |= {"source_lang": "en", "target_lang": "de", "train_file": "none"} | options | changes
     return parse_arguments([text for name, value in values.items() for text in (f"--{name}", str(value))])
 
@@ -219,10 +219,14 @@ def train_on_random_batches(turns: Turns, trainer: Trainer, shape: Shape) -> Non
     train(turns, trainer, shape.updates, warm_up=-(-WARM_UP // shape.updates) * shape.updates, loss=loss)
 
 
-def ours(turns: Turns, shape: Shape, dtype: str, folder: Path, residual: str = "admin") -> None:
+def ours(turns: Turns, shape: Shape, dtype: str, folder: Path) -> None:
     """Train by run_translation.py's trainer."""
-    arguments = our_arguments(shape, _batch_options(folder, dtype), residual)
-    train_on_random_batches(turns, our_trainer(arguments, word_tokenizer(shape.vocab_size), []), shape)
+    train_on_random_batches(turns, our_batch_trainer(shape, dtype, folder), shape)
+
+
+def our_batch_trainer(shape: Shape, dtype: str, folder: Path) -> TranslationTrainer:
+    """The trainer of `ours`."""
+    return our_trainer(our_arguments(shape, _batch_options(folder, dtype)), word_tokenizer(shape.vocab_size), [])
 
 
 def stock(turns: Turns, shape: Shape, dtype: str, folder: Path) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import randomize, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
+from admin_hf.residual import profiled_connections
 from benchmarks import BENCHMARKS, corpus, decoding, load, record, report, systems, training_step, turns
 from benchmarks.__main__ import main
+from benchmarks.omega import Alternating
 from benchmarks.record import Settings
 from benchmarks.systems import Shape
 from training.embedded_data import write_embedded_data
@@ -188,6 +190,27 @@ def systems_in(measured: dict):
             yield value
         else:
             yield from systems_in(value)
+
+
+def test_every_other_turn_is_that_of_post_ln(batch):
+    class Begins:
+        def next(self, **facts):
+            pass
+
+    model = randomize(tiny_model())
+    post_ln = tiny_model(encoder_residual="post_ln", decoder_residual="post_ln")
+    post_ln.load_state_dict(model.state_dict(), strict=False)
+    losses = [model(**batch).loss, post_ln(**batch).loss]
+    assert losses[0] != losses[1]
+    omegas = [connection.omega for _, connection in profiled_connections(model)]
+    alternating = Alternating(Begins(), model)
+    for turn in range(4):
+        alternating.next()
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        assert loss == losses[turn % 2]
+        assert {value.grad is None for value in omegas} == {turn % 2 == 1}
 
 
 def test_every_benchmark_is_tried():
