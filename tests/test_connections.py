@@ -52,6 +52,42 @@ def test_admin_equation(tensors):
     torch.testing.assert_close(connection(x, f), layer_norm(x * omega + f))
 
 
+@pytest.mark.parametrize("frozen", [(), ("omega",), ("weight", "bias"), ("bias",)], ids=", ".join)
+def test_gradients_of_admin_are_those_of_its_equation(tensors, frozen):
+    """In training, where ω has a backward pass of its own."""
+    connection = AdminConnection(8).double().train()
+    x, f, weights = (tensor.double().requires_grad_() for tensor in (*tensors, torch.randn(2, 3, 8)))
+    with torch.no_grad():
+        for offset, parameter in enumerate(connection.parameters()):
+            parameter.copy_(torch.linspace(0.5, 4, 8) + offset)
+    for name in frozen:
+        connection.get_parameter(name).requires_grad_(False)
+    inputs = [x, f, *(parameter for parameter in connection.parameters() if parameter.requires_grad)]
+    equation = layer_norm(x * connection.omega + f) * connection.weight + connection.bias
+    expected = torch.autograd.grad((equation * weights).sum(), inputs)
+    found = torch.autograd.grad((connection(x, f) * weights).sum(), inputs)
+    assert len(found) == 5 - len(frozen)
+    for gradient, counterpart in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, counterpart, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stream, branch", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_gradients_of_admin_in_bfloat16_are_those_outside_training(tensors, stream, branch):
+    """With a branch as autocast makes it, and in a model of half precision."""
+    connection = AdminConnection(8).to(stream)
+    x, f = tensors[0].to(stream).requires_grad_(), tensors[1].to(branch).requires_grad_()
+    connection.omega.data.copy_(torch.linspace(0.5, 4, 8))
+    inputs, gradients, weights = [x, f, *connection.parameters()], [], torch.randn(2, 3, 8)
+    for training in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=stream != branch):
+            output = connection.train(training)(x, f)
+        assert output.dtype == stream
+        gradients.append(torch.autograd.grad((output * weights).sum(), inputs))
+    for value, found, counterpart in zip(inputs, *gradients, strict=True):
+        assert found.dtype == value.dtype
+        torch.testing.assert_close(found, counterpart, rtol=2e-2, atol=5e-2)
+
+
 def test_deepnorm_equation(tensors):
     x, f = tensors
     torch.testing.assert_close(DeepNormConnection(8, alpha=2.5)(x, f), layer_norm(2.5 * x + f))
