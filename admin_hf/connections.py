@@ -131,16 +131,19 @@ class AdminConnection(ScaleModule, PostLNConnection):
 class _ScaledLayerNorm(torch.autograd.Function):
     """``LN(x ⊙ ω + f)`` whose backward pass takes ω's gradient in one pass, where autograd takes three.
 
-    It spares 36 to 64% of what ω adds to a connection's forward and backward pass (two threads, widths 128 to 512).
+    Under autocast it writes over the copies that casts make. Together this spares 26 to 56% of what ω adds to a
+    connection's forward and backward pass (two threads, widths 128 to 512).
     """
 
     @staticmethod
     def forward(
         ctx: Any, shortcut: Tensor, omega: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        joined = torch.addcmul(branch, shortcut, omega)
+        f = branch.to(shortcut.dtype)  # under autocast a copy, over which the sum is written
+        joined = torch.addcmul(f, shortcut, omega, out=_spare(f, branch))
         output, mean, rstd = torch.native_layer_norm(joined, weight.shape, weight, bias, eps)
         ctx.save_for_backward(shortcut, omega, joined, mean, rstd, weight, bias)
+        ctx.branch_dtype = branch.dtype
         return output
 
     @staticmethod
@@ -156,7 +159,14 @@ class _ScaledLayerNorm(torch.autograd.Function):
         # Σ d_joined ⊙ x is the gradient of the weight of a LayerNorm whose mean is 0 and whose deviation is 1
         zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
         _, d_omega, _ = layer_norm_backward(d_joined, shortcut, zero, one, [False, True, False])
-        return d_joined * omega, d_omega, d_joined, d_weight, d_bias, None
+        d_branch = d_joined.to(ctx.branch_dtype)
+        d_shortcut = torch.mul(d_joined, omega, out=_spare(d_joined, d_branch))
+        return d_shortcut, d_omega, d_branch, d_weight, d_bias, None
+
+
+def _spare(tensor: Tensor, counterpart: Tensor) -> Tensor | None:
+    """`tensor` to write a result over it; None, for a new tensor, where a cast to another dtype had nothing to do."""
+    return None if tensor is counterpart else tensor
 
 
 class DeepNormConnection(PostLNConnection):

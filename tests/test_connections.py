@@ -65,7 +65,9 @@ def test_gradients_of_admin_are_those_of_its_equation(tensors, frozen):
     inputs = [x, f, *(parameter for parameter in connection.parameters() if parameter.requires_grad)]
     equation = layer_norm(x * connection.omega + f) * connection.weight + connection.bias
     expected = torch.autograd.grad((equation * weights).sum(), inputs)
+    before = x.detach().clone(), f.detach().clone()
     found = torch.autograd.grad((connection(x, f) * weights).sum(), inputs)
+    assert torch.equal(x, before[0]) and torch.equal(f, before[1]), "the tensors that it got are not its own"
     assert len(found) == 5 - len(frozen)
     for gradient, counterpart in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, counterpart, rtol=1e-12, atol=1e-12)
