@@ -42,8 +42,10 @@ def table(figures: list[dict[str, Any]]) -> list[str]:
 
 
 def _ratio(ratios: list[float]) -> str:
-    median = f"**{statistics.median(ratios):.3g}**"
-    return median if len(ratios) == 1 else f"{median} ({min(ratios):.3g}–{max(ratios):.3g})"
+    median = statistics.median(ratios)
+    digits = 4 if 1 <= median < 1.1 else 3  # a cost of 1.7% is 1.017
+    spread = f" ({min(ratios):.3g}–{max(ratios):.3g})" if len(ratios) > 1 else ""
+    return f"**{median:.{digits}g}**{spread}"
 
 
 def _target(figure: dict[str, Any], median: float) -> tuple[str, str]:

@@ -259,11 +259,13 @@ def test_the_table_shows_median_spread_and_target():
     figures = [
         record.figure("fast", "A", "B", [3.0, 1.0, 1.5], at_least=1.5),
         record.figure("cheap", "A", "B", [1.5, 1.0, 3.0], at_most=1.4),
+        record.figure("little", "A", "B", [0.9, 1.01749, 1.2], at_most=1.02),
         record.figure("alone", "A", "B", [0.25]),
     ]
     assert report.table(figures)[2:] == [
         "| fast | A | B | **1.5** (1–3) | ≥ 1.5 | yes |",
         "| cheap | A | B | **1.5** (1–3) | ≤ 1.4 | no |",
+        "| little | A | B | **1.017** (0.9–1.2) | ≤ 1.02 | yes |",
         "| alone | A | B | **0.25** |  |  |",
     ]
 
