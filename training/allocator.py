@@ -41,7 +41,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next update, where by default it gives large buffers back to the system.
 
     The system would hand the same memory out again in the next update, page by page, each cleared first. An
-    update of a small model takes 1.2 times as long in float32 then, and 1.1 times in bfloat16. The process keeps its
+    update of a small model takes 1.1 times as long in float32 then, and 1.2 times in bfloat16. The process keeps its
     largest size until it ends.
 
     Returns:
