@@ -139,7 +139,8 @@ class _ScaledLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, shortcut: Tensor, omega: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        f = branch.to(shortcut.dtype)  # under autocast a copy, over which the sum is written
+        # under autocast f is a copy, over which the sum is written
+        f = branch.to(torch.promote_types(branch.dtype, shortcut.dtype))
         joined = torch.addcmul(f, shortcut, omega, out=_spare(f, branch))
         output, mean, rstd = torch.native_layer_norm(joined, weight.shape, weight, bias, eps)
         ctx.save_for_backward(shortcut, omega, joined, mean, rstd, weight, bias)

@@ -90,6 +90,13 @@ def test_gradients_of_admin_in_bfloat16_are_those_outside_training(tensors, stre
         torch.testing.assert_close(found, counterpart, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_wider_than_the_shortcut_is_refused_not_rounded(tensors, training):
+    x, f = tensors
+    with pytest.raises(RuntimeError, match="mixed dtype"):
+        AdminConnection(8).bfloat16().train(training)(x.bfloat16(), f)
+
+
 def test_deepnorm_equation(tensors):
     x, f = tensors
     torch.testing.assert_close(DeepNormConnection(8, alpha=2.5)(x, f), layer_norm(2.5 * x + f))
