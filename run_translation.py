@@ -42,6 +42,7 @@ from training import arguments as args
 from training import data as parallel
 from training import runs
 from training.allocator import KeepFreedMemory, map_large_buffers
+from training.batching import TranslationCollator
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
@@ -53,7 +54,7 @@ from training.processes import end_process_group
 from training.scores import compare, log_decode, remove_results, report, write_results
 from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
-from training.trainer import EarlyStopping, TranslationCollator, TranslationTrainer
+from training.trainer import EarlyStopping, TranslationTrainer
 from training.vanilla import build_vanilla_trainer, export, finish_vanilla
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from training.arguments import TranslationTrainingArguments
-from training.batching import TokenBatchSampler
+from training.batching import TokenBatchSampler, round_up
 from training.metrics import TranslationMetric
 from training.processes import end_process_group
 from training.trainer import TranslationTrainer
@@ -87,7 +87,7 @@ def test_fewer_pairs_than_a_multiple_are_left_as_they_are():
 
 def test_lengths_are_counted_as_they_are_padded():
     pairs = lengths()
-    for batch in TokenBatchSampler(pairs, 160, seed=1, pad_to_multiple_of=8):
+    for batch in TokenBatchSampler(round_up(pairs, 8), 160, seed=1):
         assert len(batch) * -(-pairs[batch].max() // 8) * 8 <= 160
 
 

@@ -1,10 +1,15 @@
-"""Batches of a number of tokens: sentences of similar length together, so that little of a batch is padding."""
+"""Batches of a number of tokens: sentences of similar length together, so that little of a batch is padding.
+
+And how they are padded.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import DataCollatorForSeq2Seq
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -15,12 +20,11 @@ class TokenBatchSampler(Sampler[list[int]]):
     resumed run finds its place. Where batches are cut depends on the lengths alone, so all epochs have as many.
 
     Args:
-        lengths: tokens of the longer side of each pair, at least 1.
+        lengths: tokens of the longer side of each pair as it will be padded, at least 1: see [`round_up`].
         max_tokens: the largest batch; no length may exceed it.
         seed: what the random order follows from.
         multiple_of: the number of batches is made a multiple of it, by halving the largest, so that every update has
             all its batches: the number of processes times the accumulated batches.
-        pad_to_multiple_of: what lengths are rounded up to before they are counted, if batches are padded so.
 
     Raises:
         ValueError: there are no pairs, or one is longer than `max_tokens`.
@@ -35,16 +39,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     ```
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray | list[int],
-        max_tokens: int,
-        seed: int,
-        multiple_of: int = 1,
-        pad_to_multiple_of: int | None = None,
-    ) -> None:
-        multiple = pad_to_multiple_of or 1
-        self.lengths = -(-np.asarray(lengths) // multiple) * multiple
+    def __init__(self, lengths: np.ndarray | list[int], max_tokens: int, seed: int, multiple_of: int = 1) -> None:
+        self.lengths = np.asarray(lengths)
         if not len(self.lengths):
             raise ValueError("There are no pairs to make batches of.")
         if (longest := int(self.lengths.max())) > max_tokens:
@@ -89,3 +85,18 @@ def _split_largest(starts: list[int], end: int, multiple_of: int) -> list[int]:
             break
         starts.insert(largest + 1, starts[largest] + int(sizes[largest]) // 2)
     return starts
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+def round_up(lengths: Any, multiple: int) -> Any:
+    """The next multiples of `multiple`, for an integer or an array of them."""
+    return -(-lengths // multiple) * multiple
+
+
+class TranslationCollator(DataCollatorForSeq2Seq):
+    """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`."""
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}

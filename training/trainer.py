@@ -10,7 +10,6 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
-    DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -24,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from admin_hf.monitoring import ResidualMonitor, perplexity
 
-from .batching import TokenBatchSampler
+from .batching import TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
@@ -126,12 +125,12 @@ class TranslationTrainer(ResumableTrainer):
     @functools.cached_property
     def batch_sampler(self) -> TokenBatchSampler:
         """The batches of `--max_tokens`."""
+        lengths = self.train_dataset.with_format("numpy")["length"][:]
         return TokenBatchSampler(
-            self.train_dataset.with_format("numpy")["length"][:],
+            round_up(lengths, self.args.pad_to_multiple_of or 1),
             self.args.max_tokens,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             multiple_of=self.args.gradient_accumulation_steps * self.args.world_size,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -234,13 +233,6 @@ class TranslationTrainer(ResumableTrainer):
 
 def _references(dataset: Dataset | None) -> list[str] | None:
     return list(dataset["target"]) if dataset is not None and "target" in dataset.column_names else None
-
-
-class TranslationCollator(DataCollatorForSeq2Seq):
-    """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`."""
-
-    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}
 
 
 class EarlyStopping(EarlyStoppingCallback):

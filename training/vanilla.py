@@ -13,11 +13,12 @@ from admin_hf.checkpoints import replaced_model
 
 from . import runs
 from .arguments import Arguments
+from .batching import TranslationCollator
 from .checkpointing import writing
 from .errors import InputError
 from .hub import push_folder
 from .model_card import VANILLA_NAME, write_card
-from .trainer import TranslationCollator, TranslationTrainer
+from .trainer import TranslationTrainer
 
 
 logger = logging.getLogger(__name__)
