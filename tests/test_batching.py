@@ -1,5 +1,6 @@
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import MULTI30K, tiny_model
+from conftest import MULTI30K, VOCAB_SIZE, tiny_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from admin_hf import profile_residuals
+from benchmarks.systems import word_tokenizer
 from training.arguments import TranslationTrainingArguments
-from training.batching import TokenBatchSampler, round_up
+from training.batching import BucketCollator, Buckets, TokenBatchSampler, TranslationCollator, round_up
 from training.metrics import TranslationMetric
 from training.processes import end_process_group
 from training.trainer import TranslationTrainer
@@ -96,6 +99,158 @@ def test_what_cannot_be_batched_is_refused():
         TokenBatchSampler([3, 40], 39, seed=1)
     with pytest.raises(ValueError, match="no pairs"):
         TokenBatchSampler([], 39, seed=1)
+
+
+# --- buckets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("longest", [1, 7, 52, 128, 1024])
+def test_buckets_are_multiples_that_grow_by_about_an_eighth(multiple, longest):
+    lengths = Buckets(longest, multiple, rows=1).lengths.tolist()
+    assert lengths[0] == multiple and 0 <= lengths[-1] - longest < multiple
+    for one, next_one in itertools.pairwise(lengths):
+        assert next_one % multiple == 0
+        assert 0 < next_one - one <= max(multiple, one / 8 + multiple / 2)
+
+
+def test_there_are_few_buckets():
+    assert len(Buckets(128, rows=1).lengths) == 20
+    assert len(Buckets(1024, rows=1).lengths) == 38
+
+
+def test_lengths_are_rounded_up_to_the_shortest_bucket_that_holds_them():
+    buckets, pairs = Buckets(200, rows=1), lengths(longest=200)
+    expected = [min(bucket for bucket in buckets.lengths if bucket >= length) for length in pairs]
+    assert buckets.round_up(pairs).tolist() == expected
+    assert [buckets.round_up(int(length)) for length in pairs] == expected
+
+
+def test_buckets_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="A pair has 53 tokens, but the last bucket holds 52"):
+        Buckets(50, max_tokens=400).round_up(np.array([3, 53]))
+    with pytest.raises(ValueError, match="A pair has 52 tokens as padded, which max_tokens=51 cannot hold"):
+        Buckets(50, max_tokens=51)
+    for options in ({}, {"max_tokens": 400, "rows": 3}):
+        with pytest.raises(ValueError, match="either max_tokens or rows"):
+            Buckets(50, **options)
+    for options in ({"longest": 0, "rows": 1}, {"longest": 5, "multiple": 0, "rows": 1}, {"longest": 5, "rows": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            Buckets(**options)
+
+
+def numbered_pairs(seed):
+    """Pairs of random lengths, the tokens of each its own number."""
+    rng = np.random.default_rng(seed)
+    longest = int(rng.integers(5, 129))
+    return [
+        {"input_ids": [i] * rng.integers(1, longest + 1), "labels": [i] * rng.integers(1, longest + 1)}
+        for i in range(rng.integers(1, 600))
+    ]
+
+
+def longer_sides(pairs):
+    return np.array([max(len(pair["input_ids"]), len(pair["labels"])) for pair in pairs])
+
+
+def bucket_batches(pairs, buckets, max_tokens, multiple_of=1):
+    sampler = TokenBatchSampler(buckets.round_up(longer_sides(pairs)), max_tokens, seed=1, multiple_of=multiple_of)
+    collator = BucketCollator(word_tokenizer(VOCAB_SIZE), tiny_model(), buckets)
+    return [collator([pairs[i] for i in batch]) for batch in sampler]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_batch_has_the_shape_of_a_bucket_and_every_pair_comes_once(seed):
+    pairs, rng = numbered_pairs(seed), np.random.default_rng(seed)
+    multiple, max_tokens, multiple_of = (int(rng.choice(x)) for x in ([1, 4, 8], [136, 1000, 4096], [1, 6]))
+    buckets = Buckets(int(longer_sides(pairs).max()), multiple, max_tokens=max_tokens)
+    seen, shapes = [], set()
+    for batch in bucket_batches(pairs, buckets, max_tokens, multiple_of):
+        shapes |= {tensor.shape for tensor in batch.values()}
+        for source, mask, target in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            source, target = source[mask.bool()].tolist(), target[target != -100].tolist()
+            if target:
+                seen.append({"input_ids": source, "labels": target})
+            else:
+                assert source == [0], "a missing row is one end-of-sentence token"
+    assert sorted(seen, key=lambda pair: pair["labels"][0]) == pairs
+    assert shapes <= {(max_tokens // length, length) for length in buckets.lengths.tolist()}
+
+
+def test_buckets_may_all_have_as_many_rows():
+    buckets = Buckets(14, rows=7)
+    collator = BucketCollator(word_tokenizer(VOCAB_SIZE), tiny_model(), buckets)
+    data = pairs(20)
+    for rows in (data.select(range(7)), data.select(range(7, 10))):
+        shape = 7, buckets.round_up(max(rows["length"]))
+        assert {tensor.shape for tensor in collator(list(rows)).values()} == {shape}
+    with pytest.raises(ValueError, match="8 pairs of up to 16 tokens are too many for a bucket of 7 rows"):
+        collator(list(data.select(range(8))))
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 8192])
+def test_little_of_a_bucket_is_padding(max_tokens):
+    """On lengths that are spread as in Multi30k, and as if every bucket had all of `max_tokens`."""
+    rng = np.random.default_rng(0)
+    source = rng.lognormal(np.log(14.5), 0.35, 29_000).round().clip(4, 60).astype(int)
+    target = (source * rng.normal(1.05, 0.2, len(source)).clip(0.5, 1.6)).round().clip(4, 60).astype(int)
+    buckets = Buckets(60, max_tokens=max_tokens)
+    sampler = TokenBatchSampler(buckets.round_up(np.maximum(source, target)), max_tokens, seed=1)
+    assert 1 - (source.sum() + target.sum()) / (2 * max_tokens * len(sampler)) < 0.2
+
+
+def test_a_bucket_holds_what_transformers_own_collator_makes():
+    model, tokenizer, data = tiny_model(), word_tokenizer(VOCAB_SIZE), list(pairs(5))
+    collator = BucketCollator(tokenizer, model, Buckets(64, rows=8))
+    plain = TranslationCollator(tokenizer, model=model)([{k: row[k] for k in ("input_ids", "labels")} for row in data])
+    padded = pickle.loads(pickle.dumps(collator))(data)  # as a worker of a DataLoader has it
+    padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+    assert plain.keys() == padded.keys() == {*padding, "decoder_input_ids"}
+    for name, filler in padding.items():
+        expected = torch.full_like(padded[name], filler)
+        expected[: plain[name].shape[0], : plain[name].shape[1]] = plain[name]
+        expected[5:, 0] = {"input_ids": tokenizer.eos_token_id, "attention_mask": 1, "labels": -100}[name]
+        assert torch.equal(padded[name], expected) and padded[name].dtype == plain[name].dtype
+    shifted = model.prepare_decoder_input_ids_from_labels(padded["labels"])
+    assert torch.equal(padded["decoder_input_ids"], shifted)
+    assert 0 <= shifted.min() and shifted.max() < VOCAB_SIZE
+
+
+def exact_model():
+    without = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    return tiny_model(**without, label_smoothing=0.1).double().train()
+
+
+def loss_and_gradients(batches, targets):
+    """The sums over accumulated batches, in float64."""
+    model = exact_model()
+    loss = sum(model(**batch, num_items_in_batch=targets).loss for batch in batches)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("accumulated", [1, 8])
+def test_loss_and_gradients_of_buckets_are_those_of_the_pairs_alone(accumulated):
+    data, max_tokens = list(pairs()), 16 * 60 // accumulated
+    # With two more rows than the sampler fills
+    padded = bucket_batches(data, Buckets(16, max_tokens=max_tokens + 32), max_tokens, multiple_of=accumulated)
+    assert len(padded) == accumulated
+    assert all((batch["labels"] == -100).all(1).any() for batch in padded), "rows are missing in all batches"
+    targets = sum(len(pair["labels"]) for pair in data)
+    results = (loss_and_gradients(batches, targets) for batches in (padded, [collate(data)]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_profile_of_a_bucket_has_one_more_token_for_each_missing_row():
+    model, tokenizer, data = exact_model(), word_tokenizer(VOCAB_SIZE), list(pairs(6))
+    more = {"input_ids": [tokenizer.eos_token_id], "labels": []}
+    for missing in (0, 2):
+        bucket = BucketCollator(tokenizer, model, Buckets(64, rows=6 + missing))(data)
+        measured, expected = (profile_residuals(model, b) for b in (bucket, collate([*data, *[more] * missing])))
+        for one, other in ((measured.encoder, expected.encoder), (measured.decoder, expected.decoder)):
+            assert one.omega == pytest.approx(other.omega, rel=1e-6)
+            assert one.branch_variances == pytest.approx(other.branch_variances, rel=1e-6)
 
 
 # --- in the Trainer -------------------------------------------------------------------------------

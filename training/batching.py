@@ -1,15 +1,18 @@
 """Batches of a number of tokens: sentences of similar length together, so that little of a batch is padding.
 
-And how they are padded.
+And how they are padded: to the longest of a batch, or to one of few shapes, each of which a GPU can record and replay.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.marian.modeling_marian import shift_tokens_right
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -20,7 +23,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     resumed run finds its place. Where batches are cut depends on the lengths alone, so all epochs have as many.
 
     Args:
-        lengths: tokens of the longer side of each pair as it will be padded, at least 1: see [`round_up`].
+        lengths: tokens of the longer side of each pair as it will be padded, at least 1: see [`round_up`] and
+            [`Buckets.round_up`].
         max_tokens: the largest batch; no length may exceed it.
         seed: what the random order follows from.
         multiple_of: the number of batches is made a multiple of it, by halving the largest, so that every update has
@@ -95,8 +99,123 @@ def round_up(lengths: Any, multiple: int) -> Any:
     return -(-lengths // multiple) * multiple
 
 
+class Buckets:
+    """The few shapes that batches may have: both sides padded to a bucket's length, with as many rows as it has.
+
+    Up to 8 times `multiple` every multiple is a bucket; from there each is about an eighth longer than the one before.
+    So little is padding, and there are few: with multiples of 4, 20 up to 128 tokens and 38 up to 1,024.
+
+    Args:
+        longest: tokens of the longest side of all pairs.
+        multiple: what all lengths are multiples of.
+        max_tokens: rows × length of a bucket is at most this.
+        rows: the rows of every bucket, in place of `max_tokens`.
+
+    Attributes:
+        lengths: the buckets' lengths, ascending, int64; the last is the first multiple that holds `longest`.
+
+    Raises:
+        ValueError: not exactly one of `max_tokens` and `rows` is given, `max_tokens` is below the last length, or a
+            number is below 1.
+
+    Example:
+
+    ```python
+    >>> buckets = Buckets(longest=50, max_tokens=400)
+    >>> buckets.lengths.tolist()
+    [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]
+    >>> [(buckets.rows(length), length) for length in buckets.round_up(np.array([3, 33, 50])).tolist()]
+    [(100, 4), (11, 36), (7, 52)]
+
+    ```
+    """
+
+    def __init__(
+        self, longest: int, multiple: int = 4, max_tokens: int | None = None, rows: int | None = None
+    ) -> None:
+        if (max_tokens is None) == (rows is None):
+            raise ValueError("Buckets need either max_tokens or rows.")
+        if min(longest, multiple, 1 if rows is None else rows) < 1:
+            raise ValueError(f"{longest=}, {multiple=} and {rows=} must be at least 1.")
+        lengths, last = [multiple], round_up(longest, multiple)
+        if max_tokens is not None and last > max_tokens:
+            raise ValueError(f"A pair has {last} tokens as padded, which max_tokens={max_tokens} cannot hold.")
+        while lengths[-1] < last:
+            step = max(1, round(lengths[-1] / 8 / multiple)) * multiple
+            lengths.append(min(lengths[-1] + step, last))
+        self.lengths = np.array(lengths)
+        self._max_tokens, self._rows = max_tokens, rows
+
+    def round_up(self, lengths: Any) -> Any:
+        """The shortest bucket's length that holds each of `lengths`, an integer or an array of any shape.
+
+        Raises:
+            ValueError: one is beyond the last bucket.
+        """
+        if (longest := np.max(lengths, initial=0)) > self.lengths[-1]:
+            raise ValueError(f"A pair has {longest} tokens, but the last bucket holds {self.lengths[-1]}.")
+        return self.lengths[np.searchsorted(self.lengths, lengths)]
+
+    def rows(self, length: int) -> int:
+        """The rows of the bucket of this length."""
+        return self._rows if self._max_tokens is None else self._max_tokens // int(length)
+
+
 class TranslationCollator(DataCollatorForSeq2Seq):
     """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`."""
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
         return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}
+
+
+class BucketCollator:
+    """Pads training pairs to the shape of the bucket that their longest side falls into, on the right.
+
+    Missing rows are filled up. Their source is one end-of-sentence token, because attention over padding alone would
+    divide by zero, and they have no targets, so that losses and gradients are those of the pairs alone.
+
+    Args:
+        tokenizer: says the padding and the end-of-sentence token.
+        model: says what decoders start from. The collator keeps numbers only, so that it is cheap to send to workers.
+        buckets: the shapes.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self.decoder_ids = model.config.pad_token_id, model.config.decoder_start_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad `features`, each with the ids `input_ids` and `labels`; other columns are dropped.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` and `decoder_input_ids`, int64, all `(rows, length)` of the bucket.
+
+        Raises:
+            ValueError: there are more pairs than rows, or one is longer than the last bucket.
+        """
+        sources, targets = ([feature[name] for feature in features] for name in ("input_ids", "labels"))
+        length = self.buckets.round_up(max(map(len, chain(sources, targets))))
+        missing = self.buckets.rows(length) - len(features)
+        if missing < 0:
+            raise ValueError(
+                f"{len(features)} pairs of up to {length} tokens are too many for a bucket of "
+                f"{self.buckets.rows(length)} rows."
+            )
+        input_ids, attention_mask = _padded([*sources, *[[self.eos_token_id]] * missing], length, self.pad_token_id)
+        labels, _ = _padded([*targets, *[[]] * missing], length, -100)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "decoder_input_ids": shift_tokens_right(labels, *self.decoder_ids),
+        }
+
+
+def _padded(rows: list[Sequence[int]], length: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rows` padded on the right, and 1 where there is no padding: both int64, `(len(rows), length)`."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    is_token = np.arange(length) < lengths[:, None]
+    ids = np.full(is_token.shape, padding)
+    ids[is_token] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
+    return torch.from_numpy(ids), torch.from_numpy(is_token.astype(np.int64))
