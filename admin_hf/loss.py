@@ -1,13 +1,16 @@
 """The training loss, computed without the full matrix of logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-# Elements of the largest matrix of logits that exists at a time: 2^23 float32 are 32 MiB, whatever the vocabulary.
+# Elements of the largest matrix of logits that exists at a time, whatever the vocabulary. 2^23 float32 are 32 MiB, of
+# which a CPU's caches hold a part. A GPU waits for launches between smaller chunks: 2^27 float32 are 512 MiB.
 CHUNK_ELEMENTS = 2**23
+GPU_CHUNK_ELEMENTS = 2**27
 
 
 # An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
@@ -35,16 +38,16 @@ def _loss_and_gradients(
     w, b = weight.to(dtype), bias.to(dtype)
     others = torch.arange(len(b), device=b.device) != pad_id
     smoothed = label_smoothing / (len(b) - 1)
-    # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
-    w_sum = weight.to(exact).sum(0) - weight[pad_id].to(exact)
-    b_sum = (bias.to(exact) * others).sum()
+    if smoothed:
+        # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
+        w_sum = weight.to(exact).sum(0) - weight[pad_id].to(exact)
+        b_sum = (bias.to(exact) * others).sum()
     only_pad = selects and not (bias * others).any()  # as Marian's
-    selected = labels.ne(-100).nonzero().squeeze(1) if selects else torch.arange(len(labels), device=labels.device)
     grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else weight.new_empty(0)
     loss, nll = (hidden.new_zeros((), dtype=exact) for _ in range(2))
 
-    for rows in selected.split(max(1, CHUNK_ELEMENTS // len(b))):
+    for rows in _chunks(labels, len(b), selects):
         h, y = hidden[rows], labels[rows]
         real = y.ne(-100).to(exact)
         target = torch.arange(len(y), device=y.device), y.clamp(min=0)
@@ -57,25 +60,39 @@ def _loss_and_gradients(
         too_small = p_y < torch.finfo(dtype).tiny
         if not selects or too_small.any():
             # Where p_y cannot be told exactly, from the largest p of its row
-            log_p = torch.where(too_small, z_y - z.amax(1).to(exact) + p.amax(1).to(exact).log(), log_p)
+            z_max, likeliest = z.max(1, keepdim=True)
+            from_largest = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
+            log_p = torch.where(too_small, from_largest, log_p)
         nll -= (log_p * real).sum()
-        smoothing = label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum)
-        loss += ((smoothing - log_p) * real).sum()
+        if smoothed:
+            loss += ((label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum)) * real).sum()
         # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
         # products, where it is a vector
         dz = p
         dz[target] = p_y - (1 - label_smoothing)  # scatter_ would copy all of dz
         dz[:, pad_id] = 0
         if needs_hidden:
-            grad_hidden[rows] = ((dz @ w - smoothed * w_sum) * real.unsqueeze(1)).to(hidden.dtype)
+            dh = dz @ w - smoothed * w_sum if smoothed else dz @ w
+            grad_hidden[rows] = (dh * real.unsqueeze(1)).to(hidden.dtype)
         if needs_weight:
             h = h * real.unsqueeze(1)
             grad_weight += dz.T @ h.to(dtype)
-            grad_weight -= smoothed * h.sum(0, dtype=exact)
+            if smoothed:
+                grad_weight -= smoothed * h.sum(0, dtype=exact)
     if needs_weight:
         grad_weight[pad_id] = 0
         grad_weight = grad_weight.to(weight.dtype)
-    return loss, nll, grad_hidden, grad_weight
+    return loss + nll, nll, grad_hidden, grad_weight
+
+
+def _chunks(labels: Tensor, vocab_size: int, selects: bool) -> Iterator[Tensor | slice]:
+    """The rows that are computed together: those with a label, or all in turn."""
+    if selects:
+        yield from labels.ne(-100).nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // vocab_size))
+        return
+    size = max(1, GPU_CHUNK_ELEMENTS // vocab_size)
+    for start in range(0, len(labels), size):
+        yield slice(start, start + size)
 
 
 @_loss_and_gradients.register_fake
