@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to matrix products: q, k and v share one cast, and one copy for their gradients."""
+    """`x` as autocast hands it to matrix products: all that read it share one cast, and one copy for their gradient."""
     device = x.device.type
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if casts else x
@@ -221,6 +221,8 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # A static cache says its length in a tensor, which a GPU would have to wait for
         self._check_input("decoder_input", input_ids, inputs_embeds, past if isinstance(past, int) else 0)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = _in_autocast_dtype(encoder_hidden_states)  # once, for the keys of all layers
         outputs = super().forward(
             input_ids,
             attention_mask=attention_mask,
