@@ -1,0 +1,241 @@
+"""The training pass, compiled, and on a GPU replayed as CUDA graphs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers.utils import logging
+
+from .pretrained import AdminPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
+
+# Variants of a layer that a process compiles: two or four for a model, and as many for another one
+VARIANTS = 64
+# Shapes of a batch that are captured at most: each holds the launches of a whole pass, some MB of host memory
+MAX_SHAPES = 128
+
+Outputs = tuple[Tensor, ...]
+
+
+class Recording(Protocol):
+    """A recorded computation on tensors that stay in their place."""
+
+    outputs: Outputs
+
+    def replay(self) -> None:
+        """Compute anew from what the inputs hold now, into the same outputs."""
+
+
+class CompiledPass:
+    """Forward and backward pass of a training loss with compiled layers; on a GPU, one CUDA graph for each shape.
+
+    Python launches the kernels of a deep model more slowly than a GPU computes them. Here the layers are compiled,
+    which makes fewer and faster kernels of them: once for all shapes, and for any depth, since all layers of a stack
+    but the first share one compilation. On a GPU the pass over a batch of a new shape then runs as it comes, the
+    second one of this shape is captured as a CUDA graph, and from then on a pass is one launch. Dropout draws new
+    masks in each replay.
+
+    Captured passes share their memory. They need batches of few shapes; at most `MAX_SHAPES` are captured, others run
+    compiled. A pass with a hook on the model itself (as [`AdminProfilingCallback`] and
+    [`~admin_hf.monitoring.ResidualMonitor`] set) runs as it is, neither compiled nor captured. Hooks on its parts are
+    called while a pass is captured, not when it is replayed.
+
+    Args:
+        model: the bare model, on its device. Its layers are compiled for this pass alone: evaluation and generation
+            are as before.
+        loss: computes from a batch, as keyword arguments, the loss, a scalar, and what else is wanted, as a tuple of
+            tensors. It must not read a tensor on the host.
+        scale: what the loss goes through before the backward pass, such as `GradScaler.scale`.
+        backend: of `torch.compile`.
+        record: captures a computation, in place of a CUDA graph on a GPU and nothing elsewhere.
+
+    Raises:
+        ValueError: the model has what no captured pass can have (see [`why_not_compiled`]).
+
+    Example:
+
+    ```python
+    compiled = CompiledPass(model, lambda **batch: (model(**batch).loss,))
+    for batch in loader:
+        (loss,) = compiled(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: AdminPreTrainedModel,
+        loss: Callable[..., Outputs],
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        backend: str = "inductor",
+        record: Callable[[Callable[[], Outputs]], Recording] | None = None,
+    ) -> None:
+        if (reason := why_not_compiled(model)) is not None:
+            raise ValueError(f"The training pass cannot be compiled: {reason}")
+        self.model, self.loss, self.scale = model, loss, scale
+        base: Any = model.base_model
+        self.layers: list[Any] = [*base.encoder.layers, *base.decoder.layers]
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+        self.compiled = [torch.compile(layer.forward, dynamic=True, backend=backend) for layer in self.layers]
+        device = next(model.parameters()).device
+        self.record = CUDAGraphs(device) if record is None and records(device) else record
+        self._recorded: dict[Any, _Recorded] = {}
+        self._seen: set[Any] = set()
+        self._gradients = _Gradients([])
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Outputs:
+        """Compute the loss of a batch and *add* its gradients to those of the parameters, as `loss.backward()` does.
+
+        Args:
+            batch: tensors on the model's device, of any shapes; a change of a shape or dtype is a new shape.
+
+        Returns:
+            What `loss` returned, without gradients.
+        """
+        if not self._gradients.fit(self.model):
+            self._recorded.clear()
+            self._seen.clear()
+            self._gradients = _Gradients([p for p in self.model.parameters() if p.requires_grad])
+        self._gradients.attach()
+        if self.model._forward_pre_hooks or self.model._forward_hooks:
+            return self._pass(**batch)
+        key = tuple((name, x.shape, x.dtype) for name, x in batch.items())
+        with self._compiled_layers():
+            if (recorded := self._recorded.get(key)) is not None:
+                return recorded.replay(batch)
+            if key in self._seen and self.record is not None and len(self._recorded) < MAX_SHAPES:
+                recorded = self._recorded[key] = _Recorded(batch, self._pass, self.record)
+                return recorded.replay(batch)
+            if not self._seen:
+                logger.info("Compiling the layers, once for all shapes of a batch: this takes a minute or so.")
+            self._seen.add(key)
+            return self._pass(**batch)
+
+    def average_gradients(self) -> None:
+        """Make the gradients their mean over all processes, where there are several. All processes must call it."""
+        if distributed.is_initialized():
+            for gradients in self._gradients.flat.values():
+                distributed.all_reduce(gradients)
+                gradients /= distributed.get_world_size()
+
+    def _pass(self, **batch: Tensor) -> Outputs:
+        outputs = self.loss(**batch)
+        self._gradients.add(self.scale(outputs[0]))
+        return tuple(x.detach() for x in outputs)
+
+    @contextmanager
+    def _compiled_layers(self) -> Iterator[None]:
+        for layer, forward in zip(self.layers, self.compiled, strict=True):
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+def why_not_compiled(model: AdminPreTrainedModel) -> str | None:
+    """Say in a sentence why no pass of the model can be captured, or None where it can be."""
+    config = model.config
+    if config.encoder_layerdrop or config.decoder_layerdrop:
+        return "layerdrop leaves out other layers in each pass."
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return "gradient checkpointing runs layers again in the backward pass."
+    return None
+
+
+class _Gradients:
+    """Gradients that stay in their place, as views of one tensor for each dtype.
+
+    A captured pass writes to the same memory in each replay, while optimisers set gradients to None.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._addresses = [p.data_ptr() for p in parameters]
+        self.flat: dict[torch.dtype, Tensor] = {}
+        sizes: dict[torch.dtype, int] = {}
+        for p in parameters:
+            sizes[p.dtype] = sizes.get(p.dtype, 0) + _aligned(p.numel())
+        ends = dict.fromkeys(sizes, 0)
+        for dtype, size in sizes.items():
+            self.flat[dtype] = torch.zeros(size, dtype=dtype, device=parameters[0].device)
+        self.views = []
+        for p in parameters:
+            start = ends[p.dtype]
+            ends[p.dtype] += _aligned(p.numel())
+            self.views.append(self.flat[p.dtype][start : start + p.numel()].view_as(p))
+
+    def fit(self, model: nn.Module) -> bool:
+        """Whether these are the gradients of the model's trainable parameters, where they are now."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        same = len(parameters) == len(self.parameters)
+        return same and [p.data_ptr() for p in parameters] == self._addresses
+
+    def attach(self) -> None:
+        """Give each parameter its gradient: 0 where it has none."""
+        if all(p.grad is view for p, view in zip(self.parameters, self.views, strict=True)):
+            return
+        held = [p.grad for p in self.parameters]
+        for flat in self.flat.values():
+            flat.zero_()
+        for p, grad, view in zip(self.parameters, held, self.views, strict=True):
+            if grad is not None:
+                view.copy_(grad)
+            p.grad = view
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        pairs = [(view, grad) for view, grad in zip(self.views, grads, strict=True) if grad is not None]
+        torch._foreach_add_([view for view, _ in pairs], [grad for _, grad in pairs])
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+class _Recorded:
+    """A recorded pass over batches of one shape."""
+
+    def __init__(
+        self,
+        batch: Mapping[str, Tensor],
+        run: Callable[..., Outputs],
+        record: Callable[[Callable[[], Outputs]], Recording],
+    ) -> None:
+        self.inputs = {name: x.clone() for name, x in batch.items()}
+        self.recording = record(lambda: run(**self.inputs))
+
+    def replay(self, batch: Mapping[str, Tensor]) -> Outputs:
+        for name, x in batch.items():
+            self.inputs[name].copy_(x, non_blocking=True)
+        self.recording.replay()
+        return tuple(x.clone() for x in self.recording.outputs)
+
+
+def records(device: torch.device) -> bool:
+    """Whether a device can replay what it was given to do."""
+    return device.type == "cuda"
+
+
+class CUDAGraphs:
+    """Records computations as CUDA graphs, all in one pool of memory: only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, compute: Callable[[], Outputs]) -> Recording:
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+            graph.outputs = compute()
+        return graph
+
+
+__all__ = ["CompiledPass", "why_not_compiled"]
