@@ -32,7 +32,6 @@ from admin_hf import (
     initialize_omega,
     profile_and_initialize,
 )
-from admin_hf.attention import CPU_ATTENTION
 from admin_hf.averaging import average_checkpoints
 from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line
@@ -247,8 +246,6 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
     if training_args.use_cpu and training_args.fp16:
         logger.warning("--fp16: a CPU has no float16 here, so this computes in float32; --bf16 is faster.")
     model.config.label_smoothing = training_args.label_smoothing_factor
-    if training_args.use_cpu:
-        model.set_attn_implementation(CPU_ATTENTION)
     num_beams = training_args.generation_num_beams or data_args.num_beams
     set_generation(model, data_args.val_max_target_length, num_beams, data_args.length_penalty)
     if model_args.residual_profile:

@@ -1,4 +1,4 @@
-"""Attention for training on a CPU, as an attention implementation of Transformers."""
+"""Attention of all Admin models, as an attention implementation of Transformers."""
 
 from typing import Any
 
@@ -11,14 +11,15 @@ from transformers.masking_utils import eager_mask
 from .dropout import dropout as cpu_dropout
 
 
-CPU_ATTENTION = "admin_cpu"  # for `model.set_attn_implementation`
+ADMIN_ATTENTION = "admin"  # what a model has unless another attention is asked for
+CPU_ATTENTION = "admin_cpu"  # the same under its former name
 
 # PyTorch's softmax takes up to 20 times as long for an entry of a row that is shorter than a vector register, which
 # holds 16 float32 with AVX-512: 56 ns in rows of 15, 2.6 ns in rows of 16 (one thread)
 SHORTEST_ROW = 16
 
 
-def cpu_attention(
+def admin_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -28,26 +29,29 @@ def cpu_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as its formula says it, ``dropout(softmax(q kᵀ · scaling + mask)) v``, in train mode; else PyTorch's.
+    """Attention as its formula says it, ``dropout(softmax(q kᵀ · scaling + mask)) v``, in train mode on a CPU.
 
-    PyTorch's fused attention has no dropout on a CPU, and without dropout a backward pass in bfloat16 that takes
-    about eight times as long as this. Against its plain path, which has dropout, this one has cheap random bits and no
-    short rows for softmax: a training step of a small model takes 1.06 times as long with PyTorch's in float32, 1.23
-    times in bfloat16. Weights are never returned: `"eager"` does that.
+    Elsewhere it is PyTorch's fused attention, which on a CPU has no dropout, and without dropout a backward pass in
+    bfloat16 that takes about eight times as long as this. Against its plain path, which has dropout, this one has
+    cheap random bits and no short rows for softmax: a training step of a small model takes 1.06 times as long with
+    PyTorch's in float32, 1.23 times in bfloat16. Under `torch.compile` it is PyTorch's too. Weights are never
+    returned: `"eager"` does that.
 
     Args:
         query: `(batch_size, heads, target_length, head_size)`.
         key, value: `(batch_size, heads, source_length, head_size)`.
-        attention_mask: added to the products, `(batch_size, 1, target_length, source_length)`.
+        attention_mask: `(batch_size, 1, target_length, source_length)`, added to the products, or, of bool, True for
+            what takes part.
 
     Returns:
         The output, `(batch_size, target_length, heads, head_size)`, and None.
     """
-    if not module.training:
-        kwargs["is_causal"] = False  # the mask says it
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if query.device.type != "cpu" or not module.training or torch.compiler.is_compiling():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:  # a caller's own, as PyTorch takes it too
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     keys = scores.shape[-1]
     if keys < SHORTEST_ROW:
@@ -57,5 +61,43 @@ def cpu_attention(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(CPU_ATTENTION, cpu_attention)
-AttentionMaskInterface.register(CPU_ATTENTION, eager_mask)
+def admin_mask(
+    *,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_is_bidirectional_skip: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that is added to the products, `(batch_size, 1, target_length, source_length)`, made once per forward.
+
+    As [`~transformers.masking_utils.eager_mask`], but it looks at the entries of `attention_mask` on a CPU alone: any
+    other device would have to be waited for, and could not record the pass in a graph. Its dtype there is that of
+    the products, so that PyTorch need not convert it in every layer. What is masked has the lowest finite value: a
+    row that is masked as a whole gets equal weights, not NaN.
+
+    Returns:
+        The mask, or None where nothing is masked: on a CPU if `attention_mask` says so, elsewhere if it is None.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        allow_is_bidirectional_skip = allow_is_bidirectional_skip and attention_mask is None
+        dtype = _computed_dtype(device.type, dtype)
+    return eager_mask(
+        attention_mask=attention_mask,
+        dtype=dtype,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        device=device,
+        **kwargs,
+    )
+
+
+def _computed_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a matrix product of `dtype` is computed."""
+    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none, and asking whether it is on would raise
+    return torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else dtype
+
+
+for name in (ADMIN_ATTENTION, CPU_ATTENTION):
+    AttentionInterface.register(name, admin_attention)
+    AttentionMaskInterface.register(name, admin_mask)

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.models.marian.modeling_marian import MarianPreTrainedModel, MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
 
+from .attention import ADMIN_ATTENTION
 from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
 from .configuration_admin import AdminConfig
 from .residual import ScaleModule, profiled_connections
@@ -46,6 +47,10 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
     vanilla_folder: Path | None = None
     _default_auto_class = "AutoModel"
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The attention that is asked for, or the models' own."""
+        return super().get_correct_attn_implementation(requested_attention or ADMIN_ATTENTION, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

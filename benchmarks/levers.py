@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import run_translation
-from admin_hf import dropout, modeling_admin
+from admin_hf import dropout, modeling_admin, pretrained
 from training import allocator
 
 from . import systems
@@ -82,7 +81,7 @@ LEVERS: dict[str, tuple[Any, str, Any]] = {
     "`dropout` and `relu_dropout`": (dropout, "_draws_bits", never),
     "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
     "`keep_freed_memory`": (allocator, "_has_glibc", nothing),
-    "`cpu_attention`": (run_translation, "CPU_ATTENTION", "sdpa"),
+    "`admin_attention`": (pretrained, "ADMIN_ATTENTION", "sdpa"),
     "one cast for q, k and v": (modeling_admin, "_in_autocast_dtype", nothing),
 }
 BFLOAT16_ONLY = ("one cast for q, k and v",)

@@ -4,6 +4,7 @@ Not collected where it lies: `tests/test_hf_common.py` copies it to `tests/model
 """
 
 import unittest
+from unittest.mock import patch
 
 import torch
 from transformers import MarianConfig, MarianModel, MarianMTModel
@@ -84,6 +85,11 @@ class CommonTests(ModelTesterMixin, GenerationTesterMixin):
 
     def test_config(self):
         ConfigTester(self, config_class=self.config_class, **SIZES, **self.residuals).run_common_tests()
+
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        # It begins with the library's default, which Admin's models alone have another in place of
+        with patch("admin_hf.pretrained.ADMIN_ATTENTION", "sdpa"):
+            super().test_sdpa_can_dispatch_non_composite_models()
 
 
 class MarianTest(CommonTests, unittest.TestCase):
