@@ -159,6 +159,10 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         default=0.03125, metadata={"help": "Smallest loss scale of fp16. Ten overflows in a row there are divergence."}
     )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many updates."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave losses that are not finite out of the log; reads each loss. They end a run anyway."},
+    )
     report_to: None | str | list[str] = field(
         default="tensorboard" if is_tensorboard_available() else "none",
         metadata={"help": "Where logs go: 'tensorboard' (if installed), 'wandb', 'trackio', 'all' or 'none'."},

@@ -180,6 +180,8 @@ class TranslationTrainer(ResumableTrainer):
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args = super()._build_accelerator_args(**kwargs)
         args["kwargs_handlers"].append(GradScalerKwargs(growth_interval=self.args.fp16_scale_window))
+        # Or each batch waits for the GPU. No argument of the run, for nothing that is computed depends on it
+        args["dataloader_config"].non_blocking = self.args.device.type == "cuda"
         return args
 
     # --- what a run shows ---
