@@ -78,23 +78,30 @@ def hooks_of(model: nn.Module) -> list[int]:
 
 
 class Losses:
-    """Sends losses through the events of the Trainer's updates, until one of them is divergence."""
+    """Sends losses through the events of the Trainer's updates, until one of them is divergence.
 
-    def __init__(self, folder: Path, warmup_steps: int = 0) -> None:
+    Args:
+        late: read them as late as on a GPU.
+    """
+
+    def __init__(self, folder: Path, warmup_steps: int = 0, late: bool = False) -> None:
         self.args = TrainingArguments(str(folder), use_cpu=True, warmup_steps=warmup_steps, report_to="none")
         self.accelerator, self.model, self.batch = Accelerator(cpu=True), tiny_model().train(), padded_batch()
+        self.late = late
 
     def diverged_at(self, losses: list[float]) -> int | None:
         """The update, counted from 1, whose loss showed divergence."""
         monitor, state = UpdateMonitor(self.accelerator, min_scale=0.1), TrainerState(max_steps=len(losses))
-        for loss in losses:
-            monitor.add(torch.tensor(loss), torch.tensor(loss), self.batch)
-            try:
+        monitor.late = self.late
+        try:
+            for loss in losses:
+                monitor.add(torch.tensor(loss), torch.tensor(loss), self.batch)
                 monitor.on_pre_optimizer_step(self.args, state, TrainerControl(), model=self.model)
-            except Divergence as divergence:
-                assert divergence.record["step"] == state.global_step
-                return state.global_step + 1
-            state.global_step += 1
+                state.global_step += 1
+            monitor.on_epoch_end(self.args, state, TrainerControl())
+        except Divergence as divergence:
+            assert state.global_step == divergence.record["step"] + self.late, "one update late, or at once"
+            return divergence.record["step"] + 1
         return None
 
 

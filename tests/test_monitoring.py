@@ -97,18 +97,23 @@ def test_two_processes_log_as_one(tmp_path):
     root = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "two")], check=True, capture_output=True, env=environment, cwd=root)
-    one = log_of_an_update(tmp_path / "one", accumulated=2)
+    one = log_of_updates(tmp_path / "one", accumulated=2)
     two = json.loads((tmp_path / "two" / "log.json").read_text())
     for name in ("loss", "nll", "perplexity", "pad_fraction", "encoder_omega_max", "decoder_omega_min"):
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
-def log_of_an_update(folder: Path, accumulated: int) -> dict[str, float]:
-    """In which one process sees the batches one after another that two see at a time."""
+def log_of_updates(folder: Path, accumulated: int, late: bool = False) -> dict[str, float]:
+    """In which one process sees the batches one after another that two see at a time.
+
+    Args:
+        late: read what they were as late as on a GPU.
+    """
     model = still_model()
     options = {"max_steps": 2, "logging_steps": 2, "gradient_accumulation_steps": accumulated, "max_tokens": 100}
     options |= {"learning_rate": 0.0, "optim": "sgd"}
     trainer = tiny_trainer(folder, model, residuals=ResidualMonitor(model), **options)
+    trainer.monitor.late = late
     trainer.train()
     return next(entry for entry in trainer.state.log_history if "nll" in entry)
 
@@ -366,7 +371,7 @@ def test_early_stopping_and_averaging_go_together(data, tmp_path):
 
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_log_as_one
-    logs = log_of_an_update(Path(sys.argv[1]), accumulated=1)
+    logs = log_of_updates(Path(sys.argv[1]), accumulated=1, late=True)
     if torch.distributed.get_rank() == 0:
         (Path(sys.argv[1]) / "log.json").write_text(json.dumps(logs))
     end_process_group()

@@ -202,6 +202,16 @@ def test_the_recipe_is_recorded_and_recognised(tmp_path):
         check_output_dir(parse_arguments(translation_arguments(tmp_path, *recipe, "--optim", "sgd")))
 
 
+def test_a_run_with_trainers_filter_of_losses_can_go_on_without_it(tmp_path):
+    """Which was on by default: a run from then says so in its record."""
+    given = parse_arguments(translation_arguments(tmp_path))
+    assert given[2].logging_nan_inf_filter is False
+    record_arguments(given)
+    recorded = json.loads((tmp_path / ARGUMENTS_NAME).read_text())
+    (tmp_path / ARGUMENTS_NAME).write_text(json.dumps(recorded | {"logging_nan_inf_filter": True}))
+    check_output_dir(given)
+
+
 # --- schedules ------------------------------------------------------------------------------------
 
 PEAK, INITIAL, WARMUP, UPDATES = 7e-4, 1e-7, 6, 20
@@ -318,14 +328,14 @@ class ScaledLoop:
 
     def update(self, gradient: float) -> tuple[float, int]:
         """One update; returns the scale after it and the overflows in a row at the clamp."""
-        before, weight = self.scaler.get_scale(), float(self.weight.detach())
+        before, weight = self.clamp.scale(self.scaler), float(self.weight.detach())
         self.optimizer.zero_grad()
         self.scaler.scale((self.weight * gradient).sum()).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         assert (float(self.weight.detach()) == weight) is math.isinf(gradient), "an overflow skips the update"
         overflows = self.clamp.update(self.scaler, before)
-        return self.scaler.get_scale(), overflows
+        return self.scaler.get_scale(), int(overflows)
 
 
 def test_overflows_halve_the_scale_down_to_the_smallest():
@@ -374,15 +384,27 @@ class Overflow(TrainerCallback):
         self.weights.append(self.weight.detach().clone())
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "radam"])
-def test_a_run_whose_gradients_overflow_at_the_smallest_scale_has_diverged(tmp_path, monkeypatch, optim):
+@pytest.mark.parametrize(
+    "optim, late, logging_steps",
+    [("adamw_torch_fused", False, 1), ("radam", False, 1), ("radam", True, 1), ("adamw_torch_fused", True, 100)],
+)
+def test_a_run_whose_gradients_overflow_at_the_smallest_scale_has_diverged(
+    tmp_path, monkeypatch, optim, late, logging_steps
+):
     """The Trainer's own loop, with the scaler that accelerate makes on a GPU. Fused optimisers skip by themselves."""
     model = plain_model()
     name = "model.decoder.layers.1.fc1.weight"
     overflow = Overflow(model.get_parameter(name), update=4)
     trainer = tiny_trainer(
-        tmp_path, model, max_steps=20, logging_steps=1, fp16_min_scale=0.25, optim=optim, callbacks=[overflow]
+        tmp_path,
+        model,
+        max_steps=20,
+        logging_steps=logging_steps,
+        fp16_min_scale=0.25,
+        optim=optim,
+        callbacks=[overflow],
     )
+    trainer.monitor.late = late
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
     with pytest.raises(Divergence, match="10 updates in a row overflowed at the smallest loss scale, 0.25") as caught:
@@ -391,6 +413,6 @@ def test_a_run_whose_gradients_overflow_at_the_smallest_scale_has_diverged(tmp_p
     assert record["step"] == 3 + 2 + MAX_OVERFLOWS - 1, "three good updates, two that halve the scale, and ten"
     assert record["scale"] == 0.25 and math.isfinite(record["loss"])
     assert record["first_non_finite"] == name
-    assert logged(trainer, "loss_scale")[:6] == [1, 1, 1, 1, 0.5, 0.25], "of each update"
+    assert logging_steps > 1 or logged(trainer, "loss_scale")[:6] == [1, 1, 1, 1, 0.5, 0.25], "of each update"
     assert not torch.equal(overflow.weights[0], overflow.weights[3])
     assert all(torch.equal(overflow.weights[3], later) for later in overflow.weights[4:]), "no update was made"

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -35,30 +37,58 @@ def warm_up_from(scheduler: LambdaLR, initial: float, warmup_steps: int) -> Lamb
     return LambdaLR(scheduler.optimizer, [raised(factor) for factor in scheduler.lr_lambdas])
 
 
+def skipping_optimizer(optimizer: Any) -> Optimizer | None:
+    """The innermost optimiser of accelerate's wrappers, if an update can be skipped without the host being asked.
+
+    PyTorch's fused optimisers change nothing, neither weights nor their own state, in an update for which the
+    attribute `found_inf` is a float32 tensor of 1.0; a GradScaler sets it, too.
+
+    Returns:
+        The optimiser; None if it cannot, or if it holds weights that are spread over processes, which would need the
+        attribute to be spread as well.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    weights = (weight for group in optimizer.param_groups for weight in group["params"])
+    return None if any(hasattr(weight, "full_tensor") for weight in weights) else optimizer
+
+
 class LossScaleClamp:
     """Keeps the loss scale of float16 at or above a smallest value, and counts overflows there.
 
     A gradient that overflows halves the scale; a model that diverges overflows at any scale. So the scale is clamped,
-    and overflow after overflow at the clamp is what divergence looks like.
+    and overflow after overflow at the clamp is what divergence looks like. Nothing is read: scales and counts are
+    scalar tensors.
 
     Args:
         min_scale: the smallest scale.
+        device: the scaler's.
     """
 
-    def __init__(self, min_scale: float) -> None:
+    def __init__(self, min_scale: float, device: torch.device | str = "cpu") -> None:
         self.min_scale = torch.tensor(min_scale, dtype=torch.float32).item()  # as the scaler holds it
-        self.overflows = 0
+        self._one = torch.ones((), device=device)
+        self._overflows = torch.zeros((), device=device)
 
-    def update(self, scaler: torch.amp.GradScaler, scale_before: float) -> int:
-        """Clamp after the scaler's own update; returns the number of overflows in a row at the clamp.
+    def scale(self, scaler: torch.amp.GradScaler) -> Tensor:
+        """The loss scale as it is now, float32."""
+        return scaler.scale(self._one)
+
+    def update(self, scaler: torch.amp.GradScaler, scale_before: Tensor) -> Tensor:
+        """Clamp after the scaler's own update.
 
         Args:
             scaler: the scaler, already updated for this step.
             scale_before: the scale that the step was computed with.
+
+        Returns:
+            The number of overflows in a row at the clamp, float32.
         """
         # Not accelerate's `optimizer_step_was_skipped`: fused optimisers skip by themselves, which it does not see
-        overflow = scaler.get_scale() < scale_before
-        if scaler.get_scale() < self.min_scale:
-            scaler.update(self.min_scale)
-        self.overflows = self.overflows + 1 if overflow and scale_before <= self.min_scale else 0
-        return self.overflows
+        scale = self.scale(scaler)
+        overflowed_there = (scale < scale_before) & (scale_before <= self.min_scale)
+        self._overflows = (self._overflows + 1) * overflowed_there
+        scaler.update(scale.clamp(min=self.min_scale))
+        return self._overflows
