@@ -28,8 +28,10 @@ from admin_hf import (
     AdminConfig,
     AdminForConditionalGeneration,
     AdminProfilingCallback,
+    KeepFreedMemory,
     ResidualProfile,
     initialize_omega,
+    map_large_buffers,
     profile_and_initialize,
 )
 from admin_hf.averaging import average_checkpoints
@@ -40,7 +42,6 @@ from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training import runs
-from training.allocator import KeepFreedMemory, map_large_buffers
 from training.batching import TranslationCollator
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
@@ -266,7 +267,7 @@ def build_trainer(
     """Put model, data, scores and callbacks together."""
     training_args = arguments[2]
     callbacks = [AdminProfilingCallback(), stop]
-    if training_args.use_cpu and training_args.keep_freed_memory:
+    if training_args.keep_freed_memory:
         callbacks.append(KeepFreedMemory())
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStopping(training_args.early_stopping_patience))

@@ -5,6 +5,7 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
+from .allocator import KeepFreedMemory, keep_freed_memory, map_large_buffers
 from .attention import CPU_ATTENTION
 from .averaging import average_checkpoints, last_checkpoints
 from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
@@ -29,10 +30,13 @@ __all__ = [
     "AdminPreTrainedModel",
     "AdminProfilingCallback",
     "AdminPublishingCallback",
+    "KeepFreedMemory",
     "ResidualProfile",
     "average_checkpoints",
     "initialize_omega",
+    "keep_freed_memory",
     "last_checkpoints",
+    "map_large_buffers",
     "profile_and_initialize",
     "profile_residuals",
     "reparameterize",

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from admin_hf import dropout, modeling_admin, pretrained
-from training import allocator
+from admin_hf import allocator, dropout, modeling_admin, pretrained
 
 from . import systems
 from .record import Settings, conditions, cost

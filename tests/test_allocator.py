@@ -3,17 +3,20 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from training.allocator import ALIGN
+from admin_hf import KeepFreedMemory, allocator
+from admin_hf.allocator import ALIGN, M_MMAP_MAX, M_MMAP_THRESHOLD
 
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 
 FAULTS = """
 import resource, sys, torch
-from training.allocator import keep_freed_memory
+from admin_hf.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -30,7 +33,7 @@ print(min(faults[4:]))
 PLACES = """
 import ctypes, json, sys
 import run_translation  # its imports make no tensor, so that PyTorch reads its setting later
-from training.allocator import KeepFreedMemory, map_large_buffers
+from admin_hf.allocator import KeepFreedMemory, map_large_buffers
 
 if sys.argv[1] == "map":
     assert map_large_buffers()
@@ -73,7 +76,7 @@ TRAINER = """
 import json, os, sys
 from pathlib import Path
 from benchmarks import systems
-from training.allocator import ALIGN, KeepFreedMemory
+from admin_hf.allocator import ALIGN, KeepFreedMemory
 
 shape = systems.Shape(d_model=8, ffn=8, heads=2, layers=1, vocab_size=20)
 options = systems.training_options(Path(sys.argv[2]), "float32", use_cpu=True)
@@ -115,3 +118,30 @@ def test_without_it_buffers_have_odd_addresses(tmp_path):
 def test_training_does_so_unless_a_flag_says_no(tmp_path, keep):
     seen = json.loads(run(TRAINER, str(keep), str(tmp_path)))
     assert seen == {"callback": keep, "aligned": keep, "inherited": False}
+
+
+def settings_of_a_run(device: str, monkeypatch) -> list[set[int]]:
+    """The settings that the callback changes in a training of two updates, and in one after it."""
+    changed: list[set[int]] = []
+    monkeypatch.setattr(allocator, "_mallopt", lambda values: changed.append({*values}) or True)
+    callback, run = KeepFreedMemory(), (SimpleNamespace(device=torch.device(device)), None, None)
+    for _ in range(2):
+        callback.on_train_begin(*run)
+        callback.on_optimizer_step(*run)
+        callback.on_prediction_step(*run)
+    return changed
+
+
+def test_the_callback_alone_maps_what_stays_before_it_keeps_what_is_freed(monkeypatch):
+    first, second = settings_of_a_run("cpu", monkeypatch)
+    assert first == {M_MMAP_THRESHOLD} and M_MMAP_MAX in second
+
+
+def test_the_callback_does_nothing_on_another_device(monkeypatch):
+    assert settings_of_a_run("cuda", monkeypatch) == []
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert settings_of_a_run("cpu", monkeypatch) == []
+    assert not allocator.map_large_buffers() and not allocator.keep_freed_memory()

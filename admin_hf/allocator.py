@@ -6,7 +6,7 @@ import platform
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 # Parameters of glibc's mallopt(3)
@@ -52,15 +52,35 @@ def keep_freed_memory() -> bool:
 
 
 class KeepFreedMemory(TrainerCallback):
-    """Calls [`keep_freed_memory`] when all that stays has its memory: behind the first update or evaluated batch."""
+    """Lets a training on a CPU keep its memory from update to update, in any [`~transformers.Trainer`].
+
+    What stays is mapped by itself in the first update ([`map_large_buffers`]), and what is freed is kept behind it, or
+    behind the first evaluated batch ([`keep_freed_memory`]). Nothing happens on another device, or where the C library
+    is not glibc. Aligned buffers, and weights outside the heap, take a call of [`map_large_buffers`] before the model
+    is built.
+
+    Example:
+
+    ```python
+    trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=[KeepFreedMemory()])
+    ```
+    """
 
     def __init__(self) -> None:
         self._done = False
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._done:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._done and args.device.type == "cpu":
+            map_large_buffers()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._done and args.device.type == "cpu":
             keep_freed_memory()
-            self._done = True
+        self._done = True
 
     on_prediction_step = on_optimizer_step
 
@@ -72,3 +92,6 @@ def _has_glibc() -> bool:
 def _mallopt(values: dict[int, int]) -> bool:
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(parameter, value) for parameter, value in values.items())
+
+
+__all__ = ["KeepFreedMemory", "keep_freed_memory", "map_large_buffers"]
