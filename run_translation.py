@@ -42,7 +42,7 @@ from admin_hf.reparameterization import stock_architecture
 from training import arguments as args
 from training import data as parallel
 from training import runs
-from training.batching import TranslationCollator
+from training.batching import TranslationCollator, round_up
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
@@ -195,8 +195,8 @@ def tokenize(
     """Turn every split into token ids."""
     _, data_args, training_args = arguments
     longest = training_args.max_tokens
-    if longest and training_args.pad_to_multiple_of:
-        longest -= longest % training_args.pad_to_multiple_of
+    if longest:
+        longest -= longest % training_args.length_multiple
     return {
         split: parallel.tokenize_for_training(dataset, tokenizer, data_args, longest)
         if split == "train"
@@ -234,6 +234,8 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
             f"The tokenizer has {len(tokenizer):,} entries but the model's vocabulary {model.config.vocab_size:,}."
         )
     longest = max(data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length)
+    if training_args.do_train:
+        longest = round_up(longest, training_args.length_multiple)
     if longest > model.config.max_position_embeddings:
         raise InputError(
             f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "

@@ -15,6 +15,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from transformers.models.marian.modeling_marian import shift_tokens_right
 
 
+MULTIPLE = 4  # of the lengths of buckets
+
+
 class TokenBatchSampler(Sampler[list[int]]):
     """Yields batches of pairs, each at most `max_tokens` large: number of pairs × longest side, as fairseq counts.
 
@@ -131,7 +134,7 @@ class Buckets:
     """
 
     def __init__(
-        self, longest: int, multiple: int = 4, max_tokens: int | None = None, rows: int | None = None
+        self, longest: int, multiple: int = MULTIPLE, max_tokens: int | None = None, rows: int | None = None
     ) -> None:
         if (max_tokens is None) == (rows is None):
             raise ValueError("Buckets need either max_tokens or rows.")

@@ -1,6 +1,7 @@
 """Seq2SeqTrainer for translation: token batches, the paper's optimisation, scores against the text itself."""
 
 import functools
+import logging
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,19 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from admin_hf.callback import sharding
+from admin_hf.compilation import CompiledPass, why_not_compiled
 from admin_hf.monitoring import ResidualMonitor, perplexity
 
-from .batching import TokenBatchSampler, round_up
+from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 from .signals import outlive_signals
+
+
+logger = logging.getLogger(__name__)
 
 
 # Differences to Seq2SeqTrainer:
@@ -37,6 +43,7 @@ from .signals import outlive_signals
 # - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
 # - the loss of an evaluation is the mean over all its targets, not over batches of few and of many
 # - every update is watched: for logs, for the progress bar, and for divergence
+# - `--torch_compile` compiles the layers for training alone, and replays CUDA graphs of batches of few shapes
 # - evaluation keeps the order of its data set
 # - the folder of the run, with its checkpoints and arguments, is never what is pushed to the Hub
 class TranslationTrainer(ResumableTrainer):
@@ -123,11 +130,28 @@ class TranslationTrainer(ResumableTrainer):
         return {name: score for name, score in scores.items() if name not in self.signatures}
 
     @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.train_dataset.with_format("numpy")["length"][:]
+
+    @functools.cached_property
+    def buckets(self) -> Buckets:
+        """The shapes of training batches under `--torch_compile`."""
+        size = {"max_tokens": self.args.max_tokens} if self.args.max_tokens else {"rows": self.args.train_batch_size}
+        return Buckets(int(self._lengths.max()), self.args.length_multiple, **size)
+
+    @functools.cached_property
+    def train_collator(self) -> Any:
+        """What makes a batch of training pairs."""
+        if not self.args.torch_compile:
+            return self.data_collator
+        return BucketCollator(self.processing_class, self.accelerator.unwrap_model(self.model), self.buckets)
+
+    @functools.cached_property
     def batch_sampler(self) -> TokenBatchSampler:
         """The batches of `--max_tokens`."""
-        lengths = self.train_dataset.with_format("numpy")["length"][:]
+        lengths = round_up(self._lengths, self.args.length_multiple)
         return TokenBatchSampler(
-            round_up(lengths, self.args.pad_to_multiple_of or 1),
+            self.buckets.round_up(lengths) if self.args.torch_compile else lengths,
             self.args.max_tokens,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             multiple_of=self.args.gradient_accumulation_steps * self.args.world_size,
@@ -139,7 +163,7 @@ class TranslationTrainer(ResumableTrainer):
         loader = DataLoader(
             self._remove_unused_columns(self.train_dataset, description="training"),
             batch_sampler=self.batch_sampler,
-            collate_fn=self.data_collator,
+            collate_fn=self.train_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -148,9 +172,11 @@ class TranslationTrainer(ResumableTrainer):
         )
         return self.accelerator.prepare(loader)  # which deals whole batches out to the processes in turn
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        if is_training and self.args.torch_compile:
+            inner.collate_fn = self.train_collator
         inner.worker_init_fn = functools.partial(outlive_signals, then=inner.worker_init_fn)
         return loader
 
@@ -183,6 +209,50 @@ class TranslationTrainer(ResumableTrainer):
         # Or each batch waits for the GPU. No argument of the run, for nothing that is computed depends on it
         args["dataloader_config"].non_blocking = self.args.device.type == "cuda"
         return args
+
+    @functools.cached_property
+    def compiled_pass(self) -> CompiledPass | None:
+        """The training pass of `--torch_compile`; None without it, and where it cannot be."""
+        if not self.args.torch_compile:
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        if (kind := sharding(self.args)) is not None:
+            reason: str | None = f"{kind} spreads the weights."
+        elif self.args.n_gpu > 1:
+            reason = f"one process drives {self.args.n_gpu} GPUs; start one for each with torchrun."
+        else:
+            reason = why_not_compiled(model)
+        if reason is not None:
+            logger.warning(f"--torch_compile: this run is not compiled, because {reason}")
+            return None
+        logger.info(
+            "Compiling the layers: the first updates take a minute or so, and the first of each shape a while."
+        )
+
+        def loss(num_items_in_batch: torch.Tensor, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with self.compute_loss_context_manager():
+                loss, outputs = super(TranslationTrainer, self).compute_loss(
+                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+            return loss, outputs["nll_loss"]
+
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else {"scale": scaler.scale}
+        return CompiledPass(model, loss, backend=self.args.torch_compile_backend, **scale)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self.compiled_pass is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        targets = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        loss, nll = self.compiled_pass({**inputs, "num_items_in_batch": targets})
+        if self.accelerator.sync_gradients:
+            self.compiled_pass.average_gradients()
+        self.monitor.add(loss / self.accelerator.num_processes, nll, inputs)
+        return loss
 
     # --- what a run shows ---
 
