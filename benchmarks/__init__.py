@@ -5,7 +5,8 @@ from typing import Any
 
 
 # In the order of the page. Each module has a TITLE, what it is ABOUT, and `measure(settings)`, which gives what is
-# recorded; it may have `more(results)`, text below its table, and `draw(results, path)`.
+# recorded, or an iterator that gives it as it grows; it may have `more(results)`, text below its table, and
+# `draw(results, path)`.
 BENCHMARKS = (
     "training_step",
     "levers",
@@ -17,6 +18,7 @@ BENCHMARKS = (
     "growth",
     "very_deep",
     "startup",
+    "gpu",
 )
 
 

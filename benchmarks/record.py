@@ -1,5 +1,6 @@
 """What a benchmark records: the conditions, what was measured, and figures, which are ratios of two systems."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -28,16 +29,24 @@ class Settings:
         rounds: turns of every system.
         data: folder of Multi30k: train.en, train.de, val.en, val.de.
         checkpoint: a trained model with its tokenizer.
+        output: the folder that NAME.json is written to.
+        seconds: that the measurement on a GPU may take.
+        parts: what is measured on a GPU: the parts whose names contain one of these; all by default.
     """
 
     threads: int = field(default_factory=torch.get_num_threads)
     rounds: int = 5
     data: Path = Path("runs/data/multi30k")
     checkpoint: Path = Path("runs/multi30k-4-4-tiny")
+    output: Path = Path("docs/performance")
+    seconds: float = 225
+    parts: tuple[str, ...] = ()
 
 
 class Missing(Exception):
-    """A benchmark cannot run here; the message says what it needs."""
+    """A benchmark cannot run here; the message says what it needs, and `code` is the command's exit code then."""
+
+    code = 1
 
 
 def need(paths: Iterable[Path], what: str) -> None:
@@ -49,7 +58,10 @@ def need(paths: Iterable[Path], what: str) -> None:
 
 def conditions(settings: Settings) -> dict[str, Any]:
     """Threads, rounds, processor and versions."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     numbers = {"threads": settings.threads, "rounds": settings.rounds}
     return numbers | {"processor": processor_name(), "versions": versions}
 

@@ -58,7 +58,8 @@ def _target(figure: dict[str, Any], median: float) -> tuple[str, str]:
 
 def _conditions(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"{results['processor']}, threads: {results['threads']}, rounds: {results['rounds']}; {versions}."
+    processors = ", ".join(results[name] for name in ("gpu", "processor") if name in results)
+    return f"{processors}, threads: {results['threads']}, rounds: {results['rounds']}; {versions}."
 
 
 def main(folder: Path = DOCS) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import (
     DataCollatorForSeq2Seq,
     MarianMTModel,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
@@ -123,6 +124,13 @@ def stock_trainer(
     model = MarianMTModel.from_pretrained(checkpoint)
     for stack in (model.model.encoder, model.model.decoder):
         stack.embed_positions.weight.requires_grad = False  # as in a new model; loading switches it on
+    return plain_trainer(model, options, tokenizer, dataset)
+
+
+def plain_trainer(
+    model: PreTrainedModel, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase, dataset: Any
+) -> Seq2SeqTrainer:
+    """A stock trainer."""
     return Seq2SeqTrainer(
         model=model,
         args=Seq2SeqTrainingArguments(**options),

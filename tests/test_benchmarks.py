@@ -5,6 +5,7 @@ import multiprocessing
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from conftest import randomize, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from admin_hf.residual import profiled_connections
-from benchmarks import BENCHMARKS, corpus, decoding, load, record, report, systems, training_step, turns
+from benchmarks import BENCHMARKS, corpus, decoding, gpu, load, record, report, systems, training_step, turns
 from benchmarks.__main__ import main
+from benchmarks.gpu import Part, checks, updates
+from benchmarks.gpu.decoding import compiled_steps
+from benchmarks.gpu.updates import COMPILED, OURS, PLAIN, STOCK, Bench, GPUShape, Stepper
 from benchmarks.omega import Alternating
 from benchmarks.record import Settings
 from benchmarks.systems import Shape
@@ -214,7 +218,7 @@ def test_every_other_turn_is_that_of_post_ln(batch):
 
 
 def test_every_benchmark_is_tried():
-    assert {*SIZES, "decoding"} == set(BENCHMARKS)
+    assert {*SIZES, "decoding", "gpu"} == set(BENCHMARKS)
 
 
 def test_what_cannot_run_is_left_out(tmp_path, capsys):
@@ -235,6 +239,227 @@ def test_wrong_options_are_refused(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
+# --- on a GPU -------------------------------------------------------------------------------------
+
+GPU_TINY = GPUShape(16, 32, 2, layers=1, vocab_size=250, updates=2, rows=4, length=8)
+GPU_SHAPES = dict.fromkeys(("tiny", "base", "deep"), GPU_TINY) | {"small": replace(GPU_TINY, dropout=0.0)}
+
+
+@pytest.fixture
+def dry(tmp_path) -> Bench:
+    """A dry run of what a GPU would do."""
+    return Bench("cpu", GPU_SHAPES, ROUNDS, tmp_path)
+
+
+def measure_dry(settings: Settings, **options) -> list[dict]:
+    return [json.loads(json.dumps(each)) for each in gpu.measure(settings, GPU_SHAPES, "cpu", **options)]
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_would_do_is_tried(tmp_path, capsys):
+    settings = Settings(THREADS, ROUNDS, seconds=10**6)
+    *_, results = measure_dry(settings)
+    printed = capsys.readouterr().out
+    states = {name: part["state"] for name, part in results["parts"].items()}
+    assert set(states.values()) == {"done", "needs a GPU"} and [*states] == [part.name for part in gpu.PARTS]
+    assert {name for name, state in states.items() if state != "done"} == {p.name for p in gpu.PARTS if p.needs_gpu}
+
+    assert results["gpu"] == "none (a dry run)" and results["versions"]["cuda"] is None
+    systems_of_a_step = results["parts"]["base, bfloat16"]["measured"]
+    assert [*systems_of_a_step] == [STOCK, PLAIN, OURS, COMPILED, "profiling"]
+    assert systems_of_a_step[STOCK]["updates"] == [2, 2] and systems_of_a_step[COMPILED]["updates"] == [6, 6]
+    assert all(len(each["seconds"]) == ROUNDS for each in systems_of_a_step.values())
+    found = [check for part in results["parts"].values() for check in part.get("checks", [])]
+    assert len(found) > 20 and not [check for check in found if not check["holds"]]
+    same = [
+        way["same_sentences"]
+        for search in results["parts"]["decoding: 64 rows"]["measured"].values()
+        for way in search.values()
+    ]
+    assert len(same) == 5 and min(same) > 0.5, "bfloat16 rounds otherwise where batches are cut otherwise"
+    for figure in results["figures"]:
+        assert len(figure["ratios"]) == ROUNDS and all(ratio > 0 for ratio in figure["ratios"])
+
+    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    record.write(tmp_path / "performance" / "gpu.json", results)
+    report.main(tmp_path)
+    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert f"## {gpu.TITLE}" in page and gpu.more(results) in page and gpu.more(results) in printed
+    assert f"| base, bfloat16 | {COMPILED} |" in page and "| 5 beams | static cache, compiled steps | 4 |" in page
+    assert "| loss in float32 against float64 | yes |" in page and "memory: base (needs a GPU)" in page
+    assert "none (a dry run), " in page.splitlines()[-1]
+
+
+def test_without_a_gpu_the_command_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "gpu is left out: a GPU is needed, and PyTorch sees none.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_fails_or_does_not_fit_leaves_the_others():
+    def fails(bench):
+        raise ArithmeticError("broken | here")
+
+    figure = record.figure("x", "a", "b", [2.0])
+    parts = [
+        Part("long", 10**6, fails),
+        Part("broken", 1, fails),
+        Part("fine", 1, lambda bench: {"figures": [figure], "checks": [checks.within("y", 1.0, 2.0)]}),
+        Part("only there", 1, fails, needs_gpu=True),
+    ]
+    first, second, third, fourth = measure_dry(Settings(THREADS, ROUNDS, seconds=100), parts=parts)
+    assert [*first["parts"]] == ["long"] and first["parts"]["long"] == {"state": "no time", "seconds": 0.0}
+    assert second["parts"]["broken"]["state"].startswith("ArithmeticError: broken | here (")
+    assert third["figures"] == fourth["figures"] == [figure]
+    assert fourth["parts"]["only there"]["state"] == "needs a GPU"
+    assert "long (no time); broken (ArithmeticError: broken / here (" in gpu.more(fourth)
+    assert "| y | yes | 1 | ≤ 2 |" in gpu.more(fourth)
+
+
+def test_parts_alone_keep_what_an_earlier_command_has_measured(tmp_path):
+    def part(name, value):
+        return Part(name, 1, lambda bench: {"checks": [checks.within("x", value, 9.0)]})
+
+    def found(results):
+        return {name: each["checks"][0]["found"] for name, each in results["parts"].items()}
+
+    settings = Settings(THREADS, ROUNDS, output=tmp_path)
+    *_, results = measure_dry(settings, parts=[part("check: a", 1.0), part("b", 2.0)])
+    record.write(tmp_path / "gpu.json", results)
+    alone = Settings(THREADS, ROUNDS, output=tmp_path, parts=("check",))
+    changed = [part("check: a", 3.0), part("b", 4.0)]
+    *_, results = measure_dry(alone, parts=changed)
+    assert found(results) == {"check: a": 3.0, "b": 2.0}
+    *_, results = measure_dry(settings, parts=changed)
+    assert found(results) == {"check: a": 3.0, "b": 4.0}
+
+    record.write(tmp_path / "gpu.json", results | {"gpu": "another card"})
+    *_, results = measure_dry(alone, parts=changed)
+    assert found(results) == {"check: a": 3.0}
+
+
+def test_what_grows_is_written_as_it_grows(tmp_path, monkeypatch):
+    def measure(settings):
+        for value in range(3):
+            yield {"value": value}
+            assert json.loads((tmp_path / "gpu.json").read_text()) == {"value": value}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    assert main(["gpu", "--output", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_trainers_take_turns_of_some_updates(dry):
+    with (
+        Stepper(updates.build(dry, OURS, GPU_TINY, "float32")) as a,
+        Stepper(updates.build(dry, STOCK, GPU_TINY, "float32")) as b,
+    ):
+        for turn in range(1, 4):
+            assert a.turn(dry, 2) > 0
+            b.step(3)
+            assert (a.trainer.state.global_step, b.trainer.state.global_step) == (2 * turn, 3 * turn)
+        a_thread = a._thread
+    assert not a_thread.is_alive()
+
+
+def test_what_a_trainer_raises_reaches_who_asked_for_updates(dry):
+    trainer = updates.build(dry, PLAIN, GPU_TINY, "float32")
+    with Stepper(trainer) as stepper:
+        stepper.step(1)
+        trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+        with pytest.raises(ZeroDivisionError) as error:
+            stepper.step(2)
+    assert checks.tell(error.value).startswith("ZeroDivisionError: division by zero (")
+    assert "test_benchmarks.py" in checks.tell(error.value) and "/" not in checks.tell(error.value).partition("(")[2]
+
+
+def test_systems_of_a_gpu_differ_in_what_their_names_say(dry):
+    trainers = {name: updates.build(dry, name, GPU_TINY, "bfloat16") for name in updates.SYSTEMS}
+    assert [type(trainer.model).__name__ for trainer in trainers.values()] == [
+        "MarianMTModel",
+        *["AdminForConditionalGeneration"] * 3,
+    ]
+    assert [type(trainer).__name__ for trainer in trainers.values()] == [
+        *["Seq2SeqTrainer"] * 2,
+        *["TranslationTrainer"] * 2,
+    ]
+    assert [trainer.args.torch_compile for trainer in trainers.values()] == [False, False, False, True]
+    for trainer in trainers.values():
+        assert trainer.args.bf16 and trainer.args.max_grad_norm == 1.0 and "adamw" in trainer.args.optim
+        config = trainer.model.config
+        assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.1, 0.1, 0.1)
+        assert (config.d_model, config.encoder_layers, config.decoder_ffn_dim) == (16, 1, 32)
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert batch["labels"].shape == batch["decoder_input_ids"].shape == (4, 8)
+    weights = [sum(p.numel() for p in trainer.model.parameters()) for trainer in trainers.values()]
+    assert weights[1] == weights[2] == weights[3] == weights[0] + 16 * 3  # ω of all sub-layers but the first two
+
+
+def test_batches_of_a_gpu_are_of_one_shape_and_three_quarters_full():
+    shape = GPUShape(16, 32, 2, layers=1, vocab_size=250, rows=64, length=16)
+    found = updates.batches(shape)
+    assert len({tuple(batch["labels"].flatten().tolist()) for batch in found}) == len(found) == 8
+    for batch in found:
+        assert all(x.shape == (64, 16) for x in batch.values())
+        assert 0.65 < batch["attention_mask"].float().mean() < 0.85
+        assert (batch["input_ids"] == 249).equal(batch["attention_mask"] == 0)
+        assert (batch["decoder_input_ids"][:, 0] == 249).all()
+        kept = batch["labels"][:, :-1] != -100
+        assert (batch["decoder_input_ids"][:, 1:][kept] == batch["labels"][:, :-1][kept]).all()
+    assert updates.targets_of_a_batch(shape) == pytest.approx(64 * 12, rel=0.05)
+
+
+def test_kernels_are_summed_up_by_what_they_compute():
+    events = [
+        ("sm90_xmma_gemm_bf16", 3000.0, 6),
+        ("fmha_cutlassF_bf16", 500.0, 2),
+        ("Memset", 1.0, 1),
+        ("add", 99.0, 9),
+    ]
+    found = updates.summary(iter(events), updates=2)
+    assert found["kernels"] == 9 and found["busy_ms"] == pytest.approx(1.8)
+    assert found["product_ms"] == 1.5 and found["attention_ms"] == 0.25
+    assert found["longest"][0] == ["sm90_xmma_gemm_bf16", 1.5, 3.0] and len(found["longest"]) == 4
+
+
+def test_waits_are_errors_within_updates_alone(dry, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(checks, "COMPILED", OURS)  # compiling takes a while
+    assert [check["holds"] for check in checks.no_wait(dry)] == [True, True]
+    assert modes == [*["error", "default"] * 3, "default"] * 2
+
+    def waits(mode):
+        if mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", waits)
+    found = checks.no_wait(dry)
+    assert [check["holds"] for check in found] == [False, False]
+    assert found[0]["found"].startswith("RuntimeError: called a synchronizing CUDA operation (")
+
+
+@pytest.mark.slow
+def test_beams_of_compiled_steps_are_those_of_plain_ones(dry):
+    model = updates.stock_model(randomize(updates.new_model(dry, GPU_TINY)))
+    model = randomize(model, scale=0.3).eval()
+    batch = updates.batches(GPU_TINY)[0]
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    beams = {"num_beams": 4, "max_new_tokens": 12}
+    expected = model.generate(**source, **beams)
+    calls = []
+    model._compiled_forward = lambda *args, **inputs: calls.append(1) or type(model).forward(model, *args, **inputs)
+    with compiled_steps(model):
+        assert model.generate(**source, **beams, cache_implementation="static").equal(expected)
+    assert len(calls) >= expected.shape[1] - 2 and not {"forward", "_reorder_cache"} & vars(model).keys()
+
+
+def test_versions_are_of_what_is_installed(monkeypatch):
+    monkeypatch.setattr(record, "PACKAGES", ("torch", "no-such-package"))
+    assert [*record.conditions(Settings())["versions"]] == ["python", "torch"]
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 
@@ -242,8 +467,8 @@ def test_ratios_are_taken_in_the_same_round():
     measured = {"A": {"seconds": [1.0, 2.0, 4.0]}, "B": {"seconds": [3.0, 2.0, 8.0]}}
     assert record.speed("x", measured, "A", "B")["ratios"] == pytest.approx([3.0, 1.0, 2.0])
     assert record.cost("x", measured, "A", "B")["ratios"] == [1 / 3, 1.0, 0.5]
-    for name, updates in (("A", [1, 1, 1]), ("B", [10, 10, 10])):
-        measured[name]["updates"] = updates
+    for name, counts in (("A", [1, 1, 1]), ("B", [10, 10, 10])):
+        measured[name]["updates"] = counts
     figure = record.cost("x", measured, "A", "B", "updates", at_most=2.0)
     assert figure["ratios"] == pytest.approx([10 / 3, 10, 5]) and figure["at_most"] == 2.0
     assert (figure["a"], figure["b"]) == ("A: 2 s", "B: 300 ms")
