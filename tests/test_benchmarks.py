@@ -413,14 +413,15 @@ def test_batches_of_a_gpu_are_of_one_shape_and_three_quarters_full():
 def test_kernels_are_summed_up_by_what_they_compute():
     events = [
         ("sm90_xmma_gemm_bf16", 3000.0, 6),
-        ("fmha_cutlassF_bf16", 500.0, 2),
+        ("fmha_cutlassF_bf16", 450.0, 1),
+        ("_forward_kernel", 50.0, 1),
         ("Memset", 1.0, 1),
         ("add", 99.0, 9),
     ]
     found = updates.summary(iter(events), updates=2)
     assert found["kernels"] == 9 and found["busy_ms"] == pytest.approx(1.8)
     assert found["product_ms"] == 1.5 and found["attention_ms"] == 0.25
-    assert found["longest"][0] == ["sm90_xmma_gemm_bf16", 1.5, 3.0] and len(found["longest"]) == 4
+    assert found["longest"][0] == ["sm90_xmma_gemm_bf16", 1.5, 3.0] and len(found["longest"]) == 5
 
 
 def test_waits_are_errors_within_updates_alone(dry, monkeypatch):

@@ -331,6 +331,7 @@ def cost_of_omega(bench: Bench, name: str, dtype: str = "bfloat16") -> dict[str,
 
 PRODUCT_NAMES = ("gemm", "nvjet", "cutlass", "xmma")
 ATTENTION_NAMES = ("fmha", "flash", "sdpa")
+OWN_ATTENTION = ("_forward_kernel", "_backward_kernel")  # of admin_hf.short_attention
 
 
 def kernels(bench: Bench, stepper: Stepper, updates: int = 2) -> dict[str, Any]:
@@ -356,7 +357,9 @@ def summary(events: Iterator[tuple[str, float, int]], updates: int) -> dict[str,
     Attention is counted apart from products, though its kernels have the names of both.
     """
     found = sorted(events, key=lambda event: -event[1])
-    is_attention = {name: any(part in name.lower() for part in ATTENTION_NAMES) for name, *_ in found}
+    is_attention = {
+        name: name in OWN_ATTENTION or any(part in name.lower() for part in ATTENTION_NAMES) for name, *_ in found
+    }
     is_product = {name: any(part in name.lower() for part in PRODUCT_NAMES) for name, *_ in found}
 
     def milliseconds(chosen: Any) -> float:
