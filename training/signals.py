@@ -63,10 +63,12 @@ class StopOnSignal(TrainerCallback):
 
     def _agree(self, args: TrainingArguments) -> None:
         """Let all processes know what one has received: it comes at different moments, but saving needs all."""
-        number = torch.tensor(self._own, device=args.device)
-        if args.world_size > 1:
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        self.received = signal.Signals(int(number)) if number else None
+        number = self._own
+        if args.world_size > 1:  # else a GPU would be asked, and waited for, in every update
+            agreed = torch.tensor(number, device=args.device)
+            distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+            number = int(agreed)
+        self.received = signal.Signals(number) if number else None
 
     def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._agree(args)
