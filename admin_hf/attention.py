@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from .dropout import dropout as cpu_dropout
+from .short_attention import fits, short_attention
 
 
 ADMIN_ATTENTION = "admin"  # what a model has unless another attention is asked for
@@ -46,6 +47,8 @@ def admin_attention(
     Returns:
         The output, `(batch_size, target_length, heads, head_size)`, and None.
     """
+    if _takes_short_rows(module, query, key, attention_mask):
+        return short_attention(query, key, value, attention_mask, scaling, dropout), None
     if query.device.type != "cpu" or not module.training or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = query @ key.transpose(2, 3) * scaling
@@ -59,6 +62,15 @@ def admin_attention(
     weights = scores.softmax(dim=-1).to(value.dtype)
     weights = cpu_dropout(weights, dropout, training=True)[..., :keys]
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _takes_short_rows(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether this is a compiled training pass on a GPU, and short enough for the kernel that is made for it."""
+    if not (torch.compiler.is_compiling() and query.device.type == "cuda" and module.training and fits(query, key)):
+        return False
+    if attention_mask is None:
+        return not getattr(module, "is_causal", False)
+    return attention_mask.is_floating_point()
 
 
 def admin_mask(
