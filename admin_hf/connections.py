@@ -121,7 +121,7 @@ class AdminConnection(ScaleModule, PostLNConnection):
         return self.omega
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        omega = self.omega.to(shortcut)
+        omega = self.omega if self.omega.dtype == shortcut.dtype else self.omega.to(shortcut)
         if self.training and shortcut.device.type == "cpu" and not torch.compiler.is_compiling():
             return _ScaledLayerNorm.apply(shortcut, omega, branch, self.weight, self.bias, self.eps)
         # addcmul: the product and the sum in one pass

@@ -27,15 +27,15 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`dropout(relu(x))` that keeps one tensor for the backward pass in place of three, on any device.
+    """`dropout(relu(x))` that keeps one tensor for the backward pass in place of three, on a CPU and in compiled passes.
 
     Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed: in
     float32 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model on a CPU
-    takes about the same time without it.
+    takes about the same time without it. A GPU that is not compiled for would wait for its Python.
     """
-    if not (training and 0 < p < 1):
-        return dropout(nn.functional.relu(x), p, training)
-    return _ReluDropout.apply(x, p)
+    if training and (_draws_bits(x, p) or (torch.compiler.is_compiling() and 0 < p < 1)):
+        return _ReluDropout.apply(x, p)
+    return dropout(nn.functional.relu(x), p, training)
 
 
 class _Dropout(torch.autograd.Function):

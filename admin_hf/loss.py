@@ -13,10 +13,7 @@ CHUNK_ELEMENTS = 2**23
 GPU_CHUNK_ELEMENTS = 2**27
 
 
-# An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
-# it anew for every shape of a batch
-@torch.library.custom_op("admin_hf::linear_cross_entropy", mutates_args=())
-def _loss_and_gradients(
+def _compute(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -36,53 +33,54 @@ def _loss_and_gradients(
     """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     w, b = weight.to(dtype), bias.to(dtype)
-    others = torch.arange(len(b), device=b.device) != pad_id
+    is_real, y_clamped = labels.ne(-100).to(exact), labels.clamp(min=0)
     smoothed = label_smoothing / (len(b) - 1)
     if smoothed:
         # The smoothing term needs no logits: Σ_{v≠pad} z_v = h · Σ_{v≠pad} w_v + Σ_{v≠pad} b_v
         w_sum = weight.to(exact).sum(0) - weight[pad_id].to(exact)
-        b_sum = (bias.to(exact) * others).sum()
-    only_pad = selects and not (bias * others).any()  # as Marian's
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+        b_sum = bias.to(exact).sum() - bias[pad_id].to(exact)
+    only_pad = selects and not bias[torch.arange(len(b)) != pad_id].any()  # as Marian's
+    grad_hidden = (torch.zeros_like if selects else torch.empty_like)(hidden) if needs_hidden else hidden.new_empty(0)
     grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else weight.new_empty(0)
     loss, nll = (hidden.new_zeros((), dtype=exact) for _ in range(2))
 
     for rows in _chunks(labels, len(b), selects):
-        h, y = hidden[rows], labels[rows]
-        real = y.ne(-100).to(exact)
-        target = torch.arange(len(y), device=y.device), y.clamp(min=0)
-        z = torch.mm(h.to(dtype), w.T) if only_pad else torch.addmm(b, h.to(dtype), w.T)
+        h, real = hidden[rows], is_real[rows]
+        h_cast, y = h.to(dtype), y_clamped[rows].unsqueeze(1)
+        z = torch.mm(h_cast, w.T) if only_pad else torch.addmm(b, h_cast, w.T)
         if only_pad:
             z[:, pad_id] += b[pad_id]
         p = z.softmax(dim=1)  # in float32 inside
-        z_y, p_y = z[target].to(exact), p[target]
-        log_p = p_y.to(exact).log()
-        too_small = p_y < torch.finfo(dtype).tiny
-        if not selects or too_small.any():
-            # Where p_y cannot be told exactly, from the largest p of its row
+        z_y, p_y = z.gather(1, y).squeeze(1).to(exact), p.gather(1, y)
+        log_p = p_y.squeeze(1).to(exact).log() if selects else None
+        if log_p is None or (p_y < torch.finfo(dtype).tiny).any():
+            # From the largest p of the row, for p_y may be too small for its dtype
             z_max, likeliest = z.max(1, keepdim=True)
-            from_largest = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
-            log_p = torch.where(too_small, from_largest, log_p)
-        nll -= (log_p * real).sum()
+            log_p = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
+        nll -= torch.dot(log_p, real)
         if smoothed:
-            loss += ((label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum)) * real).sum()
+            loss += torch.dot(label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum), real)
         # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
         # products, where it is a vector
-        dz = p
-        dz[target] = p_y - (1 - label_smoothing)  # scatter_ would copy all of dz
+        dz = p.scatter_(1, y, p_y - (1 - label_smoothing))
         dz[:, pad_id] = 0
         if needs_hidden:
             dh = dz @ w - smoothed * w_sum if smoothed else dz @ w
             grad_hidden[rows] = (dh * real.unsqueeze(1)).to(hidden.dtype)
         if needs_weight:
-            h = h * real.unsqueeze(1)
-            grad_weight += dz.T @ h.to(dtype)
+            h_real = h * real.unsqueeze(1)
+            grad_weight += dz.T @ h_real.to(dtype)
             if smoothed:
-                grad_weight -= smoothed * h.sum(0, dtype=exact)
+                grad_weight -= smoothed * h_real.sum(0, dtype=exact)
     if needs_weight:
         grad_weight[pad_id] = 0
         grad_weight = grad_weight.to(weight.dtype)
     return loss + nll, nll, grad_hidden, grad_weight
+
+
+# An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
+# it anew for every shape of a batch
+_loss_and_gradients = torch.library.custom_op("admin_hf::linear_cross_entropy", _compute, mutates_args=())
 
 
 def _chunks(labels: Tensor, vocab_size: int, selects: bool) -> Iterator[Tensor | slice]:
@@ -117,6 +115,18 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tens
 
 
 _loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+class _Eager(torch.autograd.Function):
+    """The same where nothing is compiled, without the time that an operator takes to be called."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _compute(*inputs)
+        _keep_gradients(ctx, inputs, output)
+        return output[:2]
+
+    backward = staticmethod(_scale_gradients)
 
 
 def linear_cross_entropy(
@@ -163,9 +173,9 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     with torch.autocast(device, enabled=False):  # or it would compute sums in `dtype` too
-        loss, nll, *_ = _loss_and_gradients(
-            hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, selects=device == "cpu"
-        )
+        compute = _loss_and_gradients if torch.compiler.is_compiling() else _Eager.apply
+        inputs = (hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, device == "cpu")
+        loss, nll, *_ = compute(*inputs)
     return loss / num_items_in_batch, nll.detach() / num_items_in_batch
 
 

@@ -1,7 +1,7 @@
 """Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -22,6 +22,7 @@ from transformers.models.marian.modeling_marian import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .casting import cast_at_once, linear_weights
 from .configuration_admin import AdminConfig
 from .dropout import dropout, relu_dropout
 from .loss import cross_entropy, linear_cross_entropy
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to matrix products: all that read it share one cast, and one copy for their gradient."""
+    """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient."""
     device = x.device.type
     casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
     return x.to(torch.get_autocast_dtype(device)) if casts else x
@@ -280,6 +281,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     """
 
     _default_auto_class = "AutoModelForSeq2SeqLM"
+    _weights: list[tuple[dict[str, Any], str]] | None = None  # which are cast at once; found when they are
 
     def __init__(self, config: AdminConfig) -> None:
         with _stock_constructor(config):
@@ -293,6 +295,25 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             tied = self._tied_weights_keys.items()
             self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
+
+    def _cast_weights(self) -> AbstractContextManager[None]:
+        """In training on a GPU under autocast, weights that are cast at once; in compiled layers casts cost little."""
+        weight = self.model.encoder.layers[0].fc1.weight
+        device = weight.device.type
+        if (
+            device == "cpu"
+            or not torch.is_autocast_enabled(device)
+            or torch.compiler.is_compiling()
+            or self.model.encoder.gradient_checkpointing
+            or type(weight) is not nn.Parameter  # spread over processes, as is one of another shape
+            or weight.shape != (self.config.encoder_ffn_dim, self.config.d_model)
+            or weight.dtype != torch.float32
+            or getattr(self, "_is_replica", False)  # of DataParallel, which shares what is found here
+        ):
+            return nullcontext()
+        if self._weights is None:
+            self._weights = linear_weights(self.model)
+        return cast_at_once(self._weights, torch.get_autocast_dtype(device))
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system
@@ -358,7 +379,8 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             **kwargs,
         }
         if labels is not None and self.training:
-            decoded = self.model(**inputs)
+            with self._cast_weights():
+                decoded = self.model(**inputs)
             hidden, bias = decoded.last_hidden_state, self.final_logits_bias
             of_loss = labels, self.padding_id, self.config.label_smoothing, num_items_in_batch
             if type(self.lm_head).forward is nn.Linear.forward:
