@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from admin_hf import KeepFreedMemory, allocator
-from admin_hf.allocator import ALIGN, M_MMAP_MAX, M_MMAP_THRESHOLD
+from admin_hf.allocator import ALIGN, KERNEL_CACHES, M_MMAP_MAX, M_MMAP_THRESHOLD
 
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
@@ -27,6 +27,27 @@ for _ in range(8):
     del buffers
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(min(faults[4:]))
+"""
+
+KERNELS = """
+import ctypes, sys, torch
+from types import SimpleNamespace
+from admin_hf import KeepFreedMemory
+
+if sys.argv[1] == "limit":
+    KeepFreedMemory().on_train_begin(SimpleNamespace(device=torch.device("cpu")), None, None)
+
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+weight, used = torch.ones(128, 128, dtype=torch.bfloat16), []
+for rows in range(1000, 1300):
+    torch.ones(rows, 128, dtype=torch.bfloat16) @ weight
+    used.append(mallinfo().uordblks)
+print(used[-1] - used[100])
 """
 
 # Where the heap ends is what sbrk says; buffers that are mapped lie behind it
@@ -93,7 +114,7 @@ print(json.dumps({"callback": any(isinstance(x, KeepFreedMemory) for x in traine
 
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, "-c", script, *arguments]
-    env = {name: value for name, value in os.environ.items() if name != ALIGN}
+    env = {name: value for name, value in os.environ.items() if name not in (ALIGN, *KERNEL_CACHES)}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[-1]
 
 
@@ -120,10 +141,24 @@ def test_training_does_so_unless_a_flag_says_no(tmp_path, keep):
     assert seen == {"callback": keep, "aligned": keep, "inherited": False}
 
 
+def test_kernels_of_former_shapes_are_forgotten():
+    grown = {mode: int(run(KERNELS, mode)) for mode in ("limit", "leave")}
+    if grown["leave"] < 10**7:
+        pytest.skip("this processor needs no kernel for a shape in bfloat16")
+    assert grown["limit"] < 10**6
+
+
+def test_the_environment_says_how_many_kernels_are_kept(monkeypatch):
+    monkeypatch.setattr(os, "environ", {KERNEL_CACHES[0]: "7"})
+    allocator.limit_kernel_caches()
+    assert os.environ == {KERNEL_CACHES[0]: "7", KERNEL_CACHES[1]: "64"}
+
+
 def settings_of_a_run(device: str, monkeypatch) -> list[set[int]]:
     """The settings that the callback changes in a training of two updates, and in one after it."""
     changed: list[set[int]] = []
     monkeypatch.setattr(allocator, "_mallopt", lambda values: changed.append({*values}) or True)
+    monkeypatch.setattr(allocator, "limit_kernel_caches", lambda: None)
     callback, run = KeepFreedMemory(), (SimpleNamespace(device=torch.device(device)), None, None)
     for _ in range(2):
         callback.on_train_begin(*run)
