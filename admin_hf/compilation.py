@@ -133,7 +133,9 @@ class CompiledPass:
         for layer, forward in zip(self.layers, self.compiled, strict=True):
             layer.forward = forward
         try:
-            yield
+            # What LayerNorm reads is computed again from the branch, by the kernel that reads it: kept it is float32
+            with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
+                yield
         finally:
             for layer in self.layers:
                 del layer.forward
@@ -144,6 +146,9 @@ def why_not_compiled(model: AdminPreTrainedModel) -> str | None:
     config = model.config
     if config.encoder_layerdrop or config.decoder_layerdrop:
         return "layerdrop leaves out other layers in each pass."
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0."
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs layers again in the backward pass."
     return None

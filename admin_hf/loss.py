@@ -50,12 +50,13 @@ def _compute(
         z = torch.mm(h_cast, w.T) if only_pad else torch.addmm(b, h_cast, w.T)
         if only_pad:
             z[:, pad_id] += b[pad_id]
-        p = z.softmax(dim=1)  # in float32 inside
-        z_y, p_y = z.gather(1, y).squeeze(1).to(exact), p.gather(1, y)
+        z_y, largest = z.gather(1, y).squeeze(1).to(exact), None if selects else z.max(1, keepdim=True)
+        p = torch.softmax(z, 1, out=None if selects else z)  # in float32 inside; on a GPU in the place of z
+        p_y = p.gather(1, y)
         log_p = p_y.squeeze(1).to(exact).log() if selects else None
         if log_p is None or (p_y < torch.finfo(dtype).tiny).any():
             # From the largest p of the row, for p_y may be too small for its dtype
-            z_max, likeliest = z.max(1, keepdim=True)
+            z_max, likeliest = largest or z.max(1, keepdim=True)
             log_p = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
         nll -= torch.dot(log_p, real)
         if smoothed:
@@ -72,6 +73,7 @@ def _compute(
             grad_weight += dz.T @ h_real.to(dtype)
             if smoothed:
                 grad_weight -= smoothed * h_real.sum(0, dtype=exact)
+        del z, p, dz  # or they would be there until the next chunk has its own
     if needs_weight:
         grad_weight[pad_id] = 0
         grad_weight = grad_weight.to(weight.dtype)
