@@ -70,7 +70,8 @@ def _takes_short_rows(module: nn.Module, query: Tensor, key: Tensor, attention_m
         return False
     if attention_mask is None:
         return not getattr(module, "is_causal", False)
-    return attention_mask.is_floating_point()
+    is_ours = attention_mask.shape[1] == 1 and not attention_mask.requires_grad
+    return is_ours and attention_mask.is_floating_point()
 
 
 def admin_mask(

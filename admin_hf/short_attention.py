@@ -21,7 +21,7 @@ except ImportError:  # it comes with PyTorch for a GPU
     triton = None
 
 LONGEST = 128  # positions of a row
-HEAD_SIZES = (16, 32, 64, 128)
+HEAD_SIZES = (16, 32, 64)  # with which a block fits the shared memory of compute capability 8.0 and newer
 DTYPES = (torch.bfloat16, torch.float16)
 
 
