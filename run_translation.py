@@ -13,9 +13,16 @@ checkpoint.
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+
+# Before PyTorch is imported, whose OpenMP reads this once: threads that wait spin for less time, which other work on
+# the same cores has then. Not where this is imported as a module, by a process with plans of its own
+if __name__ == "__main__" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 import datasets
 import transformers

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "growth",
     "very_deep",
     "startup",
+    "waiting",
     "gpu",
 )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -61,12 +62,14 @@ def take_turns(
     threads: int,
     title: str = "",
     check: Callable[[dict[str, Any]], None] = lambda ready: None,
+    variables: Mapping[str, dict[str, str]] | None = None,
 ) -> dict[str, Measured]:
     """Run the systems, each in a fresh process with `threads` threads, for `rounds` rounds of a turn each.
 
     Args:
         title: of the progress bar.
         check: is called before the first turn with what every system says then, and may raise.
+        variables: of the environment, which the process of a system has besides this one's.
 
     Returns:
         For each system: `seconds`, a list with an entry for each round; `peak_bytes`, the process's largest resident
@@ -82,7 +85,8 @@ def take_turns(
         for name, system in systems.items():
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, threads, system), name=name)
-            process.start()
+            with patch.dict(os.environ, (variables or {}).get(name, {})):
+                process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             workers[name] = process, ours
         measured: dict[str, Measured] = {}
