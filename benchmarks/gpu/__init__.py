@@ -63,11 +63,11 @@ EAGER = (STOCK, PLAIN, OURS)
 # The most important first. Compiling a width takes longest; what follows on the same width finds it done.
 PARTS = (
     Part("base, bfloat16", 80, partial(updates.compare, name="base", dtype="bfloat16")),
-    Part("tiny, bfloat16", 40, partial(updates.compare, name="tiny", dtype="bfloat16")),
     Part("deep, bfloat16", 35, partial(updates.compare, name="deep", dtype="bfloat16")),
-    _check("no wait", 8, checks.no_wait, needs_gpu=True),
-    _check("captured", 6, checks.captured),
+    _check("no wait", 12, checks.no_wait, needs_gpu=True),
+    _check("captured", 8, checks.captured),
     Part("memory: base", 12, partial(updates.peak_memory, name="base"), needs_gpu=True),
+    Part("tiny, bfloat16", 60, partial(updates.compare, name="tiny", dtype="bfloat16")),
     _check("resume", 8, checks.resume),
     _check("between updates", 6, checks.between_updates),
     _check("profile", 2, checks.profile),
@@ -80,11 +80,11 @@ PARTS = (
     Part("tiny, float16", 8, partial(updates.compare, name="tiny", dtype="float16", names=EAGER), needs_gpu=True),
     Part("base, float16", 12, partial(updates.compare, name="base", dtype="float16", names=EAGER), needs_gpu=True),
     Part("ω: base", 45, partial(updates.cost_of_omega, name="base")),
+    Part("memory: tiny", 10, partial(updates.peak_memory, name="tiny"), needs_gpu=True),
+    Part("memory: deep", 30, partial(updates.peak_memory, name="deep"), needs_gpu=True),
     _check("compiled, bfloat16", 35, partial(checks.compiled_is_eager, dtype="bfloat16")),
     _check("compiled, float32", 35, partial(checks.compiled_is_eager, dtype="float32")),
     _check("loss scale, compiled", 40, partial(checks.loss_scale, system=COMPILED), needs_gpu=True),
-    Part("memory: deep", 30, partial(updates.peak_memory, name="deep"), needs_gpu=True),
-    Part("memory: tiny", 10, partial(updates.peak_memory, name="tiny"), needs_gpu=True),
     Part("decoding: 256 rows", 45, partial(decoding.decode, name="base", rows=256)),
 )
 

@@ -157,8 +157,8 @@ def _profiled_model(bench: Bench) -> tuple[AdminForConditionalGeneration, Batch]
 
 def captured(bench: Bench) -> list[Check]:
     """A CUDA graph against the compiled pass that it captured, from the same random state."""
-    model, with_graph, batch = _compiled(bench, bench.shapes["tiny"], "bfloat16")
-    _, without, _ = _compiled(bench, bench.shapes["tiny"], "bfloat16", model)
+    model, with_graph, batch = _compiled(bench, bench.shapes["base"], "bfloat16")
+    _, without, _ = _compiled(bench, bench.shapes["base"], "bfloat16", model)
     without.record = None
     for run in (with_graph, without):
         for _ in range(3):
@@ -214,7 +214,7 @@ def no_wait(bench: Bench) -> list[Check]:
     found = []
     for system in (OURS, COMPILED):
         watch, problem = WaitsAreErrors(), ""
-        with Stepper(build(bench, system, bench.shapes["tiny"], "bfloat16", logging_steps=10**6)) as stepper:
+        with Stepper(build(bench, system, bench.shapes["base"], "bfloat16", logging_steps=10**6)) as stepper:
             stepper.trainer.add_callback(watch)  # behind all others
             stepper.step(WARM_UP)
             watch.is_on = True
