@@ -104,7 +104,7 @@ class CompiledPass:
         self._gradients.attach()
         if self.model._forward_pre_hooks or self.model._forward_hooks:
             return self._pass(**batch)
-        key = tuple((name, x.shape, x.dtype) for name, x in batch.items())
+        key = self.model.training, *((name, x.shape, x.dtype) for name, x in batch.items())
         with self._compiled_layers():
             if (recorded := self._recorded.get(key)) is not None:
                 return recorded.replay(batch)

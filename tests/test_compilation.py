@@ -38,12 +38,12 @@ def training_model(**changes):
     return randomize(tiny_model(**(rates | changes))).train()
 
 
-def compiled_pass(model, backend="eager", record=Replay, **options):
-    def loss(**batch):
+def compiled_pass(model, backend="eager", record=Replay, loss=None, **options):
+    def loss_and_nll(**batch):
         outputs = model(**batch)
         return outputs.loss, outputs.nll_loss
 
-    return CompiledPass(model, loss, backend=backend, record=record, **options)
+    return CompiledPass(model, loss or loss_and_nll, backend=backend, record=record, **options)
 
 
 def gradients(model):
@@ -232,6 +232,20 @@ def test_what_cannot_be_captured_is_refused(changes, prepare, reason):
     prepare(model)
     with pytest.raises(ValueError, match=reason):
         compiled_pass(model)
+
+
+def test_a_pass_of_train_mode_is_not_replayed_in_evaluation_mode():
+    model, captured = training_model(), []
+    compiled = compiled_pass(
+        model,
+        loss=lambda **batch: (model(**batch).loss,),
+        record=lambda compute: captured.append(model.training) or Replay(compute),
+    )
+    for mode in (True, False):
+        for _ in range(3):
+            compiled.model.train(mode)
+            compiled(padded_batch())
+    assert captured == [True, False]
 
 
 def test_the_padding_row_stays_zero():
