@@ -244,9 +244,10 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
     if training_args.do_train:
         longest = round_up(longest, training_args.length_multiple)
     if longest > model.config.max_position_embeddings:
+        multiple = f"; lengths are multiples of {training_args.length_multiple} (--pad_to_multiple_of)"
         raise InputError(
             f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
-            f"{model.config.max_position_embeddings}."
+            f"{model.config.max_position_embeddings}{multiple if training_args.length_multiple > 1 else ''}."
         )
     if training_args.push_to_hub:
         try:

@@ -42,7 +42,7 @@ class CompiledPass:
     Captured passes share their memory. They need batches of few shapes; at most `MAX_SHAPES` are captured, others run
     compiled. A pass with a hook on the model itself (as [`AdminProfilingCallback`] and
     [`~admin_hf.monitoring.ResidualMonitor`] set) runs as it is, neither compiled nor captured. Hooks on its parts are
-    called while a pass is captured, not when it is replayed.
+    called while a pass is captured, not when it is replayed; hooks behind the accumulation of a gradient never.
 
     Args:
         model: the bare model, on its device. Its layers are compiled for this pass alone: evaluation and generation
@@ -81,7 +81,9 @@ class CompiledPass:
         base: Any = model.base_model
         self.layers: list[Any] = [*base.encoder.layers, *base.decoder.layers]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-        self.compiled = [torch.compile(layer.forward, dynamic=True, backend=backend) for layer in self.layers]
+        self.backend = backend
+        self._own = [vars(layer).get("forward") for layer in self.layers]  # as wrappers of a layer set it
+        self.compiled = self._compile()
         device = next(model.parameters()).device
         self.record = CUDAGraphs(device) if record is None and records(device) else record
         self._recorded: dict[Any, _Recorded] = {}
@@ -92,19 +94,27 @@ class CompiledPass:
         """Compute the loss of a batch and *add* its gradients to those of the parameters, as `loss.backward()` does.
 
         Args:
-            batch: tensors on the model's device, of any shapes; a change of a shape or dtype is a new shape.
+            batch: tensors on the model's device, of any shapes, or numbers; what is None is left out. Another shape or
+                dtype, another mode of the model or of autocast is a new shape. A parameter that the loss does not
+                depend on gets a gradient of 0.
 
         Returns:
             What `loss` returned, without gradients.
         """
-        if not self._gradients.fit(self.model):
+        own = [vars(layer).get("forward") for layer in self.layers]
+        if own != self._own or not self._gradients.fit(self.model):
             self._recorded.clear()
             self._seen.clear()
             self._gradients = _Gradients([p for p in self.model.parameters() if p.requires_grad])
+        if own != self._own:
+            self._own, self.compiled = own, self._compile()
         self._gradients.attach()
+        device = self._gradients.parameters[0].device
+        batch = {name: torch.as_tensor(x, device=device) for name, x in batch.items() if x is not None}
         if self.model._forward_pre_hooks or self.model._forward_hooks:
             return self._pass(**batch)
-        key = self.model.training, *((name, x.shape, x.dtype) for name, x in batch.items())
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key = self.model.training, autocast, *((name, x.shape, x.dtype) for name, x in batch.items())
         with self._compiled_layers():
             if (recorded := self._recorded.get(key)) is not None:
                 return recorded.replay(batch)
@@ -115,6 +125,9 @@ class CompiledPass:
                 logger.info("Compiling the layers, once for all shapes of a batch: this takes a minute or so.")
             self._seen.add(key)
             return self._pass(**batch)
+
+    def _compile(self) -> list[Any]:
+        return [torch.compile(layer.forward, dynamic=True, backend=self.backend) for layer in self.layers]
 
     def average_gradients(self) -> None:
         """Make the gradients their mean over all processes, where there are several. All processes must call it."""
@@ -137,8 +150,11 @@ class CompiledPass:
             with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
                 yield
         finally:
-            for layer in self.layers:
-                del layer.forward
+            for layer, forward in zip(self.layers, self._own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
 
 
 def why_not_compiled(model: AdminPreTrainedModel) -> str | None:
@@ -179,19 +195,22 @@ class _Gradients:
     def fit(self, model: nn.Module) -> bool:
         """Whether these are the gradients of the model's trainable parameters, where they are now."""
         parameters = [p for p in model.parameters() if p.requires_grad]
-        same = len(parameters) == len(self.parameters)
+        same = [id(p) for p in parameters] == [id(p) for p in self.parameters]
         return same and [p.data_ptr() for p in parameters] == self._addresses
 
     def attach(self) -> None:
         """Give each parameter its gradient: 0 where it has none."""
-        if all(p.grad is view for p, view in zip(self.parameters, self.views, strict=True)):
-            return
         held = [p.grad for p in self.parameters]
-        for flat in self.flat.values():
-            flat.zero_()
+        if forgotten := all(grad is None for grad in held):
+            for flat in self.flat.values():
+                flat.zero_()
         for p, grad, view in zip(self.parameters, held, self.views, strict=True):
+            if grad is view:
+                continue
             if grad is not None:
                 view.copy_(grad)
+            elif not forgotten:
+                view.zero_()
             p.grad = view
 
     def add(self, loss: Tensor) -> None:

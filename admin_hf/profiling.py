@@ -222,12 +222,16 @@ def _first_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor], prefix: str) -> Tensor:
-    """True where a token of the stack is no padding, `(rows, length)`."""
-    if prefix and batch.get("labels") is not None:
+    """True where a token of the stack is no padding, `(rows, length)`; nowhere in a row that only fills up a batch."""
+    targets = None
+    if batch.get("labels") is not None:
         rows = next(iter(inputs.values())).shape[0]
-        return batch["labels"][:rows].to(model.device).ne(-100)
+        targets = batch["labels"][:rows].to(model.device).ne(-100)
+    if prefix and targets is not None:
+        return targets
     if f"{prefix}attention_mask" in inputs:
-        return inputs[f"{prefix}attention_mask"].bool()
+        tokens = inputs[f"{prefix}attention_mask"].bool()
+        return tokens if targets is None else tokens & targets.any(1, keepdim=True)
     if f"{prefix}input_ids" in inputs:
         tokens = inputs[f"{prefix}input_ids"].ne(model.config.pad_token_id)
         tokens[:, 0] |= bool(prefix)  # a decoder starts from padding

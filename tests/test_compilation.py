@@ -113,6 +113,54 @@ def test_gradients_that_were_there_before_are_added_to():
     torch.testing.assert_close(gradients(model), expected)
 
 
+def test_gradients_that_are_kept_add_up_where_others_are_forgotten():
+    model = training_model()
+    compiled, batch = compiled_pass(model), padded_batch()
+    _, once = eager(model, batch)
+    compiled(batch)
+    model.model.encoder.layers.zero_grad()
+    compiled(batch)
+    for name, gradient in gradients(model).items():
+        times = 1 if "encoder.layers" in name else 2
+        torch.testing.assert_close(gradient, times * once[name], msg=name)
+
+
+def test_a_parameter_in_the_place_of_another_is_trained():
+    model = training_model()
+    compiled, batch = compiled_pass(model), padded_batch()
+    compiled(batch)
+    model.zero_grad()
+    layer = model.model.encoder.layers[0].fc1
+    layer.weight = torch.nn.Parameter(layer.weight.data)
+    _, expected = eager(model, batch)
+    compiled(batch)
+    torch.testing.assert_close(layer.weight.grad, expected["model.encoder.layers.0.fc1.weight"])
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_forward_of_a_layer_of_its_own_is_used_and_stays(later):
+    model, batch = training_model(), padded_batch()
+    layer = model.model.decoder.layers[1]
+    stock = layer.forward
+
+    def halved(*args, **kwargs):
+        return stock(*args, **kwargs) / 2
+
+    if later:
+        compiled = compiled_pass(model)
+        compiled(batch)
+    layer.forward = halved
+    if not later:
+        compiled = compiled_pass(model)
+    torch.testing.assert_close(compiled(batch)[0], model(**batch).loss.detach())
+    assert layer.forward is halved
+
+
+def test_numbers_and_none_are_taken_as_the_model_takes_them():
+    model, batch = training_model(), padded_batch() | {"num_items_in_batch": 100, "decoder_attention_mask": None}
+    torch.testing.assert_close(compiled_pass(model)(batch)[0], model(**batch).loss.detach())
+
+
 def test_the_backward_pass_starts_from_the_scaled_loss():
     model = training_model()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

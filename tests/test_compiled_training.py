@@ -1,13 +1,16 @@
 """`--torch_compile` trains as it does without, on batches of few shapes."""
 
+import json
 import logging
 
 import pytest
+import torch
+from conftest import PAD, tiny_model
 from test_compilation import Replay, nothing_compiled_yet  # noqa: F401
 from test_distributed import run_processes
 from tiny_runs import SHAPE, arguments, assert_equal_weights, flags, run, weights
 
-from admin_hf import compilation
+from admin_hf import compilation, profile_residuals
 from training.trainer import TranslationTrainer
 
 
@@ -87,6 +90,33 @@ def test_what_cannot_be_compiled_is_said_and_trained_all_the_same(data, tmp_path
     assert not shapes
 
 
-def test_a_mode_of_compilation_is_refused(data, tmp_path, capsys):
-    assert run(data, tmp_path, **COMPILED | {"torch_compile_mode": "reduce-overhead"}) == 2
-    assert "--torch_compile_mode reduce-overhead" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("torch_compile_mode", "reduce-overhead"),
+        ("torch_compile_backend", "foo"),
+        ("optim", "galore_adamw_layerwise"),
+        ("auto_find_batch_size", True),
+    ],
+)
+def test_what_cannot_go_with_compilation_is_refused(data, tmp_path, capsys, name, value):
+    assert run(data, tmp_path, **COMPILED | {name: value}) == 2
+    error = capsys.readouterr().err
+    assert f"--{name}" in error and error.count("\n") == 1
+
+
+def test_residual_connections_are_measured_before_a_log(data, tmp_path, shapes):
+    assert run(data, tmp_path, **COMPILED) == 0
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert all("encoder_variance_ratio_max" in log for log in logs if "loss" in log)
+
+
+def test_rows_that_fill_up_a_batch_do_not_move_the_profile(batch):
+    model, filled = tiny_model(), {}
+    for name, x in batch.items():
+        filler = torch.full((5, x.shape[1]), {"input_ids": PAD, "attention_mask": 0, "labels": -100}[name])
+        filler[:, 0] = {"input_ids": 0, "attention_mask": 1, "labels": -100}[name]
+        filled[name] = torch.cat([x, filler])
+    found, expected = (profile_residuals(model, each) for each in (filled, batch))
+    for stack in ("encoder", "decoder"):
+        assert getattr(found, stack).omega == pytest.approx(getattr(expected, stack).omega, rel=1e-5)

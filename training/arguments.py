@@ -292,13 +292,14 @@ def check_arguments(
         )
     if (training.max_tokens or training.length_multiple) < training.length_multiple:
         raise InputError(
-            f"--max_tokens {training.max_tokens} is below {training.length_multiple}, which lengths are multiples of "
-            "(--pad_to_multiple_of)."
+            f"--max_tokens {training.max_tokens} is below --pad_to_multiple_of {training.length_multiple}."
         )
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
         raise InputError(f"--report_to {min(missing)} needs its package, which is not installed.")
     if training.save_strategy == SaveStrategy.BEST:
         raise InputError("--save_strategy best: a run could not go on from there; use --load_best_model_at_end.")
+    if training.torch_compile:
+        _check_compilation(training)
     if training.torch_compile_mode is not None:
         raise InputError(
             f"--torch_compile_mode {training.torch_compile_mode}: there is nothing to choose, for --torch_compile "
@@ -334,6 +335,20 @@ def check_arguments(
             "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "
             f"model ({training.output_dir} has none)."
         )
+
+
+def _check_compilation(training: TranslationTrainingArguments) -> None:
+    backends = torch._dynamo.list_backends(exclude_tags=None)
+    if training.torch_compile_backend not in backends:
+        raise InputError(
+            f"--torch_compile_backend {training.torch_compile_backend} is none of {', '.join(sorted(backends))}."
+        )
+    if any(part in training.optim for part in ("layerwise", "lomo")):
+        raise InputError(
+            f"--optim {training.optim} updates weights within the backward pass: leave --torch_compile out."
+        )
+    if training.auto_find_batch_size:
+        raise InputError("--auto_find_batch_size changes the shapes of batches: leave --torch_compile out.")
 
 
 def _check_averaging(training: TranslationTrainingArguments) -> None:

@@ -109,8 +109,11 @@ class UpdateMonitor(TrainerCallback, ExportableState):
                 is looked at.
         """
         labels, sources = inputs["labels"], inputs["input_ids"]
-        targets = labels.ne(-100).sum(dtype=torch.float32)
-        sums = torch.stack([loss.float(), nll.float(), targets, inputs["attention_mask"].sum(dtype=torch.float32)])
+        is_target = labels.ne(-100)
+        targets = is_target.sum(dtype=torch.float32)
+        # Rows without a target only fill up a batch
+        tokens = (inputs["attention_mask"] * is_target.any(1, keepdim=True)).sum(dtype=torch.float32)
+        sums = torch.stack([loss.float(), nll.float(), targets, tokens])
         self._sums = sums if self._sums is None else self._sums + sums
         self._slots += labels.numel() + sources.numel()
         self._inputs = inputs
@@ -234,7 +237,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
             self._watch_residuals(args)
 
     def _watch_residuals(self, args: TrainingArguments) -> None:
-        if self.residuals is not None and not args.torch_compile:
+        if self.residuals is not None:
             self.residuals.watch_next_pass()
 
     def on_pre_optimizer_step(

@@ -205,6 +205,7 @@ class TranslationTrainer(ResumableTrainer):
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args = super()._build_accelerator_args(**kwargs)
+        args.pop("dynamo_plugin", None)  # the model as a whole is never compiled
         args["kwargs_handlers"].append(GradScalerKwargs(growth_interval=self.args.fp16_scale_window))
         # Or each batch waits for the GPU. No argument of the run, for nothing that is computed depends on it
         args["dataloader_config"].non_blocking = self.args.device.type == "cuda"
@@ -246,6 +247,8 @@ class TranslationTrainer(ResumableTrainer):
         if self.compiled_pass is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # a schedule-free one
+            self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
         targets = torch.as_tensor(num_items_in_batch, device=self.args.device)
         loss, nll = self.compiled_pass({**inputs, "num_items_in_batch": targets})
