@@ -231,7 +231,9 @@ def real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor],
         return targets
     if f"{prefix}attention_mask" in inputs:
         tokens = inputs[f"{prefix}attention_mask"].bool()
-        return tokens if targets is None else tokens & targets.any(1, keepdim=True)
+        if targets is None:
+            return tokens
+        return tokens & (targets.any(1, keepdim=True) | ~targets.any())  # without any target, no row is a filler
     if f"{prefix}input_ids" in inputs:
         tokens = inputs[f"{prefix}input_ids"].ne(model.config.pad_token_id)
         tokens[:, 0] |= bool(prefix)  # a decoder starts from padding
