@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from .casting import autocast_dtype
 from .dropout import dropout as cpu_dropout
 from .short_attention import fits, short_attention
 
@@ -95,7 +96,7 @@ def admin_mask(
     device = torch.device(device)
     if device.type != "cpu":
         allow_is_bidirectional_skip = allow_is_bidirectional_skip and attention_mask is None
-        dtype = _computed_dtype(device.type, dtype)
+        dtype = autocast_dtype(device.type) or dtype
     return eager_mask(
         attention_mask=attention_mask,
         dtype=dtype,
@@ -103,12 +104,6 @@ def admin_mask(
         device=device,
         **kwargs,
     )
-
-
-def _computed_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a matrix product of `dtype` is computed."""
-    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has none, and asking whether it is on would raise
-    return torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else dtype
 
 
 for name in (ADMIN_ATTENTION, CPU_ATTENTION):

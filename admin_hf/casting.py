@@ -1,4 +1,4 @@
-"""Weights cast for autocast all at once, where it casts them one by one."""
+"""Autocast: its dtype, and weights cast for it all at once, where it casts them one by one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype in which autocast computes matrix products on a type of device, or None where it is off."""
+    # "meta" has no autocast, and asking whether it is on would raise
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def linear_weights(model: nn.Module) -> list[tuple[dict[str, Any], str]]:

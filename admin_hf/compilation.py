@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers.utils import logging
 
+from .casting import autocast_dtype
 from .pretrained import AdminPreTrainedModel
 
 
@@ -82,8 +83,8 @@ class CompiledPass:
         self.layers: list[Any] = [*base.encoder.layers, *base.decoder.layers]
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
         self.backend = backend
-        self._own = [vars(layer).get("forward") for layer in self.layers]  # as wrappers of a layer set it
-        self.compiled = self._compile()
+        self._own: list[Any] | None = None  # forwards of the layers' own, as wrappers set them; of what is compiled
+        self._compiled: list[Any] = []
         device = next(model.parameters()).device
         self.record = CUDAGraphs(device) if record is None and records(device) else record
         self._recorded: dict[Any, _Recorded] = {}
@@ -107,15 +108,19 @@ class CompiledPass:
             self._seen.clear()
             self._gradients = _Gradients([p for p in self.model.parameters() if p.requires_grad])
         if own != self._own:
-            self._own, self.compiled = own, self._compile()
+            self._own = own
+            self._compiled = [torch.compile(x.forward, dynamic=True, backend=self.backend) for x in self.layers]
         self._gradients.attach()
         device = self._gradients.parameters[0].device
         batch = {name: torch.as_tensor(x, device=device) for name, x in batch.items() if x is not None}
         if self.model._forward_pre_hooks or self.model._forward_hooks:
             return self._pass(**batch)
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        key = self.model.training, autocast, *((name, x.shape, x.dtype) for name, x in batch.items())
-        with self._compiled_layers():
+        key = (
+            self.model.training,
+            autocast_dtype(device.type),
+            *((name, x.shape, x.dtype) for name, x in batch.items()),
+        )
+        with self._compiled_layers(own):
             if (recorded := self._recorded.get(key)) is not None:
                 return recorded.replay(batch)
             if key in self._seen and self.record is not None and len(self._recorded) < MAX_SHAPES:
@@ -125,9 +130,6 @@ class CompiledPass:
                 logger.info("Compiling the layers, once for all shapes of a batch: this takes a minute or so.")
             self._seen.add(key)
             return self._pass(**batch)
-
-    def _compile(self) -> list[Any]:
-        return [torch.compile(layer.forward, dynamic=True, backend=self.backend) for layer in self.layers]
 
     def average_gradients(self) -> None:
         """Make the gradients their mean over all processes, where there are several. All processes must call it."""
@@ -142,15 +144,15 @@ class CompiledPass:
         return tuple(x.detach() for x in outputs)
 
     @contextmanager
-    def _compiled_layers(self) -> Iterator[None]:
-        for layer, forward in zip(self.layers, self.compiled, strict=True):
+    def _compiled_layers(self, own: list[Any]) -> Iterator[None]:
+        for layer, forward in zip(self.layers, self._compiled, strict=True):
             layer.forward = forward
         try:
             # What LayerNorm reads is computed again from the branch, by the kernel that reads it: kept it is float32
             with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
                 yield
         finally:
-            for layer, forward in zip(self.layers, self._own, strict=True):
+            for layer, forward in zip(self.layers, own, strict=True):
                 if forward is None:
                     del layer.forward
                 else:

@@ -70,7 +70,7 @@ class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, y, 0) * ctx.scale, None
+        return torch.ops.aten.threshold_backward(grad, y, 0).mul_(ctx.scale), None
 
 
 def _draws_bits(x: Tensor, p: float) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .casting import autocast_dtype
+
 
 # Elements of the largest matrix of logits that exists at a time, whatever the vocabulary. 2^23 float32 are 32 MiB, of
 # which a CPU's caches hold a part. A GPU waits for launches between smaller chunks: 2^27 float32 are 512 MiB.
@@ -172,7 +174,7 @@ def linear_cross_entropy(
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
     hidden, labels, bias = hidden.flatten(0, 1), labels.flatten(), bias.flatten()
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = autocast_dtype(device) or hidden.dtype
     needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     with torch.autocast(device, enabled=False):  # or it would compute sums in `dtype` too
         compute = _loss_and_gradients if torch.compiler.is_compiling() else _Eager.apply

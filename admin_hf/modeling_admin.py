@@ -22,7 +22,7 @@ from transformers.models.marian.modeling_marian import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .casting import cast_at_once, linear_weights
+from .casting import autocast_dtype, cast_at_once, linear_weights
 from .configuration_admin import AdminConfig
 from .dropout import dropout, relu_dropout
 from .loss import cross_entropy, linear_cross_entropy
@@ -35,9 +35,8 @@ logger = logging.get_logger(__name__)
 
 def _in_autocast_dtype(x: Tensor) -> Tensor:
     """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient."""
-    device = x.device.type
-    casts = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-    return x.to(torch.get_autocast_dtype(device)) if casts else x
+    dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
+    return x if dtype is None else x.to(dtype)
 
 
 class _ResidualLayer(nn.Module):
@@ -299,10 +298,10 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     def _cast_weights(self) -> AbstractContextManager[None]:
         """In training on a GPU under autocast, weights that are cast at once; in compiled layers casts cost little."""
         weight = self.model.encoder.layers[0].fc1.weight
-        device = weight.device.type
+        dtype = autocast_dtype(weight.device.type)
         if (
-            device == "cpu"
-            or not torch.is_autocast_enabled(device)
+            weight.device.type == "cpu"
+            or dtype is None
             or torch.compiler.is_compiling()
             or self.model.encoder.gradient_checkpointing
             or type(weight) is not nn.Parameter  # spread over processes, as is one of another shape
@@ -313,7 +312,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             return nullcontext()
         if self._weights is None:
             self._weights = linear_weights(self.model)
-        return cast_at_once(self._weights, torch.get_autocast_dtype(device))
+        return cast_at_once(self._weights, dtype)
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system

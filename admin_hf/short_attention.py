@@ -70,7 +70,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, seed: Tensor, scaling: float, dropout: float) -> Tensor:
+def _(query: Tensor, *others: Any) -> Tensor:
     return _rows_of_heads(query)
 
 
@@ -92,16 +92,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    seed: Tensor,
-    scaling: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _rows_of_heads(query), _rows_of_heads(key), _rows_of_heads(value)
 
 
@@ -130,8 +121,8 @@ def _launch(
     query, key = inputs[:2]
     batch_size, heads, targets, head_size = query.shape
     sources = key.shape[2]
-    # The entries of a head are next to each other in all of them, and the entries of a row of the mask
-    tensors = [x if x.stride(3) in (0, 1) and (x is inputs[3] or x.stride(3) == 1) else x.contiguous() for x in inputs]
+    # The entries of a head are next to each other in all of them; those of the mask have a stride
+    tensors = [x if x is inputs[3] or x.stride(3) == 1 else x.contiguous() for x in inputs]
     strides = [stride for x in (*tensors, *outputs) for stride in x.stride()[:3]]
     block_q, block_k = (max(16, triton.next_power_of_2(n)) for n in (targets, sources))
     kernel[(batch_size * heads,)](

@@ -300,11 +300,6 @@ def check_arguments(
         raise InputError("--save_strategy best: a run could not go on from there; use --load_best_model_at_end.")
     if training.torch_compile:
         _check_compilation(training)
-    if training.torch_compile_mode is not None:
-        raise InputError(
-            f"--torch_compile_mode {training.torch_compile_mode}: there is nothing to choose, for --torch_compile "
-            "captures CUDA graphs itself; leave it out."
-        )
     if training.fp16_min_scale <= 0:
         raise InputError(f"--fp16_min_scale {training.fp16_min_scale} must be above 0.")
     scores = SCORES if training.predict_with_generate else SCORES[:1]
@@ -338,6 +333,11 @@ def check_arguments(
 
 
 def _check_compilation(training: TranslationTrainingArguments) -> None:
+    if training.torch_compile_mode is not None:
+        raise InputError(
+            f"--torch_compile_mode {training.torch_compile_mode}: there is nothing to choose, for --torch_compile "
+            "captures CUDA graphs itself; leave it out."
+        )
     backends = torch._dynamo.list_backends(exclude_tags=None)
     if training.torch_compile_backend not in backends:
         raise InputError(

@@ -149,9 +149,9 @@ class TranslationTrainer(ResumableTrainer):
     @functools.cached_property
     def batch_sampler(self) -> TokenBatchSampler:
         """The batches of `--max_tokens`."""
-        lengths = round_up(self._lengths, self.args.length_multiple)
+        lengths, multiple = self._lengths, self.args.length_multiple
         return TokenBatchSampler(
-            self.buckets.round_up(lengths) if self.args.torch_compile else lengths,
+            self.buckets.round_up(lengths) if self.args.torch_compile else round_up(lengths, multiple),
             self.args.max_tokens,
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             multiple_of=self.args.gradient_accumulation_steps * self.args.world_size,
@@ -250,8 +250,7 @@ class TranslationTrainer(ResumableTrainer):
         if callable(getattr(self.optimizer, "train", None)):  # a schedule-free one
             self.optimizer.train()
         inputs = self._prepare_inputs(inputs)
-        targets = torch.as_tensor(num_items_in_batch, device=self.args.device)
-        loss, nll = self.compiled_pass({**inputs, "num_items_in_batch": targets})
+        loss, nll = self.compiled_pass({**inputs, "num_items_in_batch": num_items_in_batch})
         if self.accelerator.sync_gradients:
             self.compiled_pass.average_gradients()
         self.monitor.add(loss / self.accelerator.num_processes, nll, inputs)
