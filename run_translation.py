@@ -53,7 +53,7 @@ from training.batching import TranslationCollator, round_up
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
-from training.files import write_whole
+from training.files import contents, write_whole
 from training.hub import check_access, first_line
 from training.metrics import TranslationMetric
 from training.model import config_changes, load_tokenizer, set_generation
@@ -116,7 +116,7 @@ def run(arguments: args.Arguments) -> int:
         trainer.end_sharding()
         save(trainer)  # in case that the run was killed just before
     elif training_args.do_train:
-        train(trainer, arguments)
+        train(trainer, arguments, raw)
     if stop.received is not None:
         print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
         return 128 + stop.received
@@ -167,14 +167,21 @@ def check_model(model_args: args.ModelArguments) -> None:
 
 
 def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
-    """Load the splits that are used, after checking the files of all of them."""
+    """Load the splits that are used, after checking the files of all of them, and that the run has begun with them."""
     model_args, data_args, training_args = arguments
+    parallel.check_cache(model_args)
     used = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
     splits = [split for split, is_used in used.items() if is_used]
-    if data_args.dataset_name is None:
-        for split in splits:
-            parallel.resolve_files(getattr(data_args, f"{split}_file"), data_args, split)
-    return {split: parallel.load_pairs(split, data_args, model_args) for split in splits}
+    files = {split: parallel.split_files(split, data_args, model_args) for split in splits}
+    runs.check_data(arguments, {split: contents(found) for split, found in files.items() if found})
+    raw = {split: parallel.load_pairs(split, data_args, model_args, files[split]) for split in splits}
+    runs.check_data(arguments, contents_of(raw))  # with that of data sets by name, which is known now
+    return raw
+
+
+def contents_of(raw: dict[str, Dataset]) -> dict[str, runs.Contents]:
+    """Size and checksum of what each split was loaded from, by path or name."""
+    return {split: dataset.info.download_checksums for split, dataset in raw.items()}
 
 
 def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
@@ -303,11 +310,12 @@ def build_trainer(
         raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
 
 
-def train(trainer: TranslationTrainer, arguments: args.Arguments) -> None:
+def train(trainer: TranslationTrainer, arguments: args.Arguments, raw: dict[str, Dataset]) -> None:
     """Train, from the last checkpoint where there is one, and save the model."""
     training_args = arguments[2]
     checkpoint = runs.last_checkpoint(training_args) or training_args.resume_from_checkpoint
     if trainer.is_world_process_zero():
+        runs.record_data(arguments, contents_of(raw))
         runs.record_arguments(arguments)
         remove_incomplete_checkpoints(Path(training_args.output_dir))
         remove_results(training_args.output_dir)

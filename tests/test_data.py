@@ -13,7 +13,7 @@ from training.data import (
     tokenize_for_training,
 )
 from training.errors import InputError
-from training.files import count_lines
+from training.files import check_text
 from training.tokenization import train_tokenizer
 
 
@@ -128,7 +128,7 @@ def test_text_that_is_not_utf8_is_told_with_file_and_line(tmp_path, monkeypatch,
     monkeypatch.setattr("training.files.READ_BLOCK", block)
     (tmp_path / "text.en").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        count_lines(tmp_path / "text.en")
+        check_text(tmp_path / "text.en")
 
 
 @pytest.mark.parametrize("block", [3, 2**24])
@@ -136,7 +136,7 @@ def test_lines_are_counted_with_and_without_a_last_line_break(tmp_path, monkeypa
     monkeypatch.setattr("training.files.READ_BLOCK", block)
     (tmp_path / "a").write_text("ä\n\nö\n", encoding="utf-8")
     (tmp_path / "b").write_text("ä\n\nö", encoding="utf-8")
-    assert count_lines(tmp_path / "a") == count_lines(tmp_path / "b") == 3
+    assert check_text(tmp_path / "a").lines == check_text(tmp_path / "b").lines == 3
 
 
 def test_unusual_line_separators_do_not_shift_the_sides(tmp_path):

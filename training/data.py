@@ -1,18 +1,24 @@
 """Parallel text through `datasets`: every form becomes the columns `source` and `target`, memory-mapped and cached."""
 
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
-from datasets import Dataset, Features, Sequence, Value, load_dataset
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
+from admin_hf.parallel_text import TABLE_FORMATS, find_files, is_table
+
 from .arguments import DataTrainingArguments, ModelArguments
+from .data_sets import checksum, load_by_name, local_tables
 from .errors import InputError
-from .files import TABLE_FORMATS, count_lines, load_file
+from .files import TextFile, check_text, contents, load_files, place
 
 
 logger = logging.getLogger(__name__)
@@ -21,73 +27,123 @@ logger = logging.getLogger(__name__)
 # --- loading ---------------------------------------------------------------------------------------
 
 
-def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[Path]:
+def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[TextFile]:
     """Find and check what a `--{split}_file` means: one table, a source and a target file, or source text alone.
 
     Raises:
-        InputError: nothing is there, a file is empty or not UTF-8, or the two sides differ in their number of lines.
+        InputError: nothing is there, a file is empty or no text, or the two sides differ in their number of lines.
     """
-    path = Path(file)
-    sides = [Path(f"{file}.{language}") for language in (data.source_lang, data.target_lang)]
-    if path.suffix not in TABLE_FORMATS:
-        if split == "test" and not sides[1].exists():
-            sides = [sides[0] if sides[0].exists() else path]
-        if not sides[0].exists():
-            raise InputError(
-                f"--{split}_file {file}: there is no {sides[0]}. Give a file ending in {', '.join(TABLE_FORMATS)}, or "
-                f"the prefix of parallel text in files ending in .{data.source_lang} and .{data.target_lang}."
-            )
-    paths = [path] if path.suffix in TABLE_FORMATS else sides
-    counts = [count_lines(side) for side in paths]
-    if len(set(counts)) > 1:
+    paths = find_files(file, [data.source_lang, data.target_lang], source_only=split == "test")
+    if not is_table(paths[0]) and not paths[0].exists():
         raise InputError(
-            f"The two sides differ: {paths[0]} has {counts[0]:,} lines and {paths[1]} has {counts[1]:,}; "
+            f"--{split}_file {file}: there is no {file}.{data.source_lang}. Give a file ending in "
+            f"{', '.join(TABLE_FORMATS)}, or the prefix of parallel text in files ending in .{data.source_lang} and "
+            f".{data.target_lang}."
+        )
+    files = [check_text(path) for path in paths]
+    if len({side.lines for side in files}) > 1:
+        source, target = files
+        raise InputError(
+            f"The two sides differ: {source.path} has {source.lines:,} lines and {target.path} has {target.lines:,}; "
             "line n of one must translate line n of the other."
         )
-    return paths
+    return files
 
 
-def load_pairs(split: str, data: DataTrainingArguments, model: ModelArguments) -> Dataset:
-    """Load a split (`"train"`, `"validation"` or `"test"`): columns `source` and, but for source text, `target`.
+def split_files(split: str, data: DataTrainingArguments, model: ModelArguments) -> list[TextFile]:
+    """The checked files of a split; none of a data set by name but for tables in a local folder.
 
     Raises:
-        InputError: a file, split, column or language key is missing or unreadable.
+        InputError: a file is missing or no text, or there is no such data set.
     """
-    if data.dataset_name is not None and (split != "test" or data.test_file is None):
-        dataset = _load_from_hub(split, data, model)
-        dataset = _as_pairs(dataset, data, source_only=split == "test")
-    else:
-        paths = resolve_files(getattr(data, f"{split}_file"), data, split)
-        languages = [data.source_lang, data.target_lang]
-        dataset = load_file(paths, languages, source_only=split == "test", cache_dir=model.cache_dir)
-    return _limit(dataset, split, data)
+    if data.dataset_name is None or (split == "test" and data.test_file is not None):
+        return resolve_files(getattr(data, f"{split}_file"), data, split)
+    return [check_text(path) for path in local_tables(split, data, model.cache_dir)]
 
 
-def _load_from_hub(split: str, data: DataTrainingArguments, model: ModelArguments) -> Dataset:
-    try:
-        return load_dataset(data.dataset_name, data.dataset_config_name, split=split, cache_dir=model.cache_dir)
-    except (ValueError, OSError) as error:
-        raise InputError(f"The {split} split of data set {data.dataset_name} cannot be loaded: {error}") from error
+def load_pairs(
+    split: str, data: DataTrainingArguments, model: ModelArguments, files: list[TextFile] | None = None
+) -> Dataset:
+    """Load a split (`"train"`, `"validation"` or `"test"`): columns `source` and, but for source text, `target`.
 
+    A missing text (null, or an empty cell of a table) counts as blank, with a warning. What the text is, is in
+    `info.download_checksums`: size and SHA-256 of each file, or of the text of a data set by name.
 
-def _as_pairs(dataset: Dataset, data: DataTrainingArguments, source_only: bool) -> Dataset:
+    Args:
+        files: what `split_files` has returned, where it was called before.
+
+    Raises:
+        InputError: a file, split, column or language key is missing or unreadable, or a pair to score has no target.
+    """
     languages = [data.source_lang, data.target_lang]
-    if "translation" in dataset.column_names:
-        dataset = dataset.select_columns("translation").flatten()
-        dataset = dataset.rename_columns({name: name.removeprefix("translation.") for name in dataset.column_names})
-    if source_only and data.source_lang in dataset.column_names and data.target_lang not in dataset.column_names:
-        languages = [data.source_lang]
-    for language in languages:
-        if language not in dataset.column_names:
-            found = ", ".join(map(repr, dataset.column_names))
-            raise InputError(f"{data.dataset_name} has no language key {language!r}; it has {found}.")
-    dataset = dataset.select_columns(languages).rename_columns(
-        dict(zip(languages, ("source", "target"), strict=False))
-    )
-    for name, feature in dataset.features.items():
-        if feature != Value("string"):
-            dataset = dataset.cast_column(name, Value("string"))
+    if files is None:
+        files = split_files(split, data, model)
+    if files:
+        paths = [file.path for file in files]
+        dataset = load_files(files, languages, split == "test", model.cache_dir, afresh=data.overwrite_cache)
+        content = contents(files)
+    else:
+        dataset = load_by_name(split, data, model.cache_dir)
+        content = {str(data.dataset_name): checksum(dataset)}
+
+    def place_of(row: int) -> str:
+        return place(paths, languages, row) if files else f"{data.dataset_name}, row {row + 1:,} of its {split} split"
+
+    dataset = _without_nulls(_limit(dataset, split, data), split, data, place_of)
+    dataset.info.download_checksums = content
     return dataset
+
+
+def _without_nulls(
+    dataset: Dataset, split: str, data: DataTrainingArguments, place_of: Callable[[int], str]
+) -> Dataset:
+    if not len(dataset):
+        raise InputError(f"{data.dataset_name} has no rows in its {split} split.")
+    for name, language in zip(dataset.column_names, (data.source_lang, data.target_lang), strict=False):
+        column = dataset.data.column(name)
+        if not column.null_count:
+            continue
+        first = place_of(pc.index(column.is_null(), True).as_py())
+        missing = f"{column.null_count:,} of {len(dataset):,} {split} pairs have no {language!r}, the first is {first}"
+        if name == "target" and split == "test" and column.null_count == len(dataset):
+            dataset = dataset.remove_columns("target")
+            continue
+        if name == "target" and split != "train":
+            raise InputError(f"{missing}: give each one, because all of them are scored.")
+        logger.warning(f"{missing}. They count as blank.")
+        fill = partial(_fill_nulls, column=name)
+        dataset = dataset.map(fill, batched=True, features=dataset.features, desc="Filling in missing texts")
+    if "target" not in dataset.column_names:
+        logger.info(f"The test set has no {data.target_lang!r}: it is translated, and nothing is scored.")
+    elif split != "train":
+        pairs = zip(dataset["source"], dataset["target"], strict=True)
+        if blank := [row for row, (source, target) in enumerate(pairs) if source.strip() and not target.strip()]:
+            logger.warning(
+                f"{len(blank):,} of {len(dataset):,} {split} pairs have a blank target, the first is "
+                f"{place_of(blank[0])}: whatever is translated there counts as wrong."
+            )
+    return dataset
+
+
+def _fill_nulls(batch: dict[str, list], column: str) -> dict[str, list]:
+    return {column: [text or "" for text in batch[column]]}
+
+
+def check_cache(model: ModelArguments) -> None:
+    """Refuse a folder of the cache that cannot be written to.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    folder = Path(model.cache_dir or datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        default = "" if model.cache_dir else ", the default of Datasets (HF_DATASETS_CACHE),"
+        raise InputError(
+            f"The cache folder {folder}{default} cannot be written to ({error.strerror}): name another by --cache_dir."
+        ) from error
 
 
 def _limit(dataset: Dataset, split: str, data: DataTrainingArguments) -> Dataset:

@@ -1,34 +1,65 @@
-"""Files: parallel text in any of its forms, read line by line with the line in every complaint; text written whole."""
+"""Files: parallel text that is checked in one pass and cached by its content; text written whole."""
 
 import codecs
-import csv
-import json
-from collections.abc import Iterator
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DownloadMode, Features, Value
 from datasets.exceptions import DatasetGenerationError
+from datasets.io.generator import GeneratorDatasetInputStream
+
+from admin_hf import parallel_text
+from admin_hf.parallel_text import is_table, read_pairs
 
 from .errors import InputError
 
 
-TABLE_FORMATS = (".json", ".jsonl", ".csv", ".tsv")
 READ_BLOCK = 2**24
+# What other files begin with, and what they are
+_MAGIC = {
+    b"\xff\xfe": "UTF-16; write it as UTF-8",
+    b"\xfe\xff": "UTF-16; write it as UTF-8",
+    b"\x1f\x8b": "compressed by gzip; unpack it first",
+    b"BZh91AY&SY": "compressed by bzip2; unpack it first",
+    b"\xfd7zXZ": "compressed by xz; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
+    b"PK\x03\x04": "a zip archive or a workbook; unpack it, or save it as CSV in UTF-8",
+}
 
 
-def count_lines(path: Path) -> int:
-    """Count the lines of a UTF-8 text file, a block at a time.
+@dataclass(frozen=True)
+class TextFile:
+    """A file of text in UTF-8, and what it held when it was checked.
+
+    Attributes:
+        checksum: SHA-256 of its bytes, in hexadecimal digits.
+    """
+
+    path: Path
+    lines: int
+    num_bytes: int
+    checksum: str
+
+
+def check_text(path: Path) -> TextFile:
+    """Read a text file once, a block at a time: it is UTF-8, and has so many lines, bytes and this checksum.
 
     Raises:
-        InputError: the file is missing, empty, or not UTF-8 (naming the line).
+        InputError: the file is missing, empty, not UTF-8, holds NUL, or ends lines by carriage returns alone.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file.")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines, last = 0, b""
+    decoder, checksum = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256()
+    size = lines = returns = 0  # carriage returns without a line feed
+    last = b""
     with path.open("rb") as file:
         while block := file.read(READ_BLOCK):
+            for magic, what in _MAGIC.items():
+                if not size and block.startswith(magic):
+                    raise InputError(f"{path} is {what}.")
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
@@ -37,122 +68,91 @@ def count_lines(path: Path) -> int:
                 raise InputError(
                     f"{path} is not UTF-8 text: line {line} cannot be decoded ({error.reason})."
                 ) from None
-            lines, last = lines + block.count(b"\n"), block[-1:]
+            if (place := block.find(b"\0")) >= 0:
+                line = lines + 1 + block.count(b"\n", 0, place)
+                raise InputError(
+                    f"{path} is no text: line {line} holds a NUL byte. UTF-16 has them; write it as UTF-8."
+                )
+            checksum.update(block)
+            if b"\r" in block or last == b"\r":
+                returns += block.count(b"\r") - block.count(b"\r\n") - (last + block[:1] == b"\r\n")
+            size, lines, last = size + len(block), lines + block.count(b"\n"), block[-1:]
     if decoder.getstate()[0]:
         raise InputError(f"{path} is not UTF-8 text: line {lines + 1} ends in the middle of a character.")
     if not last:
         raise InputError(f"{path} is empty.")
-    return lines + (last != b"\n")
+    if returns > lines:
+        raise InputError(
+            f"{path} has {returns:,} carriage returns but {lines:,} line feeds, which alone end lines; convert it to "
+            "line feeds."
+        )
+    return TextFile(path, lines + (last != b"\n"), size, checksum.hexdigest())
 
 
-def load_file(paths: list[Path], languages: list[str], source_only: bool, cache_dir: str | None) -> Dataset:
-    """Load a table, or text files side by side, as `source` and `target`: memory-mapped, and cached by path and time.
+def contents(files: Sequence[TextFile]) -> dict[str, dict[str, int | str]]:
+    """Size and checksum by path, in the form of `DatasetInfo.download_checksums`."""
+    return {str(file.path): {"num_bytes": file.num_bytes, "checksum": file.checksum} for file in files}
+
+
+def load_files(
+    files: Sequence[TextFile], languages: Sequence[str], source_only: bool, cache_dir: str | None, afresh: bool
+) -> Dataset:
+    """Load tables, or text files side by side, as `source` and `target`: memory-mapped, and cached by their content.
 
     Args:
-        paths: one table, a source and a target file, or (`source_only`) a source file.
+        files: tables, a source and a target file, or (`source_only`) a source file, which has no column `target`.
         languages: the keys or columns of source and target in a table.
-        source_only: whether a table may lack the target.
+        source_only: whether rows of a table may lack the target, which is None then.
         cache_dir: where `datasets` caches.
+        afresh: read the files in spite of the cache.
 
     Raises:
-        InputError: something cannot be read, with file and line.
+        InputError: something cannot be read, with file and line, or not be cached.
     """
-    if paths[0].suffix in TABLE_FORMATS:
-        _, first = next(_rows(paths[0]), (0, None))
-        if first is None:
-            raise InputError(f"{paths[0]} has no rows.")
-        if source_only and languages[0] in first and languages[1] not in first:
-            languages = languages[:1]
-    else:
-        languages = languages[: len(paths)]
-    names = ("source", "target")[: len(languages)]
+    paths = [file.path for file in files]
+    if next(_rows(paths, languages, source_only), None) is None:
+        raise InputError(f"{paths[0]} has no rows.")
+    names = ("source", "target") if is_table(paths[0]) or len(files) > 1 else ("source",)
+    forms = [path.suffix.lower() if is_table(path) else "text" for path in paths]
+    reader = inspect.getsource(parallel_text)  # another version may read another text
+    content = [(file.num_bytes, file.checksum) for file in files]
+    identity = repr((reader, forms, list(languages), source_only, content))
     try:
-        return Dataset.from_generator(
-            _pairs,
+        stream = GeneratorDatasetInputStream(
+            _rows,
             features=Features(dict.fromkeys(names, Value("string"))),
-            gen_kwargs={
-                "paths": tuple(map(str, paths)),  # a list would be taken for shards
-                "languages": tuple(languages),
-                "versions": tuple(path.stat().st_mtime_ns for path in paths),  # for the cache's fingerprint
-            },
+            # lists would be taken for shards
+            gen_kwargs={"paths": tuple(paths), "languages": tuple(languages), "source_only": source_only},
             cache_dir=cache_dir,
+            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],
         )
+        if afresh:
+            stream.builder.download_and_prepare(download_mode=DownloadMode.REUSE_CACHE_IF_EXISTS)
+        return stream.read()
     except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, InputError) else error from error
+        cause = error.__cause__
+        if isinstance(cause, OSError):
+            raise InputError(f"{paths[0]} cannot be cached: {cause}. --cache_dir names another folder.") from error
+        raise cause if isinstance(cause, InputError) else error from error
 
 
-def _pairs(paths: tuple[str, ...], languages: tuple[str, ...], versions: tuple[int, ...]) -> Iterator[dict[str, str]]:
-    names = ("source", "target")
-    if Path(paths[0]).suffix not in TABLE_FORMATS:
-        for texts in zip(*(_lines(Path(path)) for path in paths), strict=True):
-            yield dict(zip(names, texts, strict=False))
-        return
-    for line, row in _rows(Path(paths[0])):
-        pair = {}
-        for name, language in zip(names, languages, strict=False):
-            if language not in row:
-                found = ", ".join(map(repr, row)) or "none"
-                raise InputError(f"{paths[0]}, line {line}, has no language key {language!r}; it has {found}.")
-            if not isinstance(text := "" if row[language] is None else row[language], str):
-                raise InputError(f"{paths[0]}, line {line}: {language!r} is {text!r}; expected text.")
-            pair[name] = text
-        yield pair
+def _rows(paths: Sequence[Path], languages: Sequence[str], source_only: bool) -> Iterator[dict[str, str | None]]:
+    try:
+        for pair in read_pairs(paths, languages, source_only):
+            row = {"source": pair.source, "target": pair.target}
+            yield row if is_table(paths[0]) or len(paths) > 1 else {"source": pair.source}
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
-def _lines(path: Path) -> Iterator[str]:
-    # Only a line feed ends a line: other separators, and carriage returns within, are part of the text
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
-            yield line.rstrip("\n").removesuffix("\r")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows of a table; a row of Hugging Face's form is what is under its `translation`."""
-    if path.suffix in (".csv", ".tsv"):
-        header: list[str] | None = None
-        for line, fields in _fields(path):
-            if header is None:
-                header = fields
-            elif fields and len(fields) != len(header):
-                raise InputError(f"{path}, line {line}, has {len(fields)} fields; the header has {len(header)}.")
-            else:
-                yield line, dict(zip(header, fields or [""] * len(header), strict=True))
-        return
-    for line, row in _json_values(path):
-        if isinstance(row, dict) and "translation" in row:
-            row = row["translation"]
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {line}, is {str(row)[:80]!r}; expected an object with language keys.")
-        yield line, row
-
-
-def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
-    if path.suffix == ".tsv":  # quotes are text in every parallel corpus in TSV
-        yield from ((number, text.split("\t") if text else []) for number, text in enumerate(_lines(path), 1))
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            for fields in reader:
-                yield reader.line_num, fields
-        except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}, cannot be read as CSV: {error}.") from error
-
-
-def _json_values(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        is_array = file.read(100).lstrip().startswith("[")
-    texts = [path.read_text(encoding="utf-8-sig")] if is_array else _lines(path)
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} cannot be read as {path.suffix[1:].upper()}: line {number + error.lineno - 1}, {error.msg}."
-            ) from error
-        yield from ((number, item) for item in value) if isinstance(value, list) else ((number, value),)
+def place(paths: Sequence[Path], languages: Sequence[str], index: int) -> str:
+    """File and line of a pair, counted from 0."""
+    for path in paths if is_table(paths[0]) else paths[-1:]:
+        for pair in read_pairs([path], languages, source_only=True):
+            if not index:
+                return f"{path}, line {pair.line}"
+            index -= 1
+    raise IndexError(f"There is no pair {index} more.")
 
 
 def write_whole(path: Path, text: str) -> None:

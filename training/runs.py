@@ -3,6 +3,7 @@
 import json
 import tempfile
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from .errors import InputError
 from .files import write_whole
 
 
-ARGUMENTS_NAME = "arguments.json"
+ARGUMENTS_NAME, DATA_NAME = "arguments.json", "data.json"
+
+# Of the files of a split, or of a data set by name: `num_bytes` and `checksum` by path or name
+Contents = dict[str, dict[str, Any]]
 
 
 def last_checkpoint(training: TranslationTrainingArguments) -> str | None:
@@ -88,28 +92,80 @@ def check_output_dir(arguments: Arguments) -> None:
         raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
     if not arguments[2].do_train:
         return
-    afresh = (
-        f"To go on with that run repeat its arguments; to start afresh remove {folder} or choose another --output_dir."
-    )
+    afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
     if not record.exists():
         if get_last_checkpoint(str(folder)) is not None:
             raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
         return
-    try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{record} is damaged ({error}). {afresh}") from error
+    before = _read(record, afresh)
     now = recorded(arguments)
+    # Where the content of files is recorded it decides, not where they are
+    moved = {f"{split}_file" for split in _read(folder / DATA_NAME, afresh)} - {"test_file"}
     defaults = {item.name: item.default for group in arguments for item in fields(group)} | {"world_size": 1}
     before = {name: defaults.get(name) for name in now} | before  # of arguments that are newer than the run
     differing = [
         f"{name}: {before.get(name)!r} then, {now.get(name)!r} now"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
+        and name not in moved
         and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
     ]
     if differing:
         raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
+
+
+def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
+    """Refuse to train on, or validate with, other text than the run in output_dir has begun with.
+
+    Raises:
+        InputError: naming the file that differs.
+    """
+    folder = Path(arguments[2].output_dir)
+    if not arguments[2].do_train or not (folder / ARGUMENTS_NAME).exists():
+        return
+    before = _read(folder / DATA_NAME, _afresh(folder))
+    for split in contents.keys() & before.keys() - {"test"}:
+        files = _named(contents[split])
+        for then, now in zip_longest(before[split], files, fillvalue={}):
+            if any(then.get(key) != now.get(key) for key in ("num_bytes", "checksum")):
+                sizes = [f"{file['num_bytes']:,} bytes" if file else "nothing" for file in (then, now)]
+                if sizes[0] == sizes[1]:
+                    sizes[1] = "other ones"
+                raise InputError(
+                    f"{folder} holds a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
+                    f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
+                    f"--model_name_or_path {folder} and another --output_dir."
+                )
+
+
+def record_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
+    """Write size and checksum of the text that the run trains on and validates with, without where it is."""
+    path = Path(arguments[2].output_dir) / DATA_NAME
+    before = _read(path, _afresh(path.parent)) if (path.parent / ARGUMENTS_NAME).exists() else {}
+    now = {split: _named(content) for split, content in contents.items() if split != "test"}
+    write_whole(path, json.dumps(before | now, indent=1) + "\n")
+
+
+def _named(contents: Contents) -> list[dict[str, Any]]:
+    return [{"name": Path(name).name, **content} for name, content in contents.items()]
+
+
+def _afresh(folder: Path) -> str:
+    return f"To start afresh remove {folder} or choose another --output_dir."
+
+
+def _read(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}). {advice}") from error
 
 
 def recorded(arguments: Arguments) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """Sentences for the page: those of the run's own files, and their translations."""
 
-import csv
-import json
-from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import parallel_text
 from ..modeling_admin import AdminForConditionalGeneration
+from ..parallel_text import find_files
 from .run import Run, regular_file
 
 
@@ -41,35 +39,11 @@ def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
     """
     name = run.arguments.get(f"{split}_file")
     source, target = (run.arguments.get(f"{side}_lang") for side in ("source", "target"))
-    if not (isinstance(name, str) and isinstance(source, str)):
+    if not (isinstance(name, str) and isinstance(source, str) and isinstance(target, str)):
         raise FileNotFoundError(f"the run names no {split} file.")
-    path = Path(name)
-    if path.suffix in (".json", ".jsonl", ".csv", ".tsv"):
-        rows = [row.get("translation", row) for row in islice(_rows(path), count)]
-        return [Sample(str(row[source]), str(row[target]) if row.get(target) else None) for row in rows]
-    sides = [Path(f"{name}.{language}") for language in (source, target)]
-    sources = _lines(sides[0] if sides[0].exists() else path, count)
-    references = _lines(sides[1], count) if sides[1].exists() else [None] * count
-    return [Sample(*pair) for pair in zip(sources, references, strict=False)]
-
-
-def _lines(path: Path, count: int) -> list[Any]:
-    with regular_file(path).open(encoding="utf-8-sig", newline="\n") as file:
-        return [line.strip() for line in islice(file, count)]
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with regular_file(path).open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from csv.DictReader(file)
-        elif path.suffix == ".tsv":
-            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif file.read(100).lstrip().startswith("["):
-            file.seek(0)
-            yield from json.load(file)
-        else:
-            file.seek(0)
-            yield from (json.loads(line) for line in file if line.strip())
+    paths = find_files(name, (source, target), source_only=True)
+    pairs = parallel_text.read_pairs([regular_file(path) for path in paths], (source, target), source_only=True)
+    return [Sample(pair.source or "", pair.target) for pair in islice(pairs, count)]
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
@@ -87,10 +61,9 @@ def predictions(run: Run, count: int) -> list[Sample]:
     if not any(name.startswith("test_") for name in run.scores):  # training that goes on removes the scores
         return []
     try:
-        lines = _lines(run.folder / PREDICTIONS_NAME, count)
-        return [
-            pair._replace(translation=line) for pair, line in zip(read_pairs(run, "test", count), lines, strict=False)
-        ]
+        lines = parallel_text.read_pairs([regular_file(run.folder / PREDICTIONS_NAME)], ())
+        samples = read_pairs(run, "test", count)
+        return [pair._replace(translation=line.source) for pair, line in zip(samples, lines, strict=False)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
