@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +60,15 @@ def read_pairs(paths: Sequence[Path], languages: Sequence[str], source_only: boo
 
     Raises:
         OSError, UnicodeDecodeError: a file cannot be read.
-        ValueError: what is no table, or has no such languages, with file and line.
+        ValueError: what is no table, or has no such languages, or no line for each of the other side; with file and
+            line.
     """
     if not is_table(paths[0]):
         sides = [_lines(path) for path in paths]
-        for number, texts in enumerate(zip(*sides, strict=True), 1):
+        for number, texts in enumerate(zip_longest(*sides), 1):
+            if None in texts:
+                names = " and ".join(map(str, paths))
+                raise ValueError(f"{names} differ in their number of lines: one has no line {number}.")
             yield Pair(number, texts[0], texts[1] if len(texts) > 1 else None)
         return
     for path in paths:
