@@ -1,12 +1,18 @@
 import json
 import logging
+import os
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
+from datasets.builder import DataFilesDict
+from datasets.data_files import DataFilesList
+from datasets.load import configure_builder_class
+from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 
 from training.arguments import DataTrainingArguments, ModelArguments
 from training.data import (
     _encode_for_evaluation,
+    check_cache,
     load_pairs,
     resolve_files,
     tokenize_for_evaluation,
@@ -101,6 +107,193 @@ def test_samples_are_limited_from_the_front(tmp_path):
     data = arguments(train_file=str(write(tmp_path, "prefix")), max_train_samples=2)
     dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
     assert list(dataset["source"]) == [source for source, _ in PAIRS[:2]]
+
+
+# --- the same text, whatever holds it ----------------------------------------------------------------
+
+WORDS = [("null", "NA"), ("nan", "007"), ("", ""), ("1.50", "2020-01-01"), ("None", "TRUE")]
+
+
+def load(folder, split="train", **changes):
+    dataset = load_pairs(split, arguments(**changes), ModelArguments(cache_dir=str(folder / "cache")))
+    return [tuple(row.values()) for row in dataset]
+
+
+def write_words(path):
+    """As a table, in which the pair of blanks is a blank line but in JSON."""
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps({"en": source, "de": target}) + "\n" for source, target in WORDS)
+    else:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        text = "".join(separator.join(pair) + "\n" for pair in [("en", "de"), *WORDS])
+        text = text.replace(f"\n{separator}\n", "\n\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_by_name_has_the_text_of_its_files(tmp_path, form, split):
+    path = tmp_path / "set" / f"{split}.{form}"
+    write_words(path)
+    assert load(tmp_path, split, dataset_name=str(path.parent)) == WORDS
+    assert load(tmp_path, split, **{f"{split}_file": str(path)}) == WORDS
+
+
+def test_a_data_set_that_says_how_its_csv_is_read_has_its_text_too(tmp_path, caplog):
+    """Datasets reads it, as it reads one from the Hub."""
+    write_words(tmp_path / "set" / "train.csv")
+    text = (tmp_path / "set" / "train.csv").read_text().replace(",", ";")
+    (tmp_path / "set" / "train.csv").write_text(text)
+    card = "---\nconfigs:\n- config_name: x\n  data_files:\n  - {split: train, path: train.csv}\n  sep: ';'\n---\n"
+    (tmp_path / "set" / "README.md").write_text(card)
+    assert load(tmp_path, dataset_name=str(tmp_path / "set")) == WORDS
+    (tmp_path / "set" / "train.csv").write_text('en;de\na;b\nc;"12 Zoll\ne;f\ng;"\n')
+    with caplog.at_level(logging.WARNING, logger="training"):
+        assert load(tmp_path, dataset_name=str(tmp_path / "set")) == [("a", "b"), ("c", "12 Zoll\ne;f\ng;")]
+    assert "1 target cells" in caplog.text and "the first in row 2" in caplog.text
+    (tmp_path / "set" / "train.csv").write_text('en;de\na;"12 Zoll\ne;f\n')
+    with pytest.raises(InputError, match="train split of data set .* cannot be loaded: .*EOF inside string"):
+        load(tmp_path, dataset_name=str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_a_csv_of_the_hub_is_found_in_the_cache_without_a_network(tmp_path, monkeypatch, separator):
+    """As a session with a network leaves it: the cache goes by the options with which text is left alone."""
+    path = tmp_path / "there.csv"
+    path.write_text(f"en{separator}de\nnull{separator}007\n")
+    columns = {"en": str, "de": str}
+    options = {"na_filter": False, "skip_blank_lines": False, "converters": columns}
+    options |= {"quoting": 3} if separator == "\t" else {}
+    files = DataFilesDict({"train": DataFilesList([str(path)], [])})
+    config = CsvConfig(data_files=files, sep=separator)
+    there = configure_builder_class(Csv, [config], "default", dataset_name="set")
+    there(str(tmp_path / "cache"), "set", hash="0", **options).download_and_prepare()
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert load(tmp_path, dataset_name="set") == [("null", "007")]
+
+
+@pytest.mark.parametrize("form", ["csv", "folder", "parquet", "prefix"])
+def test_a_file_that_is_replaced_is_read_again_whatever_its_time_stamp(tmp_path, form):
+    """As cp -p, tar and rsync leave it."""
+    for text in ("one dog", "two cat", "red cat"):
+        if form == "parquet":
+            path = tmp_path / "set" / "train.parquet"
+            Dataset.from_dict({"en": [text], "de": ["b"]}).to_parquet(path)
+        elif form == "prefix":
+            path = tmp_path / "train.en"
+            path.write_text(f"{text}\n")
+            (tmp_path / "train.de").write_text("b\n")
+        else:
+            path = tmp_path / "set" / "train.csv"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"en,de\n{text},b\n")
+        os.utime(path, ns=(10**18, 10**18))
+        given = {"train_file": str(path if form == "csv" else path.with_suffix(""))}
+        if form in ("folder", "parquet"):
+            given = {"dataset_name": str(path.parent)}
+        assert load(tmp_path, **given) == [(text, "b")]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_cache_is_overwritten_where_that_is_asked_for(tmp_path, by_name):
+    if by_name:
+        (tmp_path / "set").mkdir()
+        Dataset.from_dict({"en": ["a"], "de": ["b"]}).to_parquet(tmp_path / "set" / "train.parquet")
+        data = arguments(dataset_name=str(tmp_path / "set"))
+    else:
+        data = arguments(train_file=str(write(tmp_path, "columns.csv")))
+    model = ModelArguments(cache_dir=str(tmp_path / "cache"))
+
+    def stamp() -> int:
+        return os.stat(load_pairs("train", data, model).cache_files[0]["filename"]).st_mtime_ns
+
+    first = stamp()
+    assert stamp() == first, "from the cache"
+    data.overwrite_cache = True
+    assert stamp() > first
+
+
+@pytest.mark.parametrize("cache_dir", ["/dev/null/x", None])
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, cache_dir):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/dev/null/default")
+    folder = cache_dir or "/dev/null/default"
+    with pytest.raises(InputError, match=f"The cache folder {folder}.* cannot be written to .*--cache_dir"):
+        check_cache(ModelArguments(cache_dir=cache_dir))
+
+
+# --- what is missing ----------------------------------------------------------------------------------
+
+
+def jsonl(*pairs):
+    rows = [dict(zip(("en", "de"), pair, strict=False)) for pair in pairs]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("test.jsonl", jsonl(("a",), ("b", "c")), 1),
+        ("test.jsonl", jsonl(("a", None), ("b", "c")), 1),
+        ("test.jsonl", jsonl(("a", "x"), ("b",)), 2),
+        ("test.jsonl", jsonl(("a", "x"), ("b", None)), 2),
+        ("test.json", '[\n{"en":"a"},\n{"en":"b","de":"c"}]', 2),
+        ("test.csv", "en,de\na,\nb,c\n", 2),
+        ("test.tsv", "en\tde\na\tb\n\nb\t\n", 4),
+    ],
+)
+def test_a_test_pair_without_its_target_is_told(tmp_path, name, content, line):
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / name
+    path.write_text(content)
+    for given in ({"test_file": str(path)}, {"dataset_name": str(path.parent)}):
+        with pytest.raises(
+            InputError, match=rf"1 of \d test pairs have no 'de', the first is .*{name}, line {line}\."
+        ):
+            load(tmp_path, "test", **given)
+
+
+@pytest.mark.parametrize(
+    "content", [jsonl(("a",), ("b",)), jsonl(("a", None), ("b",)), "en,de\na,\nb,\n", "en\na\nb\n"]
+)
+def test_a_table_without_any_target_is_translated(tmp_path, content, caplog):
+    path = tmp_path / ("test.jsonl" if content.startswith("{") else "test.csv")
+    path.write_text(content)
+    with caplog.at_level(logging.INFO, logger="training"):
+        assert load(tmp_path, "test", test_file=str(path)) == [("a",), ("b",)]
+    assert "The test set has no 'de': it is translated, and nothing is scored." in caplog.text
+
+
+def test_a_data_set_with_a_missing_target_is_told(tmp_path):
+    (tmp_path / "set").mkdir()
+    for split in ("validation", "test"):
+        rows = {"en": [None, "a", "b"], "de": [None, "x", None]}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "set" / f"{split}.parquet")
+        with pytest.raises(
+            InputError, match=f"1 of 3 {split} pairs have no 'de', the first is .*, row 3 of its {split}"
+        ):
+            load(tmp_path, split, dataset_name=str(tmp_path / "set"))
+    Dataset.from_dict({"en": ["a", "b"], "de": [None, None]}).cast_column("de", Value("string")).to_parquet(
+        tmp_path / "set" / "test.parquet"
+    )
+    assert load(tmp_path, "test", dataset_name=str(tmp_path / "set")) == [("a",), ("b",)]
+
+
+def test_other_missing_texts_are_blank_and_counted(tmp_path, caplog):
+    (tmp_path / "train.jsonl").write_text(jsonl(("a", "b"), ("c", None), (None, "d"), (None, None)))
+    with caplog.at_level(logging.WARNING, logger="training"):
+        pairs = load(tmp_path, train_file=str(tmp_path / "train.jsonl"))
+    assert pairs == [("a", "b"), ("c", ""), ("", "d"), ("", "")]
+    assert "2 of 4 train pairs have no 'de', the first is" in caplog.text and "train.jsonl, line 2." in caplog.text
+    assert "2 of 4 train pairs have no 'en', the first is" in caplog.text and "train.jsonl, line 3." in caplog.text
+
+
+def test_blank_targets_of_text_are_counted(tmp_path, caplog):
+    (tmp_path / "test.en").write_text("a\n\nb\nc\n")
+    (tmp_path / "test.de").write_text("x\n\n\n \n")
+    with caplog.at_level(logging.WARNING, logger="training"):
+        load(tmp_path, "test", test_file=str(tmp_path / "test"))
+    assert "2 of 4 test pairs have a blank target, the first is" in caplog.text and "test.de, line 3:" in caplog.text
 
 
 # --- bad input --------------------------------------------------------------------------------------

@@ -99,20 +99,26 @@ def _without_nulls(
 ) -> Dataset:
     if not len(dataset):
         raise InputError(f"{data.dataset_name} has no rows in its {split} split.")
+    if "target" in dataset.column_names and split != "train":
+        source, target = (dataset.data.column(name) for name in ("source", "target"))
+        # Null is no blank: of a blank line nothing is missing
+        missing = pc.and_(target.is_null(), pc.not_equal(pc.fill_null(source, ""), ""))
+        if split == "test" and target.null_count == len(target):
+            dataset = dataset.remove_columns("target")
+        elif pc.any(missing).as_py():
+            raise InputError(
+                f"{pc.sum(missing).as_py():,} of {len(dataset):,} {split} pairs have no {data.target_lang!r}, the "
+                f"first is {place_of(pc.index(missing, True).as_py())}. Every pair is scored: add what is missing."
+            )
     for name, language in zip(dataset.column_names, (data.source_lang, data.target_lang), strict=False):
         column = dataset.data.column(name)
-        if not column.null_count:
-            continue
-        first = place_of(pc.index(column.is_null(), True).as_py())
-        missing = f"{column.null_count:,} of {len(dataset):,} {split} pairs have no {language!r}, the first is {first}"
-        if name == "target" and split == "test" and column.null_count == len(dataset):
-            dataset = dataset.remove_columns("target")
-            continue
-        if name == "target" and split != "train":
-            raise InputError(f"{missing}: give each one, because all of them are scored.")
-        logger.warning(f"{missing}. They count as blank.")
-        fill = partial(_fill_nulls, column=name)
-        dataset = dataset.map(fill, batched=True, features=dataset.features, desc="Filling in missing texts")
+        if column.null_count:
+            logger.warning(
+                f"{column.null_count:,} of {len(dataset):,} {split} pairs have no {language!r}, the first is "
+                f"{place_of(pc.index(column.is_null(), True).as_py())}. They count as blank."
+            )
+            fill = partial(_fill_nulls, column=name)
+            dataset = dataset.map(fill, batched=True, features=dataset.features, desc="Filling in missing texts")
     if "target" not in dataset.column_names:
         logger.info(f"The test set has no {data.target_lang!r}: it is translated, and nothing is scored.")
     elif split != "train":
