@@ -1,10 +1,19 @@
 """Bad input to the script ends in one sentence, exit code 2, and before any training."""
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import SHAPE, run
+from datasets import Dataset
+from tiny_runs import SHAPE, arguments, flags, run
 from transformers import AutoTokenizer
+
+from training.arguments import DataTrainingArguments, ModelArguments, parse_arguments
+from training.data import load_pairs
+from training.errors import InputError
+from training.runs import check_data, check_output_dir, record_arguments, record_data
 
 
 def error(capsys, data, output, **changes) -> str:
@@ -69,6 +78,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
         ({"learning_rat": 1}, "learning_rat"),
         ({"learning_rate": "fast"}, "fast"),
+        ({"cache_dir": "/dev/null/cache"}, "The cache folder /dev/null/cache cannot be written to"),
     ],
 )
 def test_a_wrong_argument(data, tmp_path, capsys, changes, message):
@@ -113,3 +123,86 @@ def test_a_folder_with_another_run_is_refused_and_left_alone(data, tmp_path, cap
     assert "learning_rate: 0.01 then, 0.02 now" in message and "config_overrides" in message
     assert "seed" not in message and f"remove {tmp_path}" in message
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_goes_on_with_its_own_data_alone(data, tmp_path, capsys):
+    """Whatever their names and time stamps are."""
+    here = tmp_path / "here"
+    shutil.copytree(data, here)
+    given = {"do_eval": True, "predict_with_generate": False, "report_to": "none", "save_steps": 2}
+    assert run(here, tmp_path / "run", max_steps=2, **given) == 0
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert {split: [file["name"] for file in files] for split, files in recorded.items()} == {
+        "train": ["train.en", "train.de"],
+        "validation": ["validation.en", "validation.de"],
+    }
+    assert all(len(file["checksum"]) == 64 for files in recorded.values() for file in files)
+    assert str(tmp_path) not in json.dumps(recorded)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def refused(name: str, old: str, new: str) -> str:
+        text, stamp = (here / name).read_bytes(), os.stat(here / name).st_mtime_ns
+        (here / name).write_bytes(text.replace(old.encode(), new.encode(), 1))
+        os.utime(here / name, ns=(stamp, stamp))
+        capsys.readouterr()
+        assert run(here, tmp_path / "run", max_steps=4, **given) == 2
+        (here / name).write_bytes(text)
+        return capsys.readouterr().err
+
+    size = os.stat(here / "train.de").st_size
+    same_size = refused("train.de", " ", "-")
+    assert f"other train data: train.de had {size:,} bytes then, other ones now" in same_size
+    assert f"--model_name_or_path {tmp_path / 'run'} and another --output_dir" in same_size
+    assert f"train.de had {size:,} bytes then, {size + 1:,} bytes now" in refused("train.de", " ", "  ")
+    assert "other validation data: validation.en" in refused("validation.en", " ", "  ")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+    (tmp_path / "there").mkdir()
+    for path in here.iterdir():  # another folder, other names, and a test set that is free to change
+        path.rename(tmp_path / "there" / path.name.replace("train", "pairs"))
+    for side in ("en", "de"):
+        (tmp_path / "there" / f"test.{side}").write_text("A dog.\n")
+    moved = given | {"train_file": tmp_path / "there" / "pairs", "do_predict": True}
+    assert run(tmp_path / "there", tmp_path / "run", max_steps=4, **moved) == 0
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert recorded.keys() == {"train", "validation"} and recorded["train"][0]["name"] == "pairs.en"
+
+
+def test_a_run_from_before_data_were_recorded_goes_on(data, tmp_path):
+    """By the names of its files, as then; and what they hold is recorded from now on."""
+    given = parse_arguments(flags(arguments(data, tmp_path / "run")))
+    record_arguments(given)
+    check_output_dir(given)
+    content = {"train": {"a/train.en": {"num_bytes": 1, "checksum": "x"}}}
+    check_data(given, content)
+    elsewhere = parse_arguments(flags(arguments(data, tmp_path / "run", train_file="elsewhere")))
+    with pytest.raises(InputError, match="train_file: .* then, 'elsewhere' now"):
+        check_output_dir(elsewhere)
+    record_data(given, content | {"test": {"test.en": {"num_bytes": 1, "checksum": "x"}}})
+    check_output_dir(elsewhere)
+    check_data(elsewhere, {"train": {"b/other.en": {"num_bytes": 1, "checksum": "x"}}})
+    check_data(elsewhere, {"test": {"test.en": {"num_bytes": 2, "checksum": "y"}}})
+    for other in ({"num_bytes": 1, "checksum": "y"}, {"num_bytes": 2, "checksum": "x"}):
+        with pytest.raises(InputError, match="other train data: train.en had 1 bytes then"):
+            check_data(elsewhere, {"train": {"a/train.en": other}})
+    with pytest.raises(InputError, match="other train data: train.de had nothing then, 2 bytes now"):
+        check_data(given, {"train": content["train"] | {"a/train.de": {"num_bytes": 2, "checksum": "x"}}})
+    record_data(given, {"validation": {"v": {"num_bytes": 1, "checksum": "x"}}})
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert recorded.keys() == {"train", "validation"}, "of a session without one of them the other stays"
+
+
+def test_a_data_set_by_name_is_known_by_its_text(tmp_path):
+    def content(path: Path, *texts: str) -> dict:
+        path.mkdir(parents=True, exist_ok=True)
+        Dataset.from_dict({"en": list(texts), "de": list(texts)}).to_parquet(path / "train.parquet")
+        data = DataTrainingArguments(source_lang="en", target_lang="de", dataset_name=str(path))
+        dataset = load_pairs("train", data, ModelArguments(cache_dir=str(tmp_path / "cache")))
+        assert list(dataset.info.download_checksums) == [str(path)]
+        return dataset.info.download_checksums[str(path)]
+
+    first = content(tmp_path / "a", "one", "two")
+    assert content(tmp_path / "b", "one", "two") == first
+    assert content(tmp_path / "a", "one", "tow") != first and content(tmp_path / "a", "onetwo", "") != first
