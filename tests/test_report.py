@@ -207,6 +207,24 @@ def test_sentences_are_read_in_every_form(tmp_path, form):
     assert [sample[:2] for sample in read_pairs(Run(tmp_path), "test", 1)] == expected[:1]
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_a_blank_row_stands_beside_its_own_translation(tmp_path, form):
+    """run_translation.py translates it too: as a blank line."""
+    separator = {"csv": ",", "tsv": "\t"}[form]
+    rows = (
+        ["en,de", "a,A", "", '"b" c,B', ",", "d,D"]
+        if form == "tsv"
+        else ["en,de", "a,A", "", '"""b"" c",B', "", "d,D"]
+    )
+    (tmp_path / f"test.{form}").write_text("".join(f"{row}\n".replace(",", separator) for row in rows))
+    arguments = {"test_file": str(tmp_path / f"test.{form}"), "source_lang": "en", "target_lang": "de"}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    (tmp_path / "results.json").write_text(json.dumps({"scores": {"test_bleu": 1.0}}))
+    (tmp_path / "generated_predictions.txt").write_text("1\n\n3\n\n5\n")
+    expected = [("a", "A", "1"), ("", "", ""), ('"b" c', "B", "3"), ("", "", ""), ("d", "D", "5")]
+    assert predictions(Run(tmp_path), 8) == expected
+
+
 @pytest.mark.parametrize("value", [True, "3", None, float("nan"), -float("inf"), 10**400, [1]])
 def test_what_cannot_be_drawn_is_no_number(value):
     assert not is_number(value) and is_number(3) and is_number(-0.5)
