@@ -16,9 +16,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
 from .analysis.command import add_command as add_analyze
+from .architecture import ARCHITECTURES
 from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .checkpoints import explained_errors, one_line, replaced_model
-from .configuration_admin import STOCK_CONFIGS
 from .report import add_command as add_report
 
 
@@ -123,7 +123,7 @@ def _check_out(checkpoint: Path, out: Path) -> None:
         model_type = json.loads(there.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError):
         model_type = None
-    if model_type not in STOCK_CONFIGS:
+    if model_type not in ARCHITECTURES:
         raise ValueError(f"{out} holds a {model_type!r} model, which the export would replace: name another folder.")
 
 

@@ -4,17 +4,11 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MarianConfig, PegasusConfig
+from transformers import MarianConfig
 from transformers.activations import ACT2FN
 
+from .architecture import ARCHITECTURES, STACKS
 from .residual import residual_system
-
-
-# The stock models that can be gone on from, and the residual systems that compute what they compute
-STOCK_CONFIGS: dict[str, tuple[type[MarianConfig | PegasusConfig], dict[str, str]]] = {
-    "marian": (MarianConfig, {"encoder_residual": "admin", "decoder_residual": "admin"}),
-    "pegasus": (PegasusConfig, {"encoder_residual": "pre_ln", "decoder_residual": "pre_ln"}),
-}
 
 
 @strict
@@ -84,12 +78,12 @@ class AdminConfig(MarianConfig):
         super().__post_init__(**kwargs)
         self._check_sizes()
         self._check_special_tokens()
-        for stack in ("encoder", "decoder"):
+        for stack in STACKS:
             residual_system(self, stack)  # which refuses what it cannot work with
 
     def _check_sizes(self) -> None:
         sizes = ("layers", "ffn_dim", "attention_heads")
-        fields = [f"{stack}_{size}" for stack in ("encoder", "decoder") for size in sizes]
+        fields = [f"{stack}_{size}" for stack in STACKS for size in sizes]
         for field in ("vocab_size", "d_model", "max_position_embeddings", *fields):
             if (value := getattr(self, field)) < 1:
                 raise ValueError(f"{field}={value} must be at least 1.")
@@ -123,9 +117,10 @@ class AdminConfig(MarianConfig):
         if not config_dict or not isinstance(config_dict, dict):
             raise OSError(f"{pretrained_model_name_or_path} has no config.json with the fields of a model.")
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type in STOCK_CONFIGS:
-            config_class, residuals = STOCK_CONFIGS[model_type]
-            config_dict = config_class.from_dict(config_dict).to_dict() | residuals | {"model_type": cls.model_type}
+        if model_type in ARCHITECTURES:
+            stock = ARCHITECTURES[model_type]
+            residuals = {f"{stack}_residual": stock.residual for stack in STACKS}
+            config_dict = stock.config.from_dict(config_dict).to_dict() | residuals | {"model_type": cls.model_type}
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "

@@ -16,29 +16,15 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.marian.configuration_marian import MarianConfig
-from transformers.models.marian.modeling_marian import (
-    MarianModel,
-    MarianMTModel,
-    MarianSinusoidalPositionalEmbedding,
-)
-from transformers.models.pegasus.configuration_pegasus import PegasusConfig
-from transformers.models.pegasus.modeling_pegasus import PegasusForConditionalGeneration, PegasusModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
+from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
 from .modeling_admin import AdminForConditionalGeneration
 from .pretrained import AdminPreTrainedModel
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
 
-
-# What the branch behind each connection reads its shortcut with, and what it ends with. Keys and values of the
-# encoder-attention read the encoder's output, on which no scale is left.
-BRANCHES = {
-    "self_attn_layer_norm": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"),
-    "encoder_attn_layer_norm": (("encoder_attn.q_proj",), "encoder_attn.out_proj"),
-    "final_layer_norm": (("fc1",), "fc2"),
-}
 
 # Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
 MIN_SCALE = 1e-4
@@ -54,13 +40,9 @@ BANNED = -1e3
 # Longest row that is compared: memory grows with its square.
 MAX_LENGTH = 1024
 
-Stock = tuple[type[PretrainedConfig], type[PreTrainedModel], type[PreTrainedModel]]
-MARIAN: Stock = (MarianConfig, MarianModel, MarianMTModel)
-PEGASUS: Stock = (PegasusConfig, PegasusModel, PegasusForConditionalGeneration)
 
-
-def stock_architecture(model: AdminPreTrainedModel) -> Stock:
-    """Return the configuration, base model and translation model of Transformers that can hold this model's function.
+def stock_architecture(model: AdminPreTrainedModel) -> Architecture:
+    """Return the architecture of Transformers that can hold this model's function.
 
     Raises:
         ValueError: there is none: Post-LN is mixed with Pre-LN, or a connection is of neither family.
@@ -166,17 +148,16 @@ def _exact_copy(model: AdminPreTrainedModel) -> AdminPreTrainedModel:
     return original
 
 
-def _stock_model(model: AdminPreTrainedModel, stock: Stock) -> PreTrainedModel:
+def _stock_model(model: AdminPreTrainedModel, stock: Architecture) -> PreTrainedModel:
     """The folded model, in float64 as `model` is."""
-    config_class, base_class, translation_class = stock
     own = {field.name for field in dataclasses.fields(type(model.config))}
-    foreign = own - {field.name for field in dataclasses.fields(config_class)}
+    foreign = own - {field.name for field in dataclasses.fields(stock.config)}
     foreign |= {"model_type", "architectures", "auto_map", "dtype", "transformers_version"}
     values = {name: value for name, value in model.config.to_dict().items() if name not in foreign}
     is_base = model.base_model is model
-    if config_class is PegasusConfig:  # as Google's own checkpoints say; CTranslate2's converter asks for it
+    if stock is PEGASUS:  # as Google's own checkpoints say; CTranslate2's converter asks for it
         values |= {"normalize_before": True, "normalize_embedding": False}
-    folded = (base_class if is_base else translation_class)(config_class(**values)).double()
+    folded = (stock.base if is_base else stock.translation)(stock.config(**values)).double()
     _load(folded, folded_weights(model))
     return folded
 
@@ -200,12 +181,12 @@ def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    for stack in ("encoder", "decoder"):
+    for stack in STACKS.values():
         before = None
-        for path, connection in residual_connections(getattr(model.base_model, stack)):
-            name = f"{prefix}{stack}.{path}"
+        for path, connection in residual_connections(getattr(model.base_model, stack.name)):
+            name = f"{prefix}{stack.name}.{path}"
             if isinstance(connection, PostLNConnection):
-                _fold(weights, name, connection, before)
+                _fold(weights, name, connection, stack.sublayer(path), before)
             for parameter, _ in connection.named_parameters():
                 if parameter not in ("weight", "bias"):
                     del weights[f"{name}.{parameter}"]
@@ -213,16 +194,18 @@ def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:
     return weights
 
 
-def _fold(weights: dict[str, Tensor], name: str, connection: PostLNConnection, before: str | None) -> None:
+def _fold(
+    weights: dict[str, Tensor], name: str, connection: PostLNConnection, sublayer: Sublayer, before: str | None
+) -> None:
     """Fold the scales s and r of ``LN(s ⊙ x + r ⊙ f(x))`` into the weights around it.
 
     Args:
         weights: all weights, changed in place.
         name: of the connection.
+        sublayer: what stands around it.
         before: name of the LayerNorm that x comes from; unset for the first sub-layer of a stack.
     """
-    layer, _, sublayer = name.rpartition(".")
-    inputs, output = BRANCHES[sublayer]
+    layer = name.rpartition(".")[0]
     s, r = _scale(connection, "shortcut_scale", name), _scale(connection, "branch_scale", name)
     if before is None:
         if bool((s != s[0]).any()):
@@ -234,10 +217,10 @@ def _fold(weights: dict[str, Tensor], name: str, connection: PostLNConnection, b
     else:
         weights[f"{before}.weight"] *= s  # γ ← γ s
         weights[f"{before}.bias"] *= s  # ν ← ν s
-    for projection in inputs:
+    for projection in sublayer.reads:
         weights[f"{layer}.{projection}.weight"] /= s  # W ← W / s, along the input dimension
-    weights[f"{layer}.{output}.weight"] *= r.reshape(-1, 1)  # W ← r W, along the output dimension
-    weights[f"{layer}.{output}.bias"] *= r
+    weights[f"{layer}.{sublayer.ends}.weight"] *= r.reshape(-1, 1)  # W ← r W, along the output dimension
+    weights[f"{layer}.{sublayer.ends}.bias"] *= r
 
 
 def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
@@ -285,7 +268,7 @@ def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) ->
 
 def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
     """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
-    ends = tuple(end for _, end in BRANCHES.values())
+    ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
     outputs: list[dict[str, Tensor]] = []
     for either in (model, folded):
         found: dict[str, Tensor] = {}

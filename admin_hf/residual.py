@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .architecture import STACKS
 from .connections import (
     AdminConnection,
     DeepNormConnection,
@@ -81,12 +82,6 @@ class ResidualSystem:
         stack: `"encoder"` or `"decoder"`, for systems whose constants depend on it.
     """
 
-    # Names of a layer's connections, which are Marian's names of its layer norms, in execution order.
-    SUBLAYERS = {
-        "encoder": ("self_attn_layer_norm", "final_layer_norm"),
-        "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-    }
-
     # fairseq's standard initialisation: the profile, and so ω, depends on it. Biases are zero.
     # A decoder's system with an entry for "lm_head" gives the model an output layer of its own, tied to no embeddings.
     initializers: dict[str, Initializer] = {
@@ -101,6 +96,7 @@ class ResidualSystem:
     def __init__(self, config: AdminConfig, stack: str) -> None:
         self.config = config
         self.stack = stack
+        self.sublayers = STACKS[stack].sublayers
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         """Return the connection of a sub-layer, counted through the stack from 0 in execution order."""
@@ -111,9 +107,8 @@ class ResidualSystem:
 
         A system whose sub-layers share a parameter, or whose branches differ, overrides this.
         """
-        names = self.SUBLAYERS[self.stack]
-        for position, name in enumerate(names):
-            setattr(layer, name, self.connection(layer_idx * len(names) + position))
+        for position, sublayer in enumerate(self.sublayers):
+            setattr(layer, sublayer.norm, self.connection(layer_idx * len(self.sublayers) + position))
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 module.initializer = self.initializers[name.rpartition(".")[2]]  # type: ignore[assignment]
@@ -165,7 +160,7 @@ class AdminUniform(Admin):
 
     def __init__(self, config: AdminConfig, stack: str) -> None:
         super().__init__(config, stack)
-        n = len(self.SUBLAYERS[stack]) * getattr(config, f"{stack}_layers")
+        n = STACKS[stack].depth(config)
         self.omega = math.sqrt((n + 1) / math.log(n + 1) - 1)
 
 
@@ -203,7 +198,7 @@ class ReZero(ResidualSystem):
 
     def connect(self, layer: nn.Module, layer_idx: int) -> None:
         super().connect(layer, layer_idx)
-        first, *others = (getattr(layer, name) for name in self.SUBLAYERS[self.stack])
+        first, *others = (getattr(layer, sublayer.norm) for sublayer in self.sublayers)
         for connection in others:
             connection.share_alpha(first)
 
@@ -224,7 +219,7 @@ class FixUp(ResidualSystem):
 
     def __init__(self, config: AdminConfig, stack: str) -> None:
         super().__init__(config, stack)
-        depth = 2 * config.encoder_layers + 3 * config.decoder_layers
+        depth = sum(stack.depth(config) for stack in STACKS.values())
         attention: Initializer = partial(init.xavier_uniform_, gain=2**-0.5 * depth ** (-1 / 6))
         self.initializers = {
             "q_proj": attention,

@@ -6,7 +6,8 @@ from conftest import SYSTEM_PAIRS, randomize, tiny_model
 
 from admin_hf.analysis import gradient_norms, layer_dependency, training_loss
 from admin_hf.analysis.gradients import StackGradients
-from admin_hf.residual import ResidualSystem, residual_connections
+from admin_hf.architecture import DECODER
+from admin_hf.residual import residual_connections
 
 
 @pytest.mark.parametrize("pair", SYSTEM_PAIRS, ids="-".join)
@@ -50,14 +51,15 @@ def test_measuring_gradients_leaves_the_model_as_it_was(batch):
 
 def test_steps_and_verdict_tell_where_gradients_vanish():
     """Each step back through encoder-attention halves the gradient, the others leave it."""
-    names = [f"layers.{i}.{name}" for i in range(4) for name in ResidualSystem.SUBLAYERS["decoder"]]
+    names = [f"layers.{i}.{sublayer.norm}" for i in range(4) for sublayer in DECODER.sublayers]
+    kinds = [sublayer.kind for sublayer in DECODER.sublayers] * 4
     norms = [2.0 ** -(4 - (i + 2) // 3) for i in range(12)]
-    stack = StackGradients("post_ln", names, norms, 3.0)
+    stack = StackGradients("post_ln", names, kinds, norms, 3.0)
     assert stack.steps() == pytest.approx({"self-attention": 1, "encoder-attention": 0.5, "feed-forward": 1})
     assert stack.lowest_to_highest() == pytest.approx(1 / 16)
     assert "gradients vanish" in stack.verdict() and "0.50 through encoder-attention" in stack.verdict()
-    assert "do not vanish" in StackGradients("pre_ln", names, norms[::-1], 3.0).verdict()
-    assert "no gradient" in StackGradients("fixup", names, [0.0] * 12, 0.0).verdict()
+    assert "do not vanish" in StackGradients("pre_ln", names, kinds, norms[::-1], 3.0).verdict()
+    assert "no gradient" in StackGradients("fixup", names, kinds, [0.0] * 12, 0.0).verdict()
 
 
 def test_a_loss_that_is_not_finite_is_refused(batch):

@@ -25,7 +25,6 @@ from admin_hf.report.measure import newest_model, residual_variances, starting_m
 from admin_hf.report.page import formulas, without_folders
 from admin_hf.report.run import Run, is_number
 from admin_hf.report.text import predictions, read_pairs
-from admin_hf.report.weights import position
 from admin_hf.residual import residual_connections
 
 
@@ -265,12 +264,6 @@ def test_variances_are_those_that_the_monitor_divides(systems):
         assert ratios.max() == pytest.approx(expected[f"{stack}_variance_ratio_max"], rel=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_sub_layers_are_counted_in_execution_order(stack):
-    names = [name for name, _ in residual_connections(getattr(tiny_model().model, stack))]
-    assert [position(stack, name) for name in names] == list(range(1, len(names) + 1))
 
 
 def test_thinned_curves_keep_length_and_mean():

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
+from admin_hf.architecture import STACKS
 
 from .arguments import (
     DataTrainingArguments,
@@ -90,7 +91,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
     """
     vanilla = run / VANILLA_NAME
     config, profile = _read(run / "config.json"), _read(run / "residual_profile.json")
-    omegas = {stack: trained_omegas(run, stack) for stack in ("encoder", "decoder")}
+    omegas = {stack: trained_omegas(run, stack) for stack in STACKS}
     if has_omega := any(omegas.values()):
         _draw(omegas, profile, vanilla / FIGURE_NAME)
     text = TEMPLATE.format(
@@ -123,9 +124,7 @@ def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
             for name in weights.keys():
                 if match := re.fullmatch(rf"model\.{stack}\.(layers\.\d+\.\w+)\.omega", name):
                     found[match[1]] = weights.get_tensor(name).astype(np.float32)
-    order = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
-    place = {name: (int(name.split(".")[1]), order.index(name.split(".")[2])) for name in found}
-    return {name: found[name] for name in sorted(found, key=place.__getitem__)}
+    return {name: found[name] for name in sorted(found, key=STACKS[stack].index)}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,17 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..architecture import STACKS, Stack
 from ..modeling_admin import AdminForConditionalGeneration
 from ..residual import residual_connections
 from .inputs import Batch, training_loss
 
-
-# What a connection's name, which is Marian's of its LayerNorm, says of its branch
-BRANCH_KINDS = {
-    "self_attn_layer_norm": "self-attention",
-    "encoder_attn_layer_norm": "encoder-attention",
-    "final_layer_norm": "feed-forward",
-}
 
 # A stack whose lowest sub-layer gets less than this share of the highest one's gradient has vanishing gradients.
 VANISHING = 0.1
@@ -33,12 +27,14 @@ class StackGradients:
     Attributes:
         system: the residual system, such as `"post_ln"`; a label only.
         names: the residual connections' names below the stack, in execution order.
+        kinds: what their branches are, such as `"self-attention"`.
         relative_norms: ‖Δx_i‖₂ / max_j ‖Δx_j‖₂ of each sub-layer's output, the maximum over the stack.
         largest_norm: max_j ‖Δx_j‖₂; 0 where the loss has no gradient, as before FixUp's first update.
     """
 
     system: str
     names: list[str]
+    kinds: list[str]
     relative_norms: list[float]
     largest_norm: float
 
@@ -51,8 +47,8 @@ class StackGradients:
         means by the kind of its branch."""
         logs: dict[str, list[float]] = {}
         pairs = zip(self.relative_norms, self.relative_norms[1:], strict=False)
-        for name, (before, after) in zip(self.names[1:], pairs, strict=True):
-            logs.setdefault(BRANCH_KINDS[name.rpartition(".")[2]], []).append(log(before / after))
+        for kind, (before, after) in zip(self.kinds[1:], pairs, strict=True):
+            logs.setdefault(kind, []).append(log(before / after))
         return {branch: exp(fmean(values)) for branch, values in logs.items()}
 
     def verdict(self) -> str:
@@ -114,7 +110,7 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
         raise ValueError(f"The batch has no labels, which the loss needs; got {', '.join(batch) or 'nothing'}.")
     base: Any = model.base_model
     embeddings = [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
-    measured: dict[str, dict[str, float]] = {"encoder": {}, "decoder": {}}
+    measured: dict[str, dict[str, float]] = {name: {} for name in STACKS}
     with _only_needs_gradient(model, embeddings), _observed(base, measured), torch.enable_grad():
         loss = training_loss(model, batch)
         if not bool(loss.isfinite()):
@@ -122,16 +118,17 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
         torch.autograd.grad(loss, embeddings)
     return GradientNorms(
         **{
-            stack: _stack_gradients(getattr(model.config, f"{stack}_residual"), getattr(base, stack), norms)
-            for stack, norms in measured.items()
+            name: _stack_gradients(getattr(model.config, f"{name}_residual"), STACKS[name], getattr(base, name), norms)
+            for name, norms in measured.items()
         }
     )
 
 
-def _stack_gradients(system: str, stack: nn.Module, norms: dict[str, float]) -> StackGradients:
-    names = [name for name, _ in residual_connections(stack)]
+def _stack_gradients(system: str, stack: Stack, module: nn.Module, norms: dict[str, float]) -> StackGradients:
+    names = [name for name, _ in residual_connections(module)]
+    kinds = [stack.sublayer(name).kind for name in names]
     largest = max(norms.values())
-    return StackGradients(system, names, [norms[name] / (largest or 1.0) for name in names], largest)
+    return StackGradients(system, names, kinds, [norms[name] / (largest or 1.0) for name in names], largest)
 
 
 @contextmanager

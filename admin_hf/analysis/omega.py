@@ -10,14 +10,13 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import ClassVar
 
+from ..architecture import STACKS
 from ..averaging import is_checkpoint_name
 from ..profiling import ResidualProfile
-from ..residual import ResidualSystem
 from .inputs import read_tensors
 
 
-_OMEGA = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(\w+)\.omega$")
-_ORDER = ResidualSystem.SUBLAYERS["decoder"]
+_OMEGA = re.compile(rf"({'|'.join(STACKS)})\.(layers\.\d+\.\w+)\.omega$")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
     for update, omegas in saved.items():
         if wrong := sorted(names ^ omegas.keys()):
             raise ValueError(f"Not all have the same sub-layers: see {wrong[0]} after {update} updates.")
-    return OmegaHistory(list(saved), *(_stack(stack, saved) for stack in ("encoder", "decoder")))
+    return OmegaHistory(list(saved), *(_stack(stack, saved) for stack in STACKS))
 
 
 # Mean, minimum and maximum of each ω, by names such as encoder.layers.0.final_layer_norm in execution order.
@@ -122,12 +121,12 @@ def _profiled(profile: ResidualProfile, names: Iterable[str]) -> _Omegas:
 def _omegas(folder: Path) -> _Omegas:
     found = {}
     for name, omega in read_tensors(folder, lambda name: _OMEGA.search(name) is not None):
-        stack, layer, connection = _OMEGA.findall(name)[0]
-        place = (stack, int(layer), _ORDER.index(connection))
+        stack, connection = _OMEGA.findall(name)[0]
+        place = ([*STACKS].index(stack), STACKS[stack].index(connection))
         values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
         if not all(map(isfinite, values)):
             raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
-        found[place] = (f"{stack}.layers.{layer}.{connection}", values)
+        found[place] = (f"{stack}.{connection}", values)
     return {name: values for _, (name, values) in sorted(found.items())}
 
 

@@ -25,7 +25,6 @@ from .run import STATE_NAME, Run
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
 
-STACKS = ("encoder", "decoder")
 # The seed of Trainer's arguments, for runs that do not say theirs
 DEFAULT_SEED = 42
 

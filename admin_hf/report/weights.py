@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from ..analysis.dependency import LayerDependency
 from ..analysis.gradients import GradientNorms
 from ..analysis.omega import omega_history
+from ..architecture import STACKS
 from ..checkpoints import one_line
-from ..residual import ResidualSystem
 from . import figures
-from .measure import STACKS, Moment, batch_of, measured, newest_model, starting_model
+from .measure import Moment, batch_of, measured, newest_model, starting_model
 from .records import Section
 from .run import Run
 from .text import SENTENCES, load_tokenizer, predictions, read_pairs, translate
@@ -49,7 +49,7 @@ def omega(run: Run) -> Section:
         section.findings = [("expected", history.EXPECTATION), ("found", history.verdict())]
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
-                where = [position(stack, name) for name in part.names]
+                where = [STACKS[stack].index(name) + 1 for name in part.names]
                 caption = f"Mean of each ω, {stack}; grey: between, band: range of the entries at the end"
                 section.pictures.append(figures.history(caption, where, history.updates, part))
     return section
@@ -107,13 +107,6 @@ def _draw_layers(section: Section, moments: list[Moment]) -> None:
 def _by_sublayer(caption: str, values: dict[str, list[float]], label: str, log: bool = True) -> figures.Picture:
     series = {name: (list(range(1, len(column) + 1)), column) for name, column in values.items()}
     return figures.lines(caption, series, label, "sub-layer", log)
-
-
-def position(stack: str, name: str) -> int:
-    """The number of a sub-layer in its stack, from 1, of a name such as `layers.0.self_attn_layer_norm`."""
-    _, layer, connection = name.split(".")
-    names = ResidualSystem.SUBLAYERS[stack]
-    return int(layer) * len(names) + names.index(connection) + 1
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""The names of a Transformer's parts, written down once: its stacks, their sub-layers, and the stock classes.
+
+A **sub-layer** is a branch and the connection that joins it with its shortcut. A **stack** is a list of layers that
+all have the same sub-layers, and an **architecture** is the stacks of a model type of Transformers, with the classes
+that a folded model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
+
+```python
+>>> from admin_hf.architecture import DECODER
+
+>>> [sublayer.kind for sublayer in DECODER.sublayers]
+['self-attention', 'encoder-attention', 'feed-forward']
+>>> DECODER.index("layers.1.final_layer_norm"), DECODER.sublayer("layers.1.final_layer_norm").reads
+(5, ('fc1',))
+
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.marian.configuration_marian import MarianConfig
+from transformers.models.marian.modeling_marian import MarianModel, MarianMTModel
+from transformers.models.pegasus.configuration_pegasus import PegasusConfig
+from transformers.models.pegasus.modeling_pegasus import PegasusForConditionalGeneration, PegasusModel
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One branch of a layer and what stands around it, by the names of modules below the layer.
+
+    Attributes:
+        kind: what the branch is, for people.
+        norm: the LayerNorm at the shortcut, whose place in an Admin model is taken by the residual connection.
+        reads: the matrices that read the shortcut. Keys and values of encoder-attention read the encoder's output.
+        ends: the matrix that ends the branch.
+    """
+
+    kind: str
+    norm: str
+    reads: tuple[str, ...]
+    ends: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers, `layers` in the module `name` of the base model, each with the same sub-layers in turn."""
+
+    name: str
+    sublayers: tuple[Sublayer, ...]
+
+    def depth(self, config: PretrainedConfig) -> int:
+        """The number of sub-layers of a model's stack."""
+        return len(self.sublayers) * int(getattr(config, f"{self.name}_layers"))
+
+    def index(self, norm: str) -> int:
+        """The place of a sub-layer in the stack, from 0, by its norm's name below it: `layers.0.final_layer_norm`."""
+        _, layer, name = norm.split(".")
+        return int(layer) * len(self.sublayers) + [sublayer.norm for sublayer in self.sublayers].index(name)
+
+    def sublayer(self, norm: str) -> Sublayer:
+        """The sub-layer of this norm, such as `layers.0.final_layer_norm`."""
+        return self.sublayers[self.index(norm) % len(self.sublayers)]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model type of Transformers: its stacks in execution order, and its classes.
+
+    Attributes:
+        stacks: in execution order.
+        residual: the residual system that computes what the stock classes compute.
+        config, base, translation: the classes of configuration, bare model, and model with an output layer.
+    """
+
+    stacks: tuple[Stack, ...]
+    residual: str
+    config: type[PretrainedConfig]
+    base: type[PreTrainedModel]
+    translation: type[PreTrainedModel]
+
+
+_SELF_ATTENTION = Sublayer(
+    "self-attention",
+    "self_attn_layer_norm",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.out_proj",
+)
+_ENCODER_ATTENTION = Sublayer(
+    "encoder-attention", "encoder_attn_layer_norm", ("encoder_attn.q_proj",), "encoder_attn.out_proj"
+)
+_FEED_FORWARD = Sublayer("feed-forward", "final_layer_norm", ("fc1",), "fc2")
+
+ENCODER = Stack("encoder", (_SELF_ATTENTION, _FEED_FORWARD))
+DECODER = Stack("decoder", (_SELF_ATTENTION, _ENCODER_ATTENTION, _FEED_FORWARD))
+# The stacks of an Admin model, by name
+STACKS = {stack.name: stack for stack in (ENCODER, DECODER)}
+
+MARIAN = Architecture((ENCODER, DECODER), "admin", MarianConfig, MarianModel, MarianMTModel)
+PEGASUS = Architecture((ENCODER, DECODER), "pre_ln", PegasusConfig, PegasusModel, PegasusForConditionalGeneration)
+# By model type: what an Admin model can be folded into, and go on from
+ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (MARIAN, PEGASUS)}

@@ -1,0 +1,38 @@
+"""The names that the architecture writes down are those of the models, and its stock classes are what it says."""
+
+import pytest
+from conftest import SYSTEM_PAIRS, tiny_model
+from torch import nn
+
+from admin_hf.architecture import ARCHITECTURES, STACKS
+from admin_hf.residual import residual_connections
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), SYSTEM_PAIRS)
+def test_every_part_of_a_layer_is_named_once(encoder, decoder):
+    model = tiny_model(encoder_residual=encoder, decoder_residual=decoder)
+    for name, stack in STACKS.items():
+        layers = getattr(model.model, name).layers
+        assert stack.depth(model.config) == len(stack.sublayers) * len(layers)
+        names = [path for path, _ in residual_connections(getattr(model.model, name))]
+        assert [stack.index(path) for path in names] == list(range(stack.depth(model.config)))
+        for layer in layers:
+            linears = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            named = [path for sublayer in stack.sublayers for path in (*sublayer.reads, sublayer.ends)]
+            assert len(named) == len(set(named))
+            # What is not named reads the encoder's output
+            assert linears - set(named) == linears & {"encoder_attn.k_proj", "encoder_attn.v_proj"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_stock_classes_have_the_parts(architecture):
+    sizes = {"encoder_layers": 2, "decoder_layers": 1, "d_model": 16, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20, "pad_token_id": 19}
+    model = architecture.translation(architecture.config(**sizes, **heads))
+    assert isinstance(model.base_model, architecture.base)
+    for stack in architecture.stacks:
+        for layer in getattr(model.base_model, stack.name).layers:
+            for sublayer in stack.sublayers:
+                assert isinstance(layer.get_submodule(sublayer.norm), nn.LayerNorm)
+                for path in (*sublayer.reads, sublayer.ends):
+                    assert isinstance(layer.get_submodule(path), nn.Linear)
