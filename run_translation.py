@@ -37,6 +37,7 @@ from admin_hf import (
     AdminProfilingCallback,
     KeepFreedMemory,
     ResidualProfile,
+    check_tokenizer,
     initialize_omega,
     map_large_buffers,
     profile_and_initialize,
@@ -236,17 +237,12 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
             raise InputError(f"The model {source} cannot be loaded: {error}") from error
     else:
         model = AdminForConditionalGeneration(
-            AdminConfig(
-                **config_changes(model_args, AdminConfig),
-                vocab_size=len(tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
+            AdminConfig.for_tokenizer(tokenizer, **config_changes(model_args, AdminConfig))
         )
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"The tokenizer has {len(tokenizer):,} entries but the model's vocabulary {model.config.vocab_size:,}."
-        )
+    try:
+        check_tokenizer(model, tokenizer)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
     longest = max(data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length)
     if training_args.do_train:
         longest = round_up(longest, training_args.length_multiple)

@@ -14,6 +14,7 @@ from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import reparameterize
+from .special_tokens import check_tokenizer
 
 
 AutoConfig.register(AdminConfig.model_type, AdminConfig)
@@ -33,6 +34,7 @@ __all__ = [
     "KeepFreedMemory",
     "ResidualProfile",
     "average_checkpoints",
+    "check_tokenizer",
     "initialize_omega",
     "keep_freed_memory",
     "last_checkpoints",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import AdminConfig, AdminForConditionalGeneration, AdminModel, reparameterize
+from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer, reparameterize
 from .analysis.command import add_command as add_analyze
 from .architecture import ARCHITECTURES
 from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
@@ -101,8 +101,13 @@ def export(arguments: argparse.Namespace) -> None:
         kind = "lacks" if info["missing_keys"] else "has no place for"
         raise ValueError(f"{checkpoint} {kind} {min(wrong)}: config.json and weights do not belong together.")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    folded = reparameterize(model, dtype)
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer, problem = _load_tokenizer(checkpoint), ""
+    if tokenizer is not None:
+        try:
+            check_tokenizer(model, tokenizer)
+        except ValueError as error:
+            problem = str(error)
+    folded = reparameterize(model, dtype, tokenizer if not problem else None)
     with replaced_model(out) as folder:
         folded.save_pretrained(folder)
         if tokenizer is not None:
@@ -111,6 +116,8 @@ def export(arguments: argparse.Namespace) -> None:
     print(f"{out}: {type(folded).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
     if tokenizer is None:
         print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
+    if problem:
+        print(f"Beware: {problem}")
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:

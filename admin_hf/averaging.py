@@ -132,6 +132,10 @@ def average_checkpoints(checkpoints: Sequence[str | os.PathLike]) -> dict[str, T
         raise ValueError("There are no checkpoints to average: name at least one.")
     _check_configs(folders)
     stored = [_stored_tensors(folder) for folder in folders]
+    for name in {name for tensors in stored for name in tensors if name.endswith("omega_profiled")}:
+        if not all(name in tensors for tensors in stored):  # some are of an earlier version
+            for tensors in stored:
+                tensors.pop(name, None)
     _check_same_tensors(folders, stored)
     return {name: _average(name, [tensors[name] for tensors in stored]) for name in stored[0]}
 

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
@@ -19,6 +19,7 @@ from .pretrained import AdminPreTrainedModel
 from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import stock_architecture
 from .residual import profiled_connections
+from .special_tokens import check_padding, check_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -29,12 +30,19 @@ class AdminProfilingCallback(TrainerCallback):
 
     Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch that step 1 is given, on the
     first process, so neither the order of the data nor the random stream of training changes; all processes get the
-    same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder. Nothing
-    happens when training is resumed, or when ω was initialised before or loaded.
+    same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder; the
+    trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it. Nothing is profiled when training is
+    resumed, or when ω was initialised before or loaded; where that leaves a model without a profile, it is warned of.
+    Tokenizer and first batch are checked before update 1, whatever the model.
+
+    Args:
+        verbose: set to False to print no table of ω.
 
     Raises:
         RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
             called before; or `DataParallel` would throw the result away.
+        ValueError: the model was not made for the Trainer's `processing_class` (see [`check_tokenizer`]), when the
+            Trainer is made or training begins; labels hold the padding id, or sources are padded on the left.
 
     Example:
 
@@ -44,8 +52,10 @@ class AdminProfilingCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self) -> None:
+    def __init__(self, verbose: bool = True) -> None:
+        self.verbose = verbose
         self._hook: Any = None
+        self._trials = 0
 
     def on_init_end(
         self,
@@ -53,8 +63,10 @@ class AdminProfilingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        _check_processing_class(model, processing_class)
         if sharding(args) == "FSDP":
             _make_embedding_one_module(_unwrapped(model))
 
@@ -64,8 +76,10 @@ class AdminProfilingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
         model = _unwrapped(model)
         if args.label_smoothing_factor and not model.config.label_smoothing:
             logger.warning(
@@ -73,26 +87,43 @@ class AdminProfilingCallback(TrainerCallback):
                 "too, which is banned by a bias of −10,000: the loss is far too large. Give it to the model instead, "
                 f"AdminConfig(label_smoothing={args.label_smoothing_factor})."
             )
-        omegas = [connection.omega for _, connection in profiled_connections(model)]
-        if not omegas or state.global_step > 0:
+        output_dir = self._output_dir(args, state)
+        if state.global_step > 0:
             return
-        if model.omega_initialized:
-            if all(bool((omega == 1).all()) for omega in omegas):
-                logger.warning("Not profiled: the model was loaded, with every ω at 1, so it trains as plain Post-LN.")
-            else:
-                logger.info("Not profiled: the model's ω is initialised already.")
-            return
-        _check_writable(args)
+        is_due = not model.omega_initialized
+        if not any(profiled_connections(model)):
+            systems = f"{model.config.encoder_residual} encoder, {model.config.decoder_residual} decoder"
+            logger.warning(
+                f"There is nothing to profile: this model ({systems}) has no ω that a profile starts. For Admin, make "
+                "it with AdminConfig(encoder_residual='admin', decoder_residual='admin')."
+            )
+        elif is_due:
+            _check_writable(args)
+        elif model.is_profiled:
+            logger.info("Not profiled: the model's ω is initialised already.")
+        else:
+            model.warn_unprofiled()
 
         # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
-        def profile_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
+        def see_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
             if not module.training:  # an evaluation before the first update
                 return
             self._remove_hook()
-            profile_and_initialize(module, batch, str(args.output_dir))
+            if is_due:
+                profile_and_initialize(module, batch, output_dir, verbose=self.verbose)
+            else:
+                check_padding(batch, module.padding_id)
 
         self._remove_hook()
-        self._hook = model.register_forward_pre_hook(torch.compiler.disable(profile_first_batch), with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(torch.compiler.disable(see_first_batch), with_kwargs=True)
+
+    def _output_dir(self, args: TrainingArguments, state: TrainerState) -> Path:
+        """The folder of the run, or of the trial of a search, which Trainer does not tell: it counts from 0, too."""
+        folder = Path(str(args.output_dir))
+        if not state.is_hyper_param_search:
+            return folder
+        self._trials += 1
+        return folder / (state.trial_name or f"run-{self._trials - 1}")
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._remove_hook()
@@ -104,7 +135,7 @@ class AdminProfilingCallback(TrainerCallback):
 
 
 def profile_and_initialize(
-    model: AdminPreTrainedModel, batch: Mapping[str, Any], output_dir: str | os.PathLike
+    model: AdminPreTrainedModel, batch: Mapping[str, Any], output_dir: str | os.PathLike, verbose: bool = True
 ) -> ResidualProfile:
     """Profile the model on the first process, and initialise ω on all of them.
 
@@ -116,6 +147,7 @@ def profile_and_initialize(
         model: the model, not wrapped or sharded yet, with the same weights on every process.
         batch: what the model's forward takes; only the first process's is used.
         output_dir: where the first process saves the profile.
+        verbose: set to False to print no table.
 
     Returns:
         The profile, the same on all processes.
@@ -140,7 +172,8 @@ def profile_and_initialize(
     initialize_omega(model, profile)
     if first:
         profile.save(Path(output_dir) / PROFILE_NAME)
-        tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
+        if verbose:
+            tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
     return profile
 
 
@@ -265,6 +298,11 @@ class AdminPublishingCallback(TrainerCallback):
         except Exception as error:  # whatever the network does, the trained model must not be lost
             advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
+
+
+def _check_processing_class(model: nn.Module | None, processing_class: Any) -> None:
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        check_tokenizer(_unwrapped(model), processing_class)
 
 
 def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:

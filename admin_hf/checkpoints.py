@@ -146,6 +146,16 @@ def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, s
     return {name: dtype for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")}
 
 
+def says_profiled(folder: str | os.PathLike) -> bool | None:
+    """Whether the model in a folder was profiled; None where its weights do not say that, or there are none."""
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                if name.rpartition(".")[2] == "omega_profiled":
+                    return bool(weights.get_tensor(name))
+    return None
+
+
 def check_finite(model: nn.Module, subject: str) -> None:
     """Raise a ValueError that names the first weight of `model` with a NaN or infinite entry."""
     for name, tensor in model.state_dict().items():

@@ -4,11 +4,12 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MarianConfig
+from transformers import MarianConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from .architecture import ARCHITECTURES, STACKS
 from .residual import residual_system
+from .special_tokens import required_ids, vocabulary_size
 
 
 @strict
@@ -32,6 +33,7 @@ class AdminConfig(MarianConfig):
             Trainer's `label_smoothing_factor`, which smooths over the padding entry too.
         pad_token_id, decoder_start_token_id (`int`, *optional*):
             `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>` is last.
+            For any other layout, take [`for_tokenizer`].
 
     Raises:
         ValueError: an unknown residual system, or one that cannot work with the rest (see its class), a size below 1,
@@ -102,6 +104,41 @@ class AdminConfig(MarianConfig):
         for field in ("pad_token_id", "decoder_start_token_id"):
             if not 0 <= (token_id := getattr(self, field)) < vocab_size:
                 raise ValueError(f"{field}={token_id} must be an id of the vocabulary, 0 to {vocab_size - 1}.")
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> "AdminConfig":
+        """The configuration of a new model whose special tokens are the tokenizer's, wherever they are in it.
+
+        Args:
+            tokenizer: with a padding and an end-of-sentence token. Decoding starts from padding, whose embedding is
+                zero; nothing is forced.
+            fields: of the configuration. A `vocab_size` above the tokenizer's own, such as a multiple of 64, moves no
+                special token.
+
+        Raises:
+            ValueError: the tokenizer lacks one of the two tokens, or one token is both; `vocab_size` is below its
+                number of entries; or as for every configuration.
+
+        Example:
+
+        ```python
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+
+        >>> words = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "Boot": 4}, "<unk>"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+        >>> config = AdminConfig.for_tokenizer(tokenizer, encoder_layers=18, decoder_layers=18)
+        >>> config.vocab_size, config.pad_token_id, config.eos_token_id, config.decoder_start_token_id
+        (5, 1, 2, 1)
+
+        ```
+        """
+        pad, eos = required_ids(tokenizer)
+        entries = vocabulary_size(tokenizer)
+        if (size := fields.setdefault("vocab_size", entries)) < entries:
+            raise ValueError(f"vocab_size={size} is too small for the tokenizer, which has {entries:,} entries.")
+        fields.setdefault("decoder_start_token_id", pad)
+        return cls(pad_token_id=pad, eos_token_id=eos, bos_token_id=tokenizer.bos_token_id, **fields)
 
     @classmethod
     def get_config_dict(

@@ -27,7 +27,8 @@ from .configuration_admin import AdminConfig
 from .dropout import dropout, relu_dropout
 from .loss import cross_entropy, linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
-from .residual import ResidualSystem, residual_system
+from .residual import ResidualSystem, profiled_connections, residual_system
+from .special_tokens import MENDED, check_padding
 
 
 logger = logging.get_logger(__name__)
@@ -243,7 +244,19 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
             super().__init__(config)
         self.encoder = AdminEncoder(config)
         self.decoder = AdminDecoder(config)
+        if any(profiled_connections(self)):
+            self.omega_profiled = nn.Buffer(torch.zeros(()))  # 1 once a profile says where ω starts
         self.post_init()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint of an earlier version does not say whether it was profiled: it was if an ω is not 1."""
+        name = f"{prefix}omega_profiled"
+        if hasattr(self, "omega_profiled") and name not in state_dict:
+            names = [f"{prefix}{path}.omega" for path, _ in profiled_connections(self)]
+            omegas = [state_dict[name] for name in names if name in state_dict]
+            profiled = any(bool((omega != 1).any()) for omega in omegas) if omegas else self.is_profiled
+            state_dict[name] = torch.tensor(float(profiled))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @dataclass
@@ -281,6 +294,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
 
     _default_auto_class = "AutoModelForSeq2SeqLM"
     _weights: list[tuple[dict[str, Any], str]] | None = None  # which are cast at once; found when they are
+    _has_trained = False
 
     def __init__(self, config: AdminConfig) -> None:
         with _stock_constructor(config):
@@ -326,6 +340,30 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         new[:, :kept] = old[:, :kept]
         self.final_logits_bias = nn.Buffer(new)
 
+    def _check_training(self, batch: dict[str, Any]) -> None:
+        """Find what would spoil training without an error, in the first pass; on a CPU, padding in every one.
+
+        Not in compiled passes, where [`AdminProfilingCallback`] looks at the first batch.
+
+        Raises:
+            ValueError: as [`check_padding`], or the configuration has got another padding id.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(self, "_is_replica", False):
+            return
+        if self._has_trained and self.device.type != "cpu":
+            return
+        check_padding(batch, self.padding_id)
+        if self._has_trained:
+            return
+        self._has_trained = True
+        padding_idx = getattr(self.get_input_embeddings(), "padding_idx", None)
+        if padding_idx not in (None, self.padding_id):
+            raise ValueError(
+                f"config.pad_token_id is {self.padding_id} now, but the model was made with {padding_idx}, which it "
+                f"takes for padding and never predicts. {MENDED}"
+            )
+        self.warn_unprofiled()
+
     @can_return_tuple
     def forward(
         self,
@@ -355,10 +393,13 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
                 attention takes.
 
         Raises:
-            ValueError: an id outside the vocabulary (looked for on the CPU only), or a sequence longer than
-                `config.max_position_embeddings`.
+            ValueError: an id outside the vocabulary (looked for on the CPU only), a sequence longer than
+                `config.max_position_embeddings`; or, in training, labels that hold the padding id, or sources padded
+                on the left (on a GPU looked for in the first pass only).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if self.training and torch.is_grad_enabled():
+            self._check_training({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
         _check_ids("labels", labels, self.lm_head.weight.shape[0])
         if labels is not None:
             use_cache = False

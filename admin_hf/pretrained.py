@@ -15,6 +15,7 @@ from .attention import ADMIN_ATTENTION
 from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
 from .configuration_admin import AdminConfig
 from .residual import ScaleModule, profiled_connections
+from .special_tokens import BANNING_BIAS
 
 
 logger = logging.get_logger(__name__)
@@ -29,9 +30,9 @@ def embedding_init(weight: Tensor, padding_idx: int | None) -> None:
 
 
 def logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
-    """Padding is never predicted. Not -inf: Trainer's label smoother sums log-probabilities over the vocabulary."""
+    """Padding is never predicted."""
     value = torch.zeros_like(bias)
-    value[:, pad_token_id] = -1e4
+    value[:, pad_token_id] = BANNING_BIAS
     init.copy_(bias, value)
 
 
@@ -45,6 +46,7 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
 
     config: AdminConfig
     vanilla_folder: Path | None = None
+    _said_unprofiled = False
     _default_auto_class = "AutoModel"
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
 
@@ -71,22 +73,30 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
                 init.constant_(module.get_parameter(name), value)
         if hasattr(module, "final_logits_bias"):
             logits_bias_init(cast(Tensor, module.final_logits_bias), self.padding_id)
+        if hasattr(module, "omega_profiled"):
+            init.zeros_(cast(Tensor, module.omega_profiled))
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         """The last step of loading: from here on ω counts as initialised.
 
-        A checkpoint without any ω is plain Post-LN, where ω = 1. Positions are frozen again, which loading forgets and
+        A checkpoint without any ω is plain Post-LN, where ω = 1. One of an earlier version does not say whether it was
+        profiled: it was if an ω is not 1. Positions are frozen again, which loading forgets and
         DistributedDataParallel would mistake for parameters without a gradient.
         """
         super()._adjust_missing_and_unexpected_keys(loading_info)
         profiled = {f"{name}.omega": connection for name, connection in profiled_connections(self)}
+        says = {name for name in loading_info.missing_keys if name.rpartition(".")[2] == "omega_profiled"}
+        loading_info.missing_keys -= says
         if profiled and profiled.keys() == set(loading_info.missing_keys):
             loading_info.missing_keys = set()
+            self._said_unprofiled = True
             logger.warning(
                 "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
             )
         for name, connection in profiled.items():
             connection.initialized = name not in loading_info.missing_keys
+        if says:
+            self._set_profiled(any(bool((connection.omega != 1).any()) for connection in profiled.values()))
         for module in self.modules():
             if isinstance(module, MarianSinusoidalPositionalEmbedding):
                 module.weight.requires_grad_(False)
@@ -94,6 +104,38 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
     @property
     def padding_id(self) -> int:
         return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether a profile was written into ω: measured on a batch, or read from a file.
+
+        It is saved with the weights, as the buffer `omega_profiled`. False for a model that began with ω = 1 (a stock
+        Marian that is gone on from, or an Admin model that was trained without a profile), whatever became of its ω,
+        and for one that has no ω to profile.
+        """
+        flag = getattr(self.base_model, "omega_profiled", None)
+        return flag is not None and bool(flag)
+
+    def _set_profiled(self, is_profiled: bool) -> None:
+        if hasattr(self.base_model, "omega_profiled"):
+            cast(Tensor, self.base_model.omega_profiled).fill_(is_profiled)
+
+    def warn_unprofiled(self) -> None:
+        """Say, once, that the model trains without a profile, if it has an ω that should have had one."""
+        omegas = [connection.omega for _, connection in profiled_connections(self)]
+        if self._said_unprofiled or not omegas or self.is_profiled:
+            return
+        self._said_unprofiled = True
+        if not self.omega_initialized:
+            logger.warning(
+                "The model was not profiled: it trains with every ω at 1, as plain Post-LN and not as Admin. Add "
+                "AdminProfilingCallback() to the Trainer, or call initialize_omega(model, profile_residuals(model, "
+                "batch)) before the first update."
+            )
+        elif all(bool((omega == 1).all()) for omega in omegas):
+            logger.warning("The model was never profiled: it goes on with every ω at 1, as plain Post-LN.")
+        else:
+            logger.warning("The model was never profiled: it goes on with the ω that it has, not as Admin.")
 
     @property
     def omega_initialized(self) -> bool:

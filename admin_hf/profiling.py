@@ -25,6 +25,7 @@ from transformers.models.marian.modeling_marian import shift_tokens_right
 
 from .pretrained import AdminPreTrainedModel
 from .residual import AdminConnection, residual_connections
+from .special_tokens import check_padding
 
 
 PROFILE_NAME = "residual_profile.json"
@@ -135,7 +136,8 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
         The profile: per stack the names, branch variances, shortcut variances and ω of its sub-layers.
 
     Raises:
-        ValueError: the batch lacks the input of a stack, or a variance is not finite.
+        ValueError: the batch lacks the input of a stack, or is padded so that training would go wrong (labels with the
+            padding id, sources on the left); or a variance is not finite.
 
     Example:
 
@@ -152,6 +154,7 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
 
     ```
     """
+    check_padding(batch, model.padding_id)
     base: Any = model.base_model
     inputs = _first_rows(base_model_inputs(model, batch))
     source, target = (real_tokens(base, batch, inputs, prefix) for prefix in ("", "decoder_"))
@@ -191,6 +194,7 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
             if isinstance(connection, AdminConnection) and connection.profiled:
                 connection.omega.data.fill_(omega)
                 connection.initialized = True
+    model._set_profiled(True)
 
 
 def base_model_inputs(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.marian.modeling_marian import MarianMTModel, MarianSinusoidalPositionalEmbedding
 
 from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
 from .modeling_admin import AdminForConditionalGeneration
 from .pretrained import AdminPreTrainedModel
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
+from .special_tokens import BANNED, BANNING_BIAS, check_tokenizer, vocabulary_size
 
 
 # Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
@@ -33,9 +34,6 @@ MIN_SCALE = 1e-4
 # run in float64, so only the rounding of the weights is left: seen are 2e-7, 2e-3 and 2e-2. A number on the first
 # shortcut of a stack adds the ε of LayerNorm, 1e-5.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-
-# A bias below this bans a token, whatever its rounding.
-BANNED = -1e3
 
 # Longest row that is compared: memory grows with its square.
 MAX_LENGTH = 1024
@@ -71,7 +69,9 @@ _UNFOLDED = (
 
 
 @torch.no_grad()
-def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def reparameterize(
+    model: AdminPreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     """Return the stock Transformers model that computes what `model` computes, with no scale left on any shortcut.
 
     Folded in float64, rounded once, and verified: on random batches (with padding, and with a row of the greatest
@@ -83,6 +83,10 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
         model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
             and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`.
         dtype: floating-point type of the result; the model's own where unset.
+        tokenizer: fits the vocabulary of a `MarianMTModel` to it, so that CTranslate2's converter takes the model:
+            embeddings that no entry uses are dropped, and where `<pad>` is not the last entry, one is added that is
+            never predicted, which the converter drops. Only a model with a row for each entry and `<pad>` as the
+            last one is converted without this.
 
     Returns:
         A `MarianMTModel` or `MarianModel` for the Post-LN family, a `PegasusForConditionalGeneration` or
@@ -92,7 +96,8 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
         ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a shortcut
             scale has an entry within 1e-4 of zero; or what comes out differs from the model by more than the tolerance
             for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is
-            named, or the first sub-layer that differs.
+            named, or the first sub-layer that differs. Or the model was not made for `tokenizer`
+            (see [`check_tokenizer`]).
 
     Example:
 
@@ -120,6 +125,10 @@ def reparameterize(model: AdminPreTrainedModel, dtype: torch.dtype | None = None
         verify(original, rounded.double(), TOLERANCES[precision])
     if isinstance(model, AdminForConditionalGeneration):
         folded.generation_config = copy.deepcopy(model.generation_config)
+    if tokenizer is not None:
+        check_tokenizer(folded, tokenizer)
+        if isinstance(folded, MarianMTModel):
+            _fit_vocabulary(folded, tokenizer)
     return folded.to(model.device, dtype)
 
 
@@ -181,6 +190,7 @@ def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    weights.pop(f"{prefix}omega_profiled", None)
     for stack in STACKS.values():
         before = None
         for path, connection in residual_connections(getattr(model.base_model, stack.name)):
@@ -234,6 +244,22 @@ def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
             f"(|entry| must be at least {MIN_SCALE:g}): export an earlier checkpoint, or the model as it is."
         )
     return scale
+
+
+def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a stock Marian model the embeddings that CTranslate2's converter expects beside this tokenizer.
+
+    The converter drops the last row of every matrix, as that of `<pad>`. So there is a row for each entry of the
+    tokenizer, and a row of zeros behind them, which is never predicted, unless `<pad>` is the last entry.
+    """
+    entries = vocabulary_size(tokenizer)
+    rows = entries + (tokenizer.convert_ids_to_tokens(entries - 1) != "<pad>")
+    if not model.config.share_encoder_decoder_embeddings or rows == model.config.vocab_size:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+        matrix.weight[entries:] = 0.0
+    model.final_logits_bias[:, entries:] = BANNING_BIAS
 
 
 # --- verification ---------------------------------------------------------------------------------

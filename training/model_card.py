@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
 from admin_hf.architecture import STACKS
+from admin_hf.checkpoints import says_profiled
 
 from .arguments import (
     DataTrainingArguments,
@@ -72,12 +73,16 @@ Residual connections: `{encoder_residual}` in the encoder, `{decoder_residual}` 
 ADMIN = f"""It was trained with [Admin]({PAPER}) (Adaptive Model Initialization), whose shortcut
 scales ω are folded into the weights. """
 
+UNPROFILED = """Its shortcut scales ω were not profiled, so it is not an Admin model; they are folded into
+the weights. """
+
 FIGURE = f"""
 ![ω by sub-layer]({FIGURE_NAME})
 
-*ω by sub-layer: the value that was profiled on the first batch (dashed), and the mean and range of its entries after
-training.*
+*ω by sub-layer: {{profiled}}the mean and range of its entries after training.*
 """
+
+PROFILED = "the value that was profiled on the first batch (dashed), and "
 
 
 def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[str, Any]) -> None:
@@ -94,15 +99,16 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
     omegas = {stack: trained_omegas(run, stack) for stack in STACKS}
     if has_omega := any(omegas.values()):
         _draw(omegas, profile, vanilla / FIGURE_NAME)
+    is_admin = has_omega and says_profiled(run) is not False
     text = TEMPLATE.format(
-        metadata=_metadata(arguments, scores, repo_id, has_omega).to_yaml(),
+        metadata=_metadata(arguments, scores, repo_id, is_admin).to_yaml(),
         title=repo_id.rpartition("/")[2],
         source=arguments["source_lang"],
         target=arguments["target_lang"],
         depth=f"{config['encoder_layers']}+{config['decoder_layers']}",
         width=config["d_model"],
         parameters=_parameters(vanilla) / 1e6,
-        admin=ADMIN if has_omega else "",
+        admin=ADMIN if is_admin else UNPROFILED if has_omega else "",
         architecture=_read(vanilla / "config.json")["model_type"].capitalize(),
         repo_id=repo_id,
         example="A dog runs." if arguments["source_lang"].startswith("en") else "…",
@@ -111,7 +117,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         encoder_residual=config["encoder_residual"],
         decoder_residual=config["decoder_residual"],
         arguments=json.dumps(_changed(arguments), indent=1, ensure_ascii=False),
-        figure=FIGURE if has_omega else "",
+        figure=FIGURE.format(profiled=PROFILED if profile else "") if has_omega else "",
     )
     write_whole(vanilla / "README.md", str(ModelCard(text)))
 
@@ -146,7 +152,7 @@ def _dataset(arguments: dict[str, Any], split: str) -> str:
     return Path(arguments[SPLITS[split][1]] or split).name
 
 
-def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, has_omega: bool) -> ModelCardData:
+def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, is_admin: bool) -> ModelCardData:
     languages = [arguments["source_lang"], arguments["target_lang"]]
     results = [
         EvalResult(
@@ -165,7 +171,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, h
         language=languages if all(re.fullmatch("[a-z]{2,3}", language) for language in languages) else None,
         library_name="transformers",
         pipeline_tag="translation",
-        tags=["translation", "admin"] if has_omega else ["translation"],
+        tags=["translation", "admin"] if is_admin else ["translation"],
         datasets=[arguments["dataset_name"]] if arguments["dataset_name"] else None,
         metrics=["bleu", "chrf", "ter"] if results else None,
         model_name=repo_id.rpartition("/")[2],

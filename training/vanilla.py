@@ -35,7 +35,7 @@ def export(trainer: TranslationTrainer) -> str | None:
     if trainer.is_world_process_zero():
         try:
             with writing(f"The vanilla model in {folder}"), replaced_model(folder) as staging:
-                reparameterize(trainer.model).save_pretrained(staging)
+                reparameterize(trainer.model, tokenizer=trainer.processing_class).save_pretrained(staging)
                 trainer.processing_class.save_pretrained(staging)
         except InputError as error:
             problems[1] = str(error)

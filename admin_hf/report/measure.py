@@ -21,6 +21,7 @@ from ..checkpoints import one_line
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..profiling import initialize_omega
+from ..residual import profiled_connections
 from .run import STATE_NAME, Run
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
@@ -94,7 +95,11 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
     else:
         seed, how = DEFAULT_SEED, "another draw of the same initialisation, for the run names no seed"
     model = initialized_model(config, seed, batch)
-    if run.profile is not None:
+    if run.is_profiled is False:
+        for _, connection in profiled_connections(model):
+            connection.omega.data.fill_(1.0)
+        how += ", with every ω at 1, for the run was not profiled"
+    elif run.profile is not None:
         initialize_omega(model, run.profile)
         how += ", with the ω that the run profiled"
     return model, f"The start is the model {how}."

@@ -69,6 +69,8 @@ def model_line(run: Run) -> str:
     sizes = {name: _text(config.get(name)) for name in (*names, "dropout", "vocab_size")}
     systems = [str(config.get(f"{stack}_residual", config.get("model_type"))) for stack in ("encoder", "decoder")]
     system = systems[0] if systems[0] == systems[1] else f"{systems[0]} encoder, {systems[1]} decoder"
+    if run.is_profiled is False:
+        system += " (ω not profiled)"
     return (
         f"{system}, {sizes['encoder_layers']}+{sizes['decoder_layers']} layers, width {sizes['d_model']}, "
         f"{sizes['encoder_ffn_dim']} in feed-forward, {sizes['encoder_attention_heads']} heads, "

@@ -6,9 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from safetensors import SafetensorError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..averaging import complete_checkpoints
+from ..checkpoints import says_profiled
 from ..profiling import PROFILE_NAME, ResidualProfile
 
 
@@ -112,6 +114,14 @@ class Run:
         try:
             return ResidualProfile.load(self.folder / PROFILE_NAME)
         except (OSError, ValueError):
+            return None
+
+    @cached_property
+    def is_profiled(self) -> bool | None:
+        """Whether the newest weights say that the model was profiled; None where they do not say."""
+        try:
+            return says_profiled(self.weights) if self.weights is not None else None
+        except (OSError, ValueError, SafetensorError):
             return None
 
     @cached_property

@@ -47,6 +47,8 @@ def omega(run: Run) -> Section:
         if not (history.encoder.names or history.decoder.names):
             raise ValueError("The model has no ω: its residual systems are others than Admin.")
         section.findings = [("expected", history.EXPECTATION), ("found", history.verdict())]
+        if run.is_profiled is False:
+            section.findings[0] = ("expected", "The model was not profiled, so Admin's start of ω is not what it had.")
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
                 where = [STACKS[stack].index(name) + 1 for name in part.names]
