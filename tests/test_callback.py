@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PAD, tiny_model
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
@@ -20,11 +21,15 @@ from transformers import (
 
 from admin_hf import (
     AdminForConditionalGeneration,
+    AdminModel,
     AdminProfilingCallback,
     AdminPublishingCallback,
     ResidualProfile,
+    average_checkpoints,
     initialize_omega,
+    last_checkpoints,
     profile_residuals,
+    reparameterize,
 )
 from admin_hf.residual import SYSTEMS, AdminConnection
 
@@ -167,11 +172,112 @@ def test_an_initialised_or_loaded_model_is_not_profiled_again(tmp_path, dataset,
 
 
 @pytest.mark.parametrize("system", [system for system in SYSTEMS if system != "admin"])
-def test_systems_that_need_no_profile_train_without_a_word(tmp_path, dataset, caplog, system):
+def test_systems_without_a_profile_train_and_the_callback_says_so(tmp_path, dataset, caplog, system):
     model = tiny_model(encoder_residual=system, decoder_residual=system)
-    with caplog.at_level("INFO", logger="admin_hf.callback"):
-        trainer(model, dataset, tmp_path, [AdminProfilingCallback()], max_steps=1).train()
-    assert not (tmp_path / "residual_profile.json").exists() and not caplog.text
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], max_steps=1).train()
+    assert not (tmp_path / "residual_profile.json").exists() and not model.is_profiled
+    assert caplog.text.count("WARNING") == 1
+    assert f"nothing to profile: this model ({system} encoder, {system} decoder)" in caplog.text
+    assert "AdminConfig(encoder_residual='admin', decoder_residual='admin')" in caplog.text
+
+
+# --- models that were not profiled ------------------------------------------------------------------
+
+
+def unprofiled(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "profiled" in record.getMessage()]
+
+
+def test_a_model_that_trains_without_the_callback_says_so_once(tmp_path, dataset, caplog, batch):
+    model = tiny_model()
+    model(**batch)
+    model.train()(**batch | {"labels": None, "decoder_input_ids": batch["input_ids"]})
+    model = tiny_model()
+    with torch.no_grad():
+        model.train()(**batch)
+    caplog.clear()
+    trainer(model, dataset, tmp_path, []).train()
+    trainer(model, dataset, tmp_path, []).train()
+    (message,) = unprofiled(caplog)
+    assert "not profiled: it trains with every ω at 1" in message and "Add AdminProfilingCallback()" in message
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AdminForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert not model.is_profiled and not loaded.is_profiled and any(bool((w != 1).any()) for w in omegas(loaded))
+    for callbacks in ([], [AdminProfilingCallback()]):
+        caplog.clear()
+        trainer(copy.deepcopy(loaded), dataset, tmp_path / "more", callbacks, max_steps=1).train()
+        assert unprofiled(caplog) == ["The model was never profiled: it goes on with the ω that it has, not as Admin."]
+    assert not (tmp_path / "more" / "residual_profile.json").exists(), "its weights are trained"
+
+
+def test_a_profiled_model_says_nothing(tmp_path, dataset, caplog):
+    model = tiny_model()
+    trainer(model, dataset, tmp_path, [AdminProfilingCallback()], max_steps=1).train()
+    trainer(model, dataset, tmp_path, [], max_steps=1).train()
+    assert model.is_profiled and not unprofiled(caplog)
+
+
+def test_whether_a_model_was_profiled_goes_with_its_weights(tmp_path, dataset, batch):
+    """Whatever became of ω: 1 after a profile, or trained away from 1 without one."""
+    for name, is_profiled in (("profiled", True), ("not", False)):
+        callbacks = [AdminProfilingCallback(verbose=False)] if is_profiled else []
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        model = tiny_model()
+        trainer(model, dataset, tmp_path / name, callbacks, **options).train()
+        for connection in (m for m in model.modules() if isinstance(m, AdminConnection)):
+            connection.omega.data.fill_(1.0 if is_profiled else 1.5)
+        model.save_pretrained(tmp_path / name)
+        assert AdminForConditionalGeneration.from_pretrained(tmp_path / name).is_profiled is is_profiled
+        assert AdminModel.from_pretrained(tmp_path / name).is_profiled is is_profiled
+        half = AdminForConditionalGeneration.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        twins = [model, half, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), tiny_model(), tiny_model()]
+        twins[4].load_state_dict(model.state_dict())
+        checkpoints = last_checkpoints(tmp_path / name, 2)
+        twins[5].load_state_dict(average_checkpoints(checkpoints), strict=False)
+        assert [twin.is_profiled for twin in twins] == [is_profiled] * 6
+        resumed = tiny_model()
+        run = trainer(resumed, dataset, tmp_path / name, callbacks, **options)
+        run.train(resume_from_checkpoint=str(checkpoints[0]))
+        assert resumed.is_profiled is is_profiled
+        assert not any("profiled" in key for key in reparameterize(model).state_dict())
+        assert "profiled" not in json.dumps(reparameterize(model).config.to_dict())
+
+
+@pytest.mark.parametrize("omega", [1.0, 1.5])
+def test_a_checkpoint_of_an_earlier_version_was_profiled_if_an_omega_is_not_1(tmp_path, omega, dataset):
+    model = tiny_model()
+    for connection in (m for m in model.modules() if isinstance(m, AdminConnection)):
+        connection.omega.data.fill_(omega)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("omega_profiled")}
+    fresh = tiny_model()
+    fresh.load_state_dict(state)
+    assert fresh.is_profiled is (omega != 1)
+    model.save_pretrained(tmp_path / "checkpoint-2")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    weights = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    del weights["model.omega_profiled"]
+    save_file(weights, tmp_path / "checkpoint-1" / "model.safetensors", {"format": "pt"})
+    loaded, info = AdminForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-1", output_loading_info=True)
+    assert not info["missing_keys"] and loaded.omega_initialized and loaded.is_profiled is (omega != 1)
+    average = average_checkpoints([tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"])
+    assert average.keys() == weights.keys(), "where one of them does not say it"
+
+
+def test_a_stock_marian_that_is_gone_on_from_is_not_profiled(tmp_path, dataset, caplog, batch):
+    model = tiny_model()
+    initialize_omega(model, profile_residuals(model, batch))
+    reparameterize(model).save_pretrained(tmp_path / "stock")
+    model = AdminForConditionalGeneration.from_pretrained(tmp_path / "stock")
+    trainer(model, dataset, tmp_path / "run", [AdminProfilingCallback()]).train()
+    assert not model.is_profiled and any(bool((w != 1).any()) for w in omegas(model))
+    assert len([r for r in caplog.records if "plain Post-LN" in r.getMessage()]) == 1, "said when it was loaded"
+    model.save_pretrained(tmp_path / "run")
+    assert not AdminForConditionalGeneration.from_pretrained(tmp_path / "run").is_profiled
+
+
+def test_the_table_of_omega_can_be_left_out(tmp_path, dataset, capsys):
+    trainer(tiny_model(), dataset, tmp_path, [AdminProfilingCallback(verbose=False)], max_steps=1).train()
+    assert (tmp_path / "residual_profile.json").exists() and "Var[f]" not in capsys.readouterr().out
 
 
 def test_a_hybrid_initialises_the_stack_that_has_omega(tmp_path, dataset):
