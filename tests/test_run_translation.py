@@ -301,6 +301,10 @@ def test_training_goes_on_from_a_model(data, tmp_path):
     assert any(not torch.equal(first[name], second[name]) for name in first)
     omegas = [value for name, value in third.items() if name.endswith("omega")]
     assert omegas and all(0 < (omega - 1).abs().max() < 0.2 for omega in omegas), "trained from 1 on"
+    second, third = ((tmp_path / name / "vanilla" / "README.md").read_text() for name in ("second", "third"))
+    assert "trained with [Admin]" in second and "- admin\n" in second
+    assert "Admin]" not in third and "ω were not profiled" in third and "- admin\n" not in third
+    assert "profiled on the first batch" not in third
 
 
 def test_the_mean_of_the_last_checkpoints_is_what_is_scored_and_exported(data, tmp_path, monkeypatch):

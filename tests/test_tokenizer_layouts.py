@@ -8,6 +8,7 @@ import pytest
 import torch
 from ctranslate2.converters import TransformersConverter
 from datasets import Dataset
+from tiny_runs import run as script
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -49,8 +50,8 @@ ROLES = {"<s>": "bos_token", "<pad>": "pad_token", "[PAD]": "pad_token", "</s>":
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def make_tokenizer(first: list[str], last: list[str], encloses: bool = False) -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate([*first, *WORDS, *last])}
+def make_tokenizer(first: list[str], last: list[str], encloses: bool = False, words=WORDS) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate([*first, *words, *last])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "<s> $A </s>" if encloses else "$A </s>"
@@ -292,6 +293,23 @@ def test_a_stock_marian_passes_without_a_word(tmp_path, caplog):
     check_tokenizer(stock, tokenizer)
     trainer_of(model, tokenizer, tmp_path / "run", max_steps=1).train()
     assert not [record for record in caplog.records if record.name.startswith("admin_hf")]
+
+
+def test_the_script_takes_a_tokenizer_of_any_layout_and_refuses_another_ones_model(data, tmp_path, capsys):
+    words = sorted({word for side in ("en", "de") for word in (data / f"train.{side}").read_text().split()})
+    for layout in ("fairseq", "[PAD] last"):
+        make_tokenizer(*LAYOUTS[layout], words=words).save_pretrained(tmp_path / layout)
+    assert script(data, tmp_path / "model", tokenizer_name=tmp_path / "fairseq", max_steps=1) == 0
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    ids = ("pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id")
+    assert [config[name] for name in ids] == [1, 2, 0, 1]
+    TransformersConverter(str(tmp_path / "model" / "vanilla")).convert(str(tmp_path / "ct2"))
+    source = {"model_name_or_path": tmp_path / "model", "config_overrides": None, "max_steps": 1}
+    capsys.readouterr()
+    assert script(data, tmp_path / "out", **source, tokenizer_name=tmp_path / "[PAD] last") == 2
+    message = f"The model was not made for this tokenizer: it pads with 1 ('<unk>') in place of {len(words) + 2} ("
+    assert f"error: {message}" in capsys.readouterr().err
+    assert script(data, tmp_path / "out", **source) == 0
 
 
 # --- batches ----------------------------------------------------------------------------------------
