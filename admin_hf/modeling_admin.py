@@ -221,7 +221,9 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         """Decode `input_ids`, `(batch_size, target_length)`, which follow what `past_key_values` holds."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # A static cache says its length in a tensor, which a GPU would have to wait for
-        self._check_input("decoder_input", input_ids, inputs_embeds, past if isinstance(past, int) else 0)
+        if isinstance(past, Tensor):
+            past = int(past) if past.device.type == "cpu" and not torch.compiler.is_compiling() else 0
+        self._check_input("decoder_input", input_ids, inputs_embeds, past)
         if encoder_hidden_states is not None:
             encoder_hidden_states = _in_autocast_dtype(encoder_hidden_states)  # once, for the keys of all layers
         outputs = super().forward(
@@ -238,6 +240,8 @@ class AdminDecoder(_StackMixin, MarianDecoder):
 
 class AdminModel(AdminPreTrainedModel, MarianModel):
     """The bare encoder-decoder, without the output layer. See [`~transformers.MarianModel`] for its arguments."""
+
+    _keys_to_ignore_on_load_missing = [*MarianModel._keys_to_ignore_on_load_missing, "omega_profiled"]
 
     def __init__(self, config: AdminConfig) -> None:
         with _stock_constructor(config):
@@ -293,6 +297,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     """
 
     _default_auto_class = "AutoModelForSeq2SeqLM"
+    _keys_to_ignore_on_load_missing = [*MarianMTModel._keys_to_ignore_on_load_missing, "omega_profiled"]
     _weights: list[tuple[dict[str, Any], str]] | None = None  # which are cast at once; found when they are
     _has_trained = False
 

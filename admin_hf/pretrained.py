@@ -83,10 +83,9 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
         profiled: it was if an ω is not 1. Positions are frozen again, which loading forgets and
         DistributedDataParallel would mistake for parameters without a gradient.
         """
+        is_silent = any(name.rpartition(".")[2] == "omega_profiled" for name in loading_info.missing_keys)
         super()._adjust_missing_and_unexpected_keys(loading_info)
         profiled = {f"{name}.omega": connection for name, connection in profiled_connections(self)}
-        says = {name for name in loading_info.missing_keys if name.rpartition(".")[2] == "omega_profiled"}
-        loading_info.missing_keys -= says
         if profiled and profiled.keys() == set(loading_info.missing_keys):
             loading_info.missing_keys = set()
             self._said_unprofiled = True
@@ -95,7 +94,7 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             )
         for name, connection in profiled.items():
             connection.initialized = name not in loading_info.missing_keys
-        if says:
+        if is_silent:
             self._set_profiled(any(bool((connection.omega != 1).any()) for connection in profiled.values()))
         for module in self.modules():
             if isinstance(module, MarianSinusoidalPositionalEmbedding):

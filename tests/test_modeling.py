@@ -403,6 +403,13 @@ def test_decoding_past_the_last_position_is_refused_with_cache_too():
         model(input_ids=ids, decoder_input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_past_the_last_position_is_refused_with_every_cache(cache):
+    ids = torch.full((1, 5), 3)
+    with pytest.raises(ValueError, match="decoder_input has 65 tokens, but max_position_embeddings is 64"):
+        tiny_model().generate(ids, max_length=70, eos_token_id=None, cache_implementation=cache)
+
+
 def test_the_collator_of_transformers_shifts_labels_through_the_model():
     class Tokenizer:
         padding_side, pad_token_id = "right", PAD

@@ -16,15 +16,17 @@ from matplotlib import pyplot
 from tiny_runs import run
 from transformers import MarianConfig, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from admin_hf import AdminForConditionalGeneration
+from admin_hf import AdminForConditionalGeneration, initialize_omega, profile_residuals
 from admin_hf.__main__ import main
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.report import write_report
 from admin_hf.report.figures import MAX_POINTS, thinned
 from admin_hf.report.measure import newest_model, residual_variances, starting_model
 from admin_hf.report.page import formulas, without_folders
+from admin_hf.report.records import model_line
 from admin_hf.report.run import Run, is_number
 from admin_hf.report.text import predictions, read_pairs
+from admin_hf.report.weights import omega
 from admin_hf.residual import residual_connections
 
 
@@ -247,6 +249,23 @@ def test_a_stock_model_did_not_start_as_admin_does(tmp_path):
     MarianMTModel(MarianConfig(**config | {"model_type": "marian"})).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"trains a stock model \(marian\)"):
         starting_model(Run(tmp_path), padded_batch())
+
+
+def test_a_run_that_was_not_profiled_is_not_shown_as_admin(tmp_path):
+    torch.manual_seed(7)
+    model = AdminForConditionalGeneration(tiny_config())
+    model.save_pretrained(tmp_path)
+    (tmp_path / "arguments.json").write_text('{"seed": 7}')
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    start, how = starting_model(Run(tmp_path), padded_batch())
+    assert how.endswith("from the run's seed, 7, with every ω at 1, for the run was not profiled.")
+    assert all(torch.equal(value, start.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model_line(Run(tmp_path)).startswith("admin (ω not profiled), 2+2 layers")
+    assert dict(omega(Run(tmp_path)).findings)["expected"].startswith("The model was not profiled")
+    initialize_omega(model, profile_residuals(model, padded_batch()))
+    model.save_pretrained(tmp_path)
+    assert model_line(Run(tmp_path)).startswith("admin, 2+2 layers")
+    assert dict(omega(Run(tmp_path)).findings)["expected"].startswith("Admin starts each ω_i")
 
 
 @pytest.mark.parametrize("systems", [("admin", "admin"), ("pre_ln", "post_ln")])
