@@ -50,6 +50,7 @@ def test_all_ranks_get_the_profile_of_the_first_rank(tmp_path):
     assert two[0]["first_batch"] != two[1]["first_batch"]
     assert two[0]["omega"] == two[1]["omega"] == one[0]["omega"]
     assert min(two[0]["omega"]) > 1
+    assert two[0]["is_profiled"] and two[1]["is_profiled"]
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from admin_hf import (
     profile_residuals,
     reparameterize,
 )
+from admin_hf.__main__ import main
 
 
 SHAPE = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
@@ -181,6 +182,21 @@ def test_what_is_trained_alone_is_exported(tmp_path):
     check_tokenizer(again, tokenizer)
     assert reparameterize(again, tokenizer=tokenizer).config.vocab_size == len(tokenizer) + 1
     assert reparameterize(model).config.vocab_size == 64, "as it is, where no tokenizer says more"
+
+
+def test_the_command_fits_the_vocabulary_and_warns_of_ids_that_disagree(tmp_path, capsys):
+    tokenizer = tokenizer_of("bart")
+    configs = {"right": AdminConfig.for_tokenizer(tokenizer, **SHAPE), "wrong": AdminConfig(vocab_size=25, **SHAPE)}
+    for name, config in configs.items():
+        model_of(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-vanilla")]) == 0
+        beware = (
+            "Beware: The model was not made for this tokenizer: it pads with 24 ('<mask>') in place of 1 ('<pad>')"
+        )
+        assert (beware in capsys.readouterr().out) is (name == "wrong")
+    assert MarianConfig.from_pretrained(tmp_path / "right-vanilla").vocab_size == 26
+    assert MarianConfig.from_pretrained(tmp_path / "wrong-vanilla").vocab_size == 25
 
 
 # --- tokenizers and configurations that are refused -------------------------------------------------

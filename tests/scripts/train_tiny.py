@@ -43,6 +43,7 @@ def main(folder: str, *options: str) -> None:
     report = {
         "first_batch": seen[0],
         "omega": [float(m.omega.detach()[0]) for m in model.modules() if isinstance(m, AdminConnection)],
+        "is_profiled": model.is_profiled,
         "weights": hashlib.sha256(weights).hexdigest(),
     }
     Path(folder, f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
