@@ -239,8 +239,8 @@ class AdminPublishingCallback(TrainerCallback):
     logged and the folder gets the model with ω: nothing is lost.
 
     Raises:
-        ValueError: no stock architecture can hold the model, or its weights will be sharded (FSDP, DeepSpeed); when
-            the Trainer is made.
+        ValueError: no stock architecture can hold the model, it was not made for the Trainer's `processing_class`, or
+            its weights will be sharded (FSDP, DeepSpeed); when the Trainer is made.
 
     Example:
 
@@ -259,6 +259,7 @@ class AdminPublishingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
         if kind := sharding(args):
@@ -271,6 +272,9 @@ class AdminPublishingCallback(TrainerCallback):
         model = _unwrapped(model)
         stock_architecture(model)
         model.vanilla_folder = Path(str(args.output_dir)).resolve()
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            _check_processing_class(model, processing_class)
+            model.vanilla_tokenizer = processing_class
 
     on_train_begin = on_init_end  # of a callback that is added later
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.models.marian.modeling_marian import MarianPreTrainedModel, MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
@@ -42,10 +43,12 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
     Attributes:
         vanilla_folder: the folder into which `save_pretrained` writes the vanilla model by default, where a Trainer
             uploads it from ([`AdminPublishingCallback`] sets it).
+        vanilla_tokenizer: whose entries the vanilla model is fitted to (as for [`reparameterize`]; it sets it, too).
     """
 
     config: AdminConfig
     vanilla_folder: Path | None = None
+    vanilla_tokenizer: PreTrainedTokenizerBase | None = None
     _said_unprofiled = False
     _default_auto_class = "AutoModel"
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
@@ -266,7 +269,7 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
             model.load_state_dict(state_dict)
             model.generation_config = self.generation_config
-        return reparameterize(model)
+        return reparameterize(model, tokenizer=self.vanilla_tokenizer)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:

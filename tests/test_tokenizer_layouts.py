@@ -25,6 +25,7 @@ from admin_hf import (
     AdminConfig,
     AdminForConditionalGeneration,
     AdminProfilingCallback,
+    AdminPublishingCallback,
     check_tokenizer,
     profile_residuals,
     reparameterize,
@@ -182,6 +183,14 @@ def test_what_is_trained_alone_is_exported(tmp_path):
     check_tokenizer(again, tokenizer)
     assert reparameterize(again, tokenizer=tokenizer).config.vocab_size == len(tokenizer) + 1
     assert reparameterize(model).config.vocab_size == 64, "as it is, where no tokenizer says more"
+
+
+def test_what_a_trainer_publishes_is_fitted_to_its_tokenizer(tmp_path):
+    tokenizer = tokenizer_of("t5")
+    model = model_of(AdminConfig.for_tokenizer(tokenizer, vocab_size=64, **SHAPE))
+    trainer_of(model, tokenizer, tmp_path / "run", [AdminPublishingCallback()]).save_model()
+    assert MarianConfig.from_pretrained(tmp_path / "run").vocab_size == len(tokenizer) + 1
+    TransformersConverter(str(tmp_path / "run")).convert(str(tmp_path / "ct2"))
 
 
 def test_the_command_fits_the_vocabulary_and_warns_of_ids_that_disagree(tmp_path, capsys):
