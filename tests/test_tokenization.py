@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from training.errors import InputError
-from training.tokenization import save_tokenizer, text_batches, train_tokenizer
+from training.tokenization import is_blank, save_tokenizer, text_batches, train_tokenizer
 
 
 TEXTS = [
@@ -84,3 +84,15 @@ def test_auto_tokenizer_loads_it_alone(tmp_path, tokenizer, model_type):
 def test_text_batches_leaves_out_what_is_missing():
     dataset = Dataset.from_dict({"source": ["a", None, "c"], "target": ["x", "", "z"]})
     assert sorted(text for batch in text_batches(dataset, 2) for text in batch) == ["a", "c", "x", "z"]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", " \t", "\u200b", "\ufeff\u200c \u200d\u2060\u00ad", "\u2028", "\x00", "\ufe0f\u3164"]
+)
+def test_text_without_a_visible_character_is_blank(text):
+    assert is_blank(text)
+
+
+@pytest.mark.parametrize("text", ["a", "\u200bا", ".", "\u0301", "👍🏽", "\ud83d", "\u2581"])
+def test_text_with_a_visible_character_is_not_blank(text):
+    assert not is_blank(text)

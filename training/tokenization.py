@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import regex
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -14,6 +15,9 @@ from .errors import InputError
 
 
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
+
+# White space, control characters, and what Unicode lets readers ignore: zero-width spaces, joiners, direction marks
+_INVISIBLE = regex.compile(r"[\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]*")
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
@@ -55,6 +59,11 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def is_blank(text: str | None) -> bool:
+    """Whether there is nothing to translate: no text, or white space and characters without width alone."""
+    return text is None or _INVISIBLE.fullmatch(text) is not None
 
 
 def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
