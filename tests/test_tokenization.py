@@ -3,9 +3,11 @@ import sys
 
 import pytest
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from training.errors import InputError
-from training.tokenization import is_blank, save_tokenizer, text_batches, train_tokenizer
+from training.tokenization import is_blank, lowercases, save_tokenizer, text_batches, train_tokenizer
 
 
 TEXTS = [
@@ -60,6 +62,81 @@ def test_lowercase_is_part_of_the_tokenizer():
 def test_a_vocabulary_that_the_data_does_not_give_is_refused(size, message):
     with pytest.raises(InputError, match=f"--vocab_size {size} .*{message}"):
         train_tokenizer([TEXTS], size)
+
+
+def with_normalizer(normalizer, texts=TEXTS, **changes) -> PreTrainedTokenizerFast:
+    """A BPE of another kind than ours."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.train_from_iterator(
+        [texts], trainers.BpeTrainer(vocab_size=150, special_tokens=["</s>", "<unk>", "<pad>"])
+    )
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **changes)
+
+
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """As BERT's of lower-cased text: lower case and no accents, by a normaliser of its own, and whole words."""
+    words = ["[UNK]", "[PAD]", "[SEP]", "zwei", "hunde", "ein", "madchen", "##s", ".", "ω"]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]", sep_token="[SEP]"
+    )
+
+
+class Letters(PreTrainedTokenizer):
+    """A tokenizer in Python, as Marian's own: a normaliser that nobody can look into."""
+
+    def __init__(self, alphabet: str, fold: bool, **kwargs) -> None:
+        self.alphabet, self.fold = ["</s>", "<unk>", "<pad>", *alphabet], fold
+        super().__init__(eos_token="</s>", unk_token="<unk>", pad_token="<pad>", **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: i for i, letter in enumerate(self.alphabet)}
+
+    def _tokenize(self, text: str) -> list[str]:
+        return list(text.lower() if self.fold else text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab().get(token, 1)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.alphabet[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+LOWER = normalizers.Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda: train_tokenizer([TEXTS], 120), False),
+        (lambda: train_tokenizer([TEXTS], 110, lowercase=True), True),
+        (bert_tokenizer, True),
+        (lambda: with_normalizer(normalizers.Sequence([normalizers.NFKC(), normalizers.Sequence([LOWER])])), True),
+        (lambda: with_normalizer(normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()])), False),
+        (lambda: with_normalizer(normalizers.Replace("Z", "z")), True),
+        (lambda: with_normalizer(LOWER, ["Два молодых человека", "дом"] * 3), True),
+        (lambda: with_normalizer(normalizers.NFC(), ["Два молодых человека", "дом"] * 3), False),
+        (lambda: with_normalizer(LOWER, ["两只红色的狗"] * 3), False),  # there is nothing to lose
+        (lambda: Letters("abcdeαβγ", fold=True), True),
+        (lambda: Letters("ABCDEabcde", fold=False), False),
+        (lambda: Letters("ABCDE", fold=False), False),
+    ],
+)
+def test_whether_case_is_lost_is_asked_by_trying(build, expected):
+    assert lowercases(build()) is expected
 
 
 LOAD_ALONE = """
