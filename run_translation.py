@@ -56,7 +56,7 @@ from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
 from training.files import contents, write_whole
 from training.hub import check_access, first_line
-from training.metrics import TranslationMetric
+from training.metrics import TranslationMetric, check_references
 from training.model import config_changes, load_tokenizer, set_generation
 from training.processes import end_process_group
 from training.scores import compare, log_decode, remove_results, report, write_results
@@ -134,7 +134,7 @@ def run(arguments: args.Arguments) -> int:
     if training_args.do_eval:
         scores |= evaluate(trainer, vanilla)
     if training_args.do_predict:
-        scores |= predict(trainer, vanilla, data["test"], raw["test"])
+        scores |= predict(trainer, vanilla, data["test"])
         log_decode(arguments, trainer, weights, scores)
     write_results(trainer, weights, scores)
     if exported:
@@ -279,6 +279,9 @@ def build_trainer(
 ) -> TranslationTrainer:
     """Put model, data, scores and callbacks together."""
     training_args = arguments[2]
+    metric = TranslationMetric(lowercases(tokenizer), arguments[1].target_lang)
+    if training_args.predict_with_generate:
+        check_references(metric, tokenizer, data, arguments[1].val_max_target_length)
     callbacks = [AdminProfilingCallback(), stop]
     if training_args.keep_freed_memory:
         callbacks.append(KeepFreedMemory())
@@ -288,7 +291,7 @@ def build_trainer(
         if training_args.do_train:
             TranslationTrainer.get_optimizer_cls_and_kwargs(training_args, model)  # before anything is trained
         return TranslationTrainer(
-            metric=TranslationMetric(lowercases(tokenizer), arguments[1].target_lang),
+            metric=metric,
             residuals=ResidualMonitor(model),
             model=model,
             args=training_args,
@@ -407,7 +410,7 @@ def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) ->
     return metrics
 
 
-def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset, raw: Dataset) -> dict:
+def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset) -> dict:
     """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
@@ -418,15 +421,13 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
         )
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return metrics
-    translations = [""] * len(dataset)
-    decoded = trainer.decode(output.predictions[: len(dataset)])
-    for index, text in zip(dataset["index"], decoded, strict=True):
-        translations[index] = " ".join(text.split())
-    sources = list(raw["source"])
-    translations = [text if (source or "").strip() else "" for source, text in zip(sources, translations, strict=True)]
+    translated = zip(
+        dataset["index"], dataset["source"], trainer.translations(output.predictions, dataset), strict=True
+    )
+    _, sources, translations = zip(*sorted(translated), strict=True)
     path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
     write_whole(path, "".join(f"{text}\n" for text in translations))
-    for source, translation in list(zip(sources, translations, strict=True))[:3]:
+    for source, translation in zip(sources[:3], translations[:3], strict=True):
         print(f"  {source}\n  -> {translation}")
     print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
     return metrics

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sacrebleu
 import torch
 from conftest import MULTI30K, randomize
 from huggingface_hub import ModelCard
@@ -177,7 +178,12 @@ def test_predictions_are_in_input_order_whatever_their_length(data, tmp_path):
         "config_overrides": None,
     }
     together = run(
-        data, tmp_path / "together", **predict, test_file=tmp_path / "some.txt", per_device_eval_batch_size=3
+        data,
+        tmp_path / "together",
+        **predict,
+        do_eval=True,
+        test_file=tmp_path / "some.txt",
+        per_device_eval_batch_size=3,
     )
     alone = run(data, tmp_path / "alone", **predict, test_file=tmp_path / "some.txt", per_device_eval_batch_size=1)
     assert together == alone == 0
@@ -187,6 +193,55 @@ def test_predictions_are_in_input_order_whatever_their_length(data, tmp_path):
     assert not (tmp_path / "together" / "test_results.json").read_text().count("bleu"), (
         "there is nothing to score against"
     )
+
+
+def test_what_is_written_is_what_is_scored(data, tmp_path, caplog):
+    """With lines that have nothing to translate, or nothing to compare with; the folded model likewise."""
+    sources, targets = ((data / f"test.{lang}").read_text().splitlines()[:8] for lang in ("en", "de"))
+    sources[1], sources[4], targets[4], targets[6] = " ", "\u200b\ufeff", "", "\u2060"
+    for language, lines in (("en", sources), ("de", targets)):
+        (tmp_path / f"test.{language}").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    options = {"do_predict": True, "test_file": tmp_path / "test"}
+    assert run(data, tmp_path / "out", **options) == 0
+    written = (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").split("\n")
+    assert len(written) == 9 and written[8] == ""
+    assert [not line for line in written[:8]] == [False, True, False, False, True, False, False, False]
+    assert "1 of 8 test pairs, first number 7, have no target and are not scored" in caplog.text
+    kept = [i for i in range(8) if i not in (4, 6)]
+    lines, references = ([texts[i] for i in kept] for texts in (written, targets))
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    for prefix in ("test", "vanilla_test"):
+        assert results[f"{prefix}_bleu"] == sacrebleu.corpus_bleu(lines, [references]).score
+        assert results[f"{prefix}_chrf"] == sacrebleu.corpus_chrf(lines, [references]).score > 0
+        assert results[f"{prefix}_ter"] == sacrebleu.corpus_ter(lines, [references], case_sensitive=True).score
+
+
+def test_the_best_checkpoint_is_the_best_in_a_language_without_spaces(tmp_path):
+    """In sacreBLEU's default tokens every BLEU would be 0 here, and the first checkpoint the best."""
+    words = {"red": "红", "old": "老", "dogs": "狗", "cats": "猫", "see": "看", "hear": "听"}
+    rows = [
+        (a, n, v, m)
+        for a in ("red", "old")
+        for n in ("dogs", "cats")
+        for v in ("see", "hear")
+        for m in ("dogs", "cats")
+    ]
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.en").write_text("".join(f"{' '.join(row)}\n" for row in rows))
+        (tmp_path / f"{name}.zh").write_text("".join(f"{''.join(words[w] for w in row)}。\n" for row in rows), "utf-8")
+    steps = {"max_steps": 90, "save_steps": 30, "eval_steps": 30, "eval_strategy": "steps", "vocab_size": 40}
+    best = {"metric_for_best_model": "bleu", "early_stopping_patience": 3, "test_file": None, "target_lang": "zh"}
+    assert (
+        run(tmp_path, tmp_path / "out", **steps, **best, save_strategy="steps", do_eval=True, learning_rate=0.02) == 0
+    )
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    scores = {entry["step"]: entry["eval_bleu"] for entry in state["log_history"] if "eval_bleu" in entry}
+    assert scores[30] < max(scores.values()) and state["best_global_step"] == max(scores, key=scores.get) > 30
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["eval_bleu"] == results["vanilla_eval_bleu"] == max(scores.values()) > 50
+    assert "tok:zh" in results["eval_bleu_signature"] and "asian:yes" in results["eval_ter_signature"]
+    assert "eval_moses_bleu" not in results
+    assert "tok:zh" in (tmp_path / "out" / "vanilla" / "README.md").read_text()
 
 
 def test_a_json_file_of_arguments_is_the_same_and_flags_override_it(data, tmp_path):

@@ -34,6 +34,11 @@ def test_nothing_to_do(data, tmp_path, capsys):
     [
         ({"source_lang": None}, "--source_lang is missing"),
         ({"target_lang": "en"}, "both 'en'"),
+        ({"target_lang": "zh", "metric_for_best_model": "moses_bleu"}, "no Moses tokenizer for --target_lang zh"),
+        (
+            {"target_lang": "tha", "metric_for_best_model": "eval_moses_bleu"},
+            "no Moses tokenizer for --target_lang tha",
+        ),
         ({"train_file": None}, "--do_train needs --train_file"),
         ({"train_file": "no/such/file"}, "there is no no/such/file.en"),
         ({"target_lang": "fr"}, "train.fr does not exist"),

@@ -15,6 +15,7 @@ from admin_hf.averaging import complete_checkpoints
 
 from .batching import MULTIPLE
 from .errors import InputError
+from .metrics import Language
 from .optimization import RADAM
 
 
@@ -305,6 +306,11 @@ def check_arguments(
     scores = SCORES if training.predict_with_generate else SCORES[:1]
     if (metric := training.metric_for_best_model) and metric.removeprefix("eval_") not in scores:
         raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
+    if "moses_bleu" in (metric or "") and not Language.parse(data.target_lang).has_moses_tokens:
+        raise InputError(
+            f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {data.target_lang}; use "
+            "bleu, whose tokens fit the language."
+        )
     if not training.average_tokens_across_devices:
         raise InputError("--average_tokens_across_devices False: the loss is that of the targets of all processes.")
     if training.average_last:

@@ -1,43 +1,154 @@
-"""BLEU, chrF and TER by sacreBLEU, as an `evaluate.Metric` that needs no network."""
+"""BLEU, chrF and TER by sacreBLEU, as an `evaluate.Metric` that needs no network, for any target language."""
 
-from typing import Any
+import logging
+import os
+import re
+import unicodedata
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
+import regex
 import sacremoses
+from babel.core import get_global
 from sacrebleu.metrics import BLEU, CHRF, TER
+from sacrebleu.metrics.base import Metric, Signature
 from sacrebleu.metrics.bleu import BLEUScore
+from sacrebleu.metrics.lib_ter import BeamEditDistance
+from sacremoses.corpus import NonbreakingPrefixes
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError
+from .tokenization import is_blank
+
+
+logger = logging.getLogger(__name__)
+
+# The tokenizers that sacreBLEU has for some scripts (ISO 15924). In other scripts that know no spaces between words it
+# finds no words, so there characters count.
+CHARACTERS = "char"
+TOKENIZERS = {
+    **dict.fromkeys(("Hans", "Hant", "Hani"), "zh"),
+    **dict.fromkeys(("Jpan", "Hrkt", "Hira", "Kana"), "ja-mecab"),
+    **dict.fromkeys(("Kore", "Hang"), "ko-mecab"),
+    **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), CHARACTERS),
+    **dict.fromkeys(("Lana", "Tale", "Talu", "Tavt", "Yiii", "Java", "Bali"), CHARACTERS),
+}
+
+# The letters of these scripts, and letters
+_SPACELESS = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+    r"|[\p{Tai_Tham}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Viet}\p{Yi}\p{Javanese}\p{Balinese}]"
+)
+_LETTER = regex.compile(r"[\p{L}\p{M}]")
+
+
+class Language(NamedTuple):
+    """What a language tag says, as far as scores depend on it."""
+
+    code: str  # ISO 639, of two letters where there are two
+    script: str | None  # ISO 15924; None where the tag is no language's
+
+    @classmethod
+    def parse(cls, tag: str) -> "Language":
+        """Read a tag in any of the usual forms: `zh`, `zh-CN`, `zho_Hans`, `cmn`, `ja_XX`, `>>cmn_Hans<<`."""
+        code, *others = re.findall("[a-z0-9]+", tag.lower()) or [""]
+        code = get_global("language_aliases").get(code, code).partition("_")[0]
+        likely = get_global("likely_subtags").get(code)
+        scripts = [other.title() for other in others if re.fullmatch("[a-z]{4}", other)]
+        return cls(code, None if likely is None else [*scripts, likely.split("_")[1]][0])
+
+    @property
+    def tokenizer(self) -> str:
+        """What sacreBLEU calls the tokenizer of this language, whether it is installed or not."""
+        return TOKENIZERS.get(self.script or "", "13a")
+
+    @property
+    def has_moses_tokens(self) -> bool:
+        """Whether Moses finds words: it does in every language with spaces, by rules of its own for some of them."""
+        return self.script is not None and self.tokenizer == "13a"
 
 
 class MosesBLEU(BLEU):
     """BLEU of text in the tokens of Moses, which papers call tokenised BLEU. No other figure is comparable with it.
 
+    Moses takes the abbreviations of English for a language that it has none of. The signature says so.
+
     Args:
-        language: of the text, such as `"de"`.
+        language: ISO 639 code of the text's language, such as `"de"`.
         lowercase: ignore case.
     """
 
     def __init__(self, language: str, lowercase: bool = False) -> None:
         super().__init__(tokenize="none", lowercase=lowercase, force=True)
         self.moses = sacremoses.MosesTokenizer(language)
+        prefixes = "" if language in NonbreakingPrefixes().available_langs else "-prefixes-en"
+        self.tokenizer_signature = f"moses-{language}{prefixes}-sacremoses-{sacremoses.__version__}"
 
     def corpus_score(self, hypotheses: list[str], references: list[list[str]], **kwargs: Any) -> BLEUScore:
         return super().corpus_score(self._tokens(hypotheses), [self._tokens(texts) for texts in references], **kwargs)
-
-    def get_signature(self) -> str:
-        moses = f"tok:moses-{self.moses.lang}-sacremoses-{sacremoses.__version__}"
-        return str(super().get_signature()).replace("tok:none", moses)
 
     def _tokens(self, texts: list[str]) -> list[str]:
         return [self.moses.tokenize(text, return_str=True, escape=False) for text in texts]
 
 
+class CharacterTER(TER):
+    """Edits of characters, for scripts without spaces of which Tercom has no rules.
+
+    Without the shifts of TER, which are meant for words: among characters they take seconds for a sentence.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tokenizer_signature += f"-{CHARACTERS}"
+
+    def get_signature(self) -> Signature:
+        signature = super().get_signature()
+        signature.update("shifts", False)
+        return signature
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return " ".join(super()._preprocess_segment(sent))
+
+    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict[str, Any]) -> list[float]:
+        (reference,) = ref_kwargs["ref_words"]
+        edits, _ = BeamEditDistance(reference)(hypothesis.split())
+        return [edits, len(reference)]
+
+
+def build_scorers(language: Language | None, lowercase: bool = False) -> dict[str, Metric]:
+    """The scores of translations into a language, by name. All that is chosen here shows in their signatures.
+
+    Args:
+        language: None: sacreBLEU's defaults.
+        lowercase: ignore case.
+    """
+    tokenizer = language.tokenizer if language is not None else "13a"
+    try:
+        bleu = BLEU(lowercase=lowercase, tokenize=tokenizer)
+    except RuntimeError:  # MeCab is not installed
+        bleu = BLEU(lowercase=lowercase, tokenize=CHARACTERS)
+    if tokenizer == CHARACTERS:
+        ter = CharacterTER(case_sensitive=not lowercase)
+    else:
+        asian = tokenizer != "13a"  # which acts in normalised text alone
+        ter = TER(case_sensitive=not lowercase, normalized=asian, asian_support=asian)
+    scorers = {"bleu": bleu, "chrf": CHRF(lowercase=lowercase), "ter": ter}
+    if language is not None and language.has_moses_tokens:
+        scorers["moses_bleu"] = MosesBLEU(language.code, lowercase)
+    return scorers
+
+
 class TranslationMetric(evaluate.Metric):
     """Corpus BLEU, chrF2 and TER of detokenised text, each with sacreBLEU's signature.
 
+    Both sides are compared in NFC: a letter is the same whether its accent is a character of its own or not. Where
+    that changes a text, the signatures end in `unicode:NFC`. Characters that only look alike stay different.
+
     Args:
         lowercase: ignore case, as for a model of lower-cased text; it shows in the signatures.
-        target_lang: adds tokenised BLEU, `moses_bleu`, of this language.
+        target_lang: tag of the language, in any usual form, which decides the tokens; adds tokenised BLEU,
+            `moses_bleu`, where Moses finds words in it.
 
     Example:
 
@@ -50,14 +161,15 @@ class TranslationMetric(evaluate.Metric):
     """
 
     def __init__(self, lowercase: bool = False, target_lang: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.scorers = {
-            "bleu": BLEU(lowercase=lowercase),
-            "chrf": CHRF(lowercase=lowercase),
-            "ter": TER(case_sensitive=not lowercase),
-        }
-        if target_lang is not None:
-            self.scorers["moses_bleu"] = MosesBLEU(target_lang, lowercase)
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+        self.lowercase = lowercase
+        self.language = None if target_lang is None else Language.parse(target_lang)
+        self.scorers = build_scorers(self.language, lowercase)
+
+    def normalize(self, text: str) -> str:
+        """The text as it is compared, before its words are found."""
+        text = one_line(unicodedata.normalize("NFC", text))
+        return text.lower() if self.lowercase else text
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -69,8 +181,78 @@ class TranslationMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float | str]:
+        composed = [[unicodedata.normalize("NFC", text) for text in texts] for texts in (predictions, references)]
+        has_changed = composed != [predictions, references]
         results: dict[str, float | str] = {}
         for name, scorer in self.scorers.items():
-            results[name] = scorer.corpus_score(predictions, [references]).score
-            results[f"{name}_signature"] = str(scorer.get_signature())
+            results[name] = scorer.corpus_score(composed[0], composed[1:]).score
+            signature: Signature = scorer.get_signature()
+            if has_changed:
+                signature.update("unicode", "NFC")
+            results[f"{name}_signature"] = str(signature)
         return results
+
+
+def one_line(text: str) -> str:
+    """The text with one space for each run of white space, as translations are written and scored."""
+    return " ".join(text.split())
+
+
+# --- what scores cannot say -----------------------------------------------------------------------
+
+
+def check_references(
+    metric: TranslationMetric,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, datasets.Dataset],
+    longest: int,
+) -> None:
+    """Warn before any training of all that keeps scores from meaning what they say, with its count and first place.
+
+    Args:
+        data: the tokenised splits; those with the columns `source`, `target`, `labels` and `index` are looked at.
+        longest: `labels` of so many ids may have been cut.
+
+    Raises:
+        InputError: no validation pair has a target.
+    """
+    if metric.language is not None and metric.language.script is None:
+        logger.warning(
+            f"--target_lang {metric.language.code} is no language code that is known here, such as 'de' or 'zh': "
+            "scores use sacreBLEU's default tokens, 13a, and there is no BLEU of Moses' tokens."
+        )
+    for split, dataset in data.items():
+        if split == "train" or "target" not in dataset.column_names:
+            continue
+        rows = sorted(zip(*(dataset[name][:] for name in ("index", "source", "target", "labels")), strict=True))
+        scored = [row for row in rows if not is_blank(row[2])]
+        if not scored and split == "validation":
+            raise InputError(f"None of the {len(rows):,} validation pairs has a target, so nothing can be scored.")
+        missing = [index for index, source, target, _ in rows if is_blank(target) and not is_blank(source)]
+        _warn(missing, rows, split, "have no target and are not scored, though they are translated.")
+        joined = [index for index, _, target, _ in scored if _is_spaceless(target)]
+        if metric.language is not None and metric.language.tokenizer == "13a" and 2 * len(joined) > len(scored):
+            what = "have targets without spaces between words, which are scored as if they had them, because "
+            what += f"--target_lang {metric.language.code} says so: give the code of the language, such as zh or th."
+            _warn(joined, rows, split, what)
+        lost = {}
+        for index, _, target, labels in scored:
+            texts = target, tokenizer.decode(labels, skip_special_tokens=True)
+            if len(labels) < longest and len(set(map(metric.normalize, texts))) > 1:
+                lost[index] = [metric.normalize(text) for text in texts]
+        if lost:
+            first = next(iter(lost.values()))
+            start = len(os.path.commonprefix(first))
+            given, found = (text[start : start + 20] for text in first)
+            what = "have targets that the tokenizer does not give back, so no translation of them can be perfect: "
+            what += f"of {given!r} it makes {found!r}."
+            _warn(list(lost), rows, split, what)
+
+
+def _warn(found: list[int], rows: list, split: str, what: str) -> None:
+    if found:
+        logger.warning(f"{len(found):,} of {len(rows):,} {split} pairs, first number {found[0] + 1:,}, {what}")
+
+
+def _is_spaceless(text: str) -> bool:
+    return 2 * len(_SPACELESS.findall(text)) > len(_LETTER.findall(text))

@@ -28,7 +28,7 @@ def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
 
 def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
     """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
-    names = [f"{split}_{name}" for name in trainer.metric.scorers]
+    names = [name for name in (f"{split}_{name}" for name in trainer.metric.scorers) if name in metrics]
     scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
     trainer.save_metrics(f"vanilla_{split}", scores)
     if trainer.is_world_process_zero():

@@ -28,10 +28,11 @@ from admin_hf.monitoring import ResidualMonitor, perplexity
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
-from .metrics import TranslationMetric
+from .metrics import TranslationMetric, one_line
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 from .signals import outlive_signals
+from .tokenization import is_blank
 
 
 logger = logging.getLogger(__name__)
@@ -64,16 +65,17 @@ class TranslationTrainer(ResumableTrainer):
         self.label_smoother = None
         self.metric = metric
         self.signatures: dict[str, str] = {}
-        self._references: list[str] | None = None
+        # What is evaluated, while there is an evaluation
+        self._evaluated_set: Dataset | None = None
         # Sum of losses and number of targets, while there is an evaluation
         self._evaluated: torch.Tensor | None = None
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._references = _references(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        self._evaluated_set, self.signatures = eval_dataset if eval_dataset is not None else self.eval_dataset, {}
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
-        self._references = _references(test_dataset)
+        self._evaluated_set, self.signatures = test_dataset, {}
         return super().predict(test_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -113,19 +115,31 @@ class TranslationTrainer(ResumableTrainer):
         """Save and evaluate a whole model from here on, though weights were spread over the processes in training."""
         self.is_fsdp_enabled = self.is_deepspeed_enabled = False
 
-    def decode(self, predictions: np.ndarray) -> list[str]:
-        """Detokenise generated ids, `(sentences, longest)`, padded with −100 or the padding id."""
+    def translations(self, predictions: np.ndarray, dataset: Dataset) -> list[str]:
+        """The lines that generated ids stand for, as they are scored and written: one each, blank for a blank source.
+
+        Args:
+            predictions: `(sentences, longest)`, padded with −100 or the padding id. Several processes fill the last
+                batch up with sentences from the start, which are left out.
+            dataset: what was translated, with the column `source`.
+        """
+        sources = dataset["source"][:]
         tokenizer: PreTrainedTokenizerBase = self.processing_class
-        return tokenizer.batch_decode(
-            np.where(predictions < 0, tokenizer.pad_token_id, predictions), skip_special_tokens=True
-        )
+        ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)[: len(sources)]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return ["" if is_blank(source) else one_line(text) for source, text in zip(sources, texts, strict=True)]
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
-        if not self.args.predict_with_generate or self._references is None:
+        dataset = self._evaluated_set
+        if not self.args.predict_with_generate or dataset is None or "target" not in dataset.column_names:
             return {}
-        # Several processes fill the last batch up with sentences from the start
-        predictions = self.decode(prediction.predictions[: len(self._references)])
-        scores = self.metric.compute(predictions=predictions, references=self._references)
+        lines = self.translations(prediction.predictions, dataset)
+        pairs = [(line, target) for line, target in zip(lines, dataset["target"], strict=True) if not is_blank(target)]
+        if not pairs:
+            return {}
+        scores = self.metric.compute(
+            predictions=[line for line, _ in pairs], references=[target for _, target in pairs]
+        )
         self.signatures = {name: score for name, score in scores.items() if isinstance(score, str)}
         return {name: score for name, score in scores.items() if name not in self.signatures}
 
@@ -303,10 +317,6 @@ class TranslationTrainer(ResumableTrainer):
         expected = {*self.model.all_tied_weights_keys, *self.model._keys_to_ignore_on_save}
         if load_result.unexpected_keys or not expected.issuperset(load_result.missing_keys):
             super()._issue_warnings_after_load(load_result)
-
-
-def _references(dataset: Dataset | None) -> list[str] | None:
-    return list(dataset["target"]) if dataset is not None and "target" in dataset.column_names else None
 
 
 class EarlyStopping(EarlyStoppingCallback):
