@@ -187,8 +187,8 @@ def contents_of(raw: dict[str, Dataset]) -> dict[str, runs.Contents]:
 
 def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
     """Load the tokenizer that is named, or the run's own, or train one on the training pairs."""
-    model_args, _, training_args = arguments
-    output_dir = Path(training_args.output_dir)
+    model_args, data_args, training_args = arguments
+    output_dir, prefix = Path(training_args.output_dir), data_args.source_prefix or ""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
     trained = training_args.local_process_index > 0 or (output_dir / runs.ARGUMENTS_NAME).exists()
@@ -197,11 +197,11 @@ def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> Pre
     if not name and not training_args.do_train:
         name = runs.last_checkpoint(training_args)
     if name:
-        return load_tokenizer(name, model_args)
+        return load_tokenizer(name, model_args, prefix)
     logger.info(f"Training a joint BPE tokenizer with {model_args.vocab_size:,} entries.")
     tokenizer = train_tokenizer(text_batches(raw["train"]), model_args.vocab_size, model_args.lowercase)
     save_tokenizer(tokenizer, output_dir)
-    return load_tokenizer(str(output_dir), model_args)  # as every other process and session will see it
+    return load_tokenizer(str(output_dir), model_args, prefix)  # as every other process and session will see it
 
 
 def tokenize(

@@ -8,18 +8,13 @@ from datasets.builder import DataFilesDict
 from datasets.data_files import DataFilesList
 from datasets.load import configure_builder_class
 from datasets.packaged_modules.csv.csv import Csv, CsvConfig
+from layouts import save_layout
 
 from training.arguments import DataTrainingArguments, ModelArguments
-from training.data import (
-    _encode_for_evaluation,
-    check_cache,
-    load_pairs,
-    resolve_files,
-    tokenize_for_evaluation,
-    tokenize_for_training,
-)
+from training.data import check_cache, load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
 from training.errors import InputError
 from training.files import check_text
+from training.model import load_tokenizer
 from training.tokenization import train_tokenizer
 
 
@@ -413,11 +408,12 @@ def test_evaluation_keeps_every_line_and_cuts_and_counts_long_ones(tokenizer, ca
     assert "1 of 4" in caplog.text
 
 
-def test_labels_are_tokenised_as_targets():
+def test_labels_are_tokenised_as_targets(tmp_path):
     """Stock Marian has a tokenizer for each side."""
-
-    def two_sided(text=None, text_target=None, verbose=True):
-        return {"input_ids": [[1 if text_target is None else 2, 0] for _ in text or text_target]}
-
-    columns = _encode_for_evaluation({"source": ["a"], "target": ["b"]}, [0], two_sided, "", (9, 9))
-    assert (columns["input_ids"], columns["labels"]) == ([[1, 0]], [[2, 0]])
+    save_layout("marian", tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), ModelArguments())
+    tokenized = tokenize_for_evaluation(
+        Dataset.from_dict({"source": ["Mädchen"], "target": ["Mädchen"]}), tokenizer, arguments(), "test"
+    )
+    assert tokenized["input_ids"][0] == tokenizer("Mädchen")["input_ids"]
+    assert tokenized["labels"][0] == tokenizer(text_target="Mädchen")["input_ids"] != tokenized["input_ids"][0]

@@ -58,7 +58,7 @@ def test_lowercase_is_part_of_the_tokenizer():
     assert lower.decode(lower(TEXTS[0])["input_ids"], skip_special_tokens=True) == TEXTS[0].lower()
 
 
-@pytest.mark.parametrize(("size", "message"), [(5000, "at most 151"), (20, "at least")])
+@pytest.mark.parametrize(("size", "message"), [(5000, "at most 150"), (20, "at least")])
 def test_a_vocabulary_that_the_data_does_not_give_is_refused(size, message):
     with pytest.raises(InputError, match=f"--vocab_size {size} .*{message}"):
         train_tokenizer([TEXTS], size)

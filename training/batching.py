@@ -165,7 +165,14 @@ class Buckets:
 
 
 class TranslationCollator(DataCollatorForSeq2Seq):
-    """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`."""
+    """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`.
+
+    It pads on the right, whatever the tokenizer says: positions count from the left.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokenizer.padding_side = "right"
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
         return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}

@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from operator import eq, gt
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from admin_hf.parallel_text import TABLE_FORMATS, find_files, is_table
 
 from .arguments import DataTrainingArguments, ModelArguments
 from .data_sets import checksum, load_by_name, local_tables
+from .encoding import MARKED, NAMED, REPLACED, Encoded, Encoder
 from .errors import InputError
 from .files import TextFile, check_text, contents, load_files, place
+from .tokenization import is_blank
 
 
 logger = logging.getLogger(__name__)
@@ -162,6 +165,16 @@ def _limit(dataset: Dataset, split: str, data: DataTrainingArguments) -> Dataset
 
 _IDS = Sequence(Value("int32"))  # half the disk of int64: 36 million pairs matter
 _EMPTY, _LONG = 1, 2  # why a training pair is skipped
+# Of each side, beside its ids: see `Encoded`
+_ABOUT = {
+    f"{side}_{name}": Value(kind)
+    for side in ("source", "target")
+    for name, kind in (("tokens", "int32"), ("unknown", "int32"), ("notes", "int8"))
+}
+
+# Shares of unknown tokens. A Chinese text has some 3 in 100 where the vocabulary lacks rare characters. A text in
+# another script has 30 to 50 and more (each word is a space and an unknown token), one in the wrong case about 15
+_MANY_UNKNOWN, _TOO_MANY_UNKNOWN = 0.01, 0.25
 
 
 def tokenize_for_training(
@@ -172,12 +185,12 @@ def tokenize_for_training(
     `length` is that of the longer side, and at most `longest`: what a batch can hold.
 
     Raises:
-        InputError: no pair is left.
+        InputError: no pair is left, or the tokenizer does not know the text.
     """
     limits = tuple(min(limit, longest or limit) for limit in (data.max_source_length, data.max_target_length))
-    features = Features({"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("int8")})
-    encode = partial(_encode_pairs, tokenizer=tokenizer, prefix=data.source_prefix or "", limits=limits)
-    dataset = _map(dataset, encode, features, data, "Tokenising the training pairs")
+    features = {"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("int8")}
+    encode = partial(_encode_pairs, encoders=_encoders(tokenizer, data), limits=limits)
+    dataset = _map(dataset, encode, Features(features | _ABOUT), data, "Tokenising the training pairs")
     skip = dataset.with_format("numpy")["skip"][:]
     kept = np.flatnonzero(skip == 0)
     empty, long = int((skip == _EMPTY).sum()), int((skip == _LONG).sum())
@@ -188,23 +201,31 @@ def tokenize_for_training(
     if not len(kept):
         raise InputError(f"No training pair is left: {summary} Raise --max_source_length or --max_target_length?")
     (logger.warning if empty + long else logger.info)(summary)
-    return dataset.select(kept).remove_columns("skip") if empty + long else dataset.remove_columns("skip")
+    for side, share in _report(dataset, "training").items():
+        if share > _TOO_MANY_UNKNOWN:
+            raise InputError(
+                f"The tokenizer does not know {share:.0%} of the tokens of the training {side}s, so they cannot be "
+                "learnt: give a tokenizer of this language, script and case, or train a new one (without "
+                "--tokenizer_name and --model_name_or_path)."
+            )
+    dataset = dataset.remove_columns(["skip", *_ABOUT])
+    return dataset.select(kept) if empty + long else dataset
 
 
-def _encode_pairs(
-    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, prefix: str, limits: tuple[int, int]
-) -> dict[str, list]:
-    sources, targets = ([text or "" for text in batch[name]] for name in ("source", "target"))
-    input_ids = tokenizer([prefix + text for text in sources], verbose=False)["input_ids"]
-    labels = tokenizer(text_target=targets, verbose=False)["input_ids"]
+def _encode_pairs(batch: dict[str, list], encoders: dict[str, Encoder], limits: tuple[int, int]) -> dict[str, list]:
+    columns, encoded = _encode(batch, encoders)
+    input_ids, labels = encoded["source"].ids, encoded["target"].ids
+    shortest = [len(encoder.front) + len(encoder.back) for encoder in encoders.values()]
 
     def skip(i: int) -> int:
-        if not sources[i].strip() or not targets[i].strip():
+        texts, lengths = (batch["source"][i], batch["target"][i]), (len(input_ids[i]), len(labels[i]))
+        if any(map(is_blank, texts)) or any(map(eq, lengths, shortest)):  # some tokenizers drop what they do not know
             return _EMPTY
-        return _LONG if len(input_ids[i]) > limits[0] or len(labels[i]) > limits[1] else 0
+        return _LONG if any(map(gt, lengths, limits)) else 0
 
     length = [max(len(source), len(target)) for source, target in zip(input_ids, labels, strict=True)]
-    return {"input_ids": input_ids, "labels": labels, "length": length, "skip": [skip(i) for i in range(len(length))]}
+    skipped = [skip(i) for i in range(len(length))]
+    return columns | {"input_ids": input_ids, "labels": labels, "length": length, "skip": skipped}
 
 
 def tokenize_for_evaluation(
@@ -218,36 +239,78 @@ def tokenize_for_evaluation(
     features = dataset.features | {"input_ids": _IDS, "cut": Value("bool"), "index": Value("int64")}
     if "target" in dataset.column_names:
         features["labels"] = _IDS
+    about = {name: kind for name, kind in _ABOUT.items() if name.rpartition("_")[0] in dataset.column_names}
     limits = (data.max_source_length, data.val_max_target_length)
-    encode = partial(_encode_for_evaluation, tokenizer=tokenizer, prefix=data.source_prefix or "", limits=limits)
-    dataset = _map(dataset, encode, Features(features), data, f"Tokenising the {split} sentences", with_indices=True)
+    encode = partial(_encode_for_evaluation, encoders=_encoders(tokenizer, data), limits=limits)
+    features = Features(features | about)
+    dataset = _map(dataset, encode, features, data, f"Tokenising the {split} sentences", with_indices=True)
     columns = dataset.with_format("numpy")
     if cut := int(columns["cut"][:].sum()):
         logger.warning(f"{cut:,} of {len(dataset):,} {split} sentences are longer than {limits} tokens and were cut.")
+    _report(dataset, split)
     lengths = np.array([len(ids) for ids in dataset["input_ids"]])
-    return dataset.select(np.argsort(-lengths, kind="stable")).remove_columns("cut")
+    return dataset.select(np.argsort(-lengths, kind="stable")).remove_columns(["cut", *about])
 
 
 def _encode_for_evaluation(
-    batch: dict[str, list],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    prefix: str,
-    limits: tuple[int, int],
+    batch: dict[str, list], indices: list[int], encoders: dict[str, Encoder], limits: tuple[int, int]
 ) -> dict[str, list]:
     def cut_off(ids: list[list[int]], limit: int) -> tuple[list[list[int]], list[bool]]:
         cut = [len(sentence) > limit for sentence in ids]
         return [s[: limit - 1] + s[-1:] if long else s for s, long in zip(ids, cut, strict=True)], cut
 
-    texts = {name: [text or "" for text in batch[name]] for name in ("source", "target") if name in batch}
-    sources = tokenizer([prefix + text for text in texts["source"]], verbose=False)["input_ids"]
-    input_ids, cut = cut_off(sources, limits[0])
-    columns = texts | {"input_ids": input_ids, "cut": cut, "index": indices}
-    if "target" in batch:
-        targets = tokenizer(text_target=texts["target"], verbose=False)["input_ids"]
-        columns["labels"], target_cut = cut_off(targets, limits[1])
-        columns["cut"] = [source or target for source, target in zip(cut, target_cut, strict=True)]
+    columns, encoded = _encode(batch, encoders)
+    columns |= {side: [text or "" for text in batch[side]] for side in encoded} | {"index": indices}
+    columns["input_ids"], columns["cut"] = cut_off(encoded["source"].ids, limits[0])
+    if "target" in encoded:
+        columns["labels"], target_cut = cut_off(encoded["target"].ids, limits[1])
+        columns["cut"] = [source or target for source, target in zip(columns["cut"], target_cut, strict=True)]
     return columns
+
+
+def _encoders(tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments) -> dict[str, Encoder]:
+    return {
+        "source": Encoder(tokenizer, prefix=data.source_prefix or ""),
+        "target": Encoder(tokenizer, target=True),
+    }
+
+
+def _encode(batch: dict[str, list], encoders: dict[str, Encoder]) -> tuple[dict[str, list], dict[str, Encoded]]:
+    """The sides of a batch as ids, after the columns of `_ABOUT` that belong to them."""
+    encoded = {
+        side: encode([text or "" for text in batch[side]]) for side, encode in encoders.items() if side in batch
+    }
+    columns = {}
+    for side, lines in encoded.items():
+        columns |= {f"{side}_{name}": getattr(lines, name) for name in ("tokens", "unknown", "notes")}
+    return columns, encoded
+
+
+_SAID = {
+    NAMED: "hold the name of a control token, such as <s>, which is read as text. One for every source goes into "
+    "--source_prefix",
+    REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
+    MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
+}
+
+
+def _report(dataset: Dataset, split: str) -> dict[str, float]:
+    """Warn of lines that the tokenizer does not take as they are; returns the share of unknown tokens of each side."""
+    shares = {}
+    columns = dataset.with_format("numpy")
+    for side in (side for side in ("source", "target") if f"{side}_notes" in dataset.column_names):
+        tokens, unknown, notes = (columns[f"{side}_{name}"][:] for name in ("tokens", "unknown", "notes"))
+        shares[side] = unknown.sum() / max(1, tokens.sum())
+        if shares[side] > _MANY_UNKNOWN:
+            _warn(unknown > 0, f"{split} {side}s", f"hold tokens that are unknown, {shares[side]:.1%} of all tokens")
+        for flag, what in _SAID.items():
+            _warn(notes & flag > 0, f"{split} {side}s", what)
+    return shares
+
+
+def _warn(lines: np.ndarray, which: str, what: str) -> None:
+    if count := int(lines.sum()):
+        logger.warning(f"{count:,} of {len(lines):,} {which} (the first is number {lines.argmax() + 1:,}) {what}.")
 
 
 def _map(

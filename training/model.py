@@ -6,7 +6,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from admin_hf.checkpoints import one_line
+
 from .arguments import ModelArguments
+from .encoding import read_control_tokens_as_text
 from .errors import InputError
 
 
@@ -69,11 +72,19 @@ def _parse_overrides(text: str, config_class: type[PretrainedConfig]) -> dict[st
     return values
 
 
-def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub.
+def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub, for text in which nothing acts as a control token.
+
+    It pads on the right, since Marian counts positions from the left, and it is saved with these settings.
+
+    Args:
+        name: folder or Hub id.
+        arguments: where to store it, and which revision.
+        prefix: comes before every source. If it has control tokens, the tokenizer that is saved goes on to read them
+            in text, for whoever translates with the model.
 
     Raises:
-        InputError: there is none, or it has no padding or end-of-sentence token.
+        InputError: there is none, or its layout cannot be trained with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -81,15 +92,27 @@ def load_tokenizer(name: str, arguments: ModelArguments) -> PreTrainedTokenizerB
             cache_dir=arguments.cache_dir,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
+            padding_side="right",
+            truncation_side="right",
         )
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"The tokenizer {name} cannot be loaded: {error}") from error
+    except Exception as error:  # a damaged file raises whatever the library that reads it does
+        raise InputError(f"The tokenizer {name} cannot be loaded: {one_line(error)}") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {name} needs a padding and an end-of-sentence token.")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(f"The tokenizer {name} pads with its end-of-sentence token, which could never be learnt.")
-    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        raise InputError(f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}.")
+    if tokenizer.pad_token_id == tokenizer.unk_token_id:
+        raise InputError(
+            f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."
+        )
+    for side in ("text", "text_target"):
+        if tokenizer(**{side: "a"})["input_ids"][-1:] != [tokenizer.eos_token_id]:
+            raise InputError(f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}.")
+    if (last := max(tokenizer.get_vocab().values())) >= len(tokenizer):
+        raise InputError(
+            f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {last:,}: ids are left out."
+        )
+    read_control_tokens_as_text(tokenizer, prefix)
     return tokenizer
 
 

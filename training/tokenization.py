@@ -1,5 +1,6 @@
 """A joint BPE tokenizer in Marian's vocabulary layout, trained with the `tokenizers` library."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -16,6 +17,11 @@ from .errors import InputError
 
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
 
+# Entries that spell characters without an entry of their own. They are as many as sentencepiece has, and only in
+# vocabularies of which they are a quarter at most
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTES_FROM = 4 * len(BYTES)
+
 # White space, control characters, and what Unicode lets readers ignore: zero-width spaces, joiners, direction marks
 _INVISIBLE = regex.compile(r"[\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]*")
 
@@ -24,8 +30,10 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     """Train a joint BPE on batches of lines of both languages.
 
     The layout is Marian's, which stock converters rely on: `</s>` is 0, `<unk>` is 1 and `<pad>` is last; a source or
-    target ends in `</s>`. Decoding gives back plain text: spaces are part of the tokens, punctuation and digits are
-    never merged with letters. Text is NFC-normalised, runs of white space become one space.
+    target ends in `</s>`. Text is NFC-normalised, runs of white space become one space. Decoding gives exactly that
+    text back: spaces are part of the tokens, and nothing in a text is read as a control token. Punctuation and digits
+    are never merged with letters. From 1,024 entries on, 256 of them are bytes, which spell characters that the data
+    does not have; smaller vocabularies have `<unk>` for them.
 
     Raises:
         InputError: the data does not give a vocabulary of `vocab_size`.
@@ -33,22 +41,25 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     clean = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     tokenizer.normalizer = normalizers.Sequence([*clean, normalizers.Lowercase()] if lowercase else clean)
+    # A space marks where words begin. The usual mark, U+2581, is a character that texts have
+    words = {"replacement": " ", "prepend_scheme": "always"}
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Metaspace(),
+            pre_tokenizers.Metaspace(**words),
             pre_tokenizers.Punctuation("isolated"),
             pre_tokenizers.Digits(individual_digits=True),
         ]
     )
-    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**words)])
+    spelling = BYTES if vocab_size >= BYTES_FROM else []
     # One entry is left for <pad>, which must come last
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, special_tokens=[EOS, UNK])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(spelling) - 1, special_tokens=[EOS, UNK])
     tokenizer.train_from_iterator(texts, trainer)
-    if (found := tokenizer.get_vocab_size() + 1) != vocab_size:
-        raise InputError(
-            f"--vocab_size {vocab_size} does not fit the data, which gives a vocabulary of {found}: "
-            f"choose {'at most' if found < vocab_size else 'at least'} {found}."
-        )
+    _check_size(vocab_size, tokenizer.get_vocab_size(), len(spelling))
+    if spelling:  # no special tokens, which decoding would leave out
+        learnt = json.loads(tokenizer.to_str())["model"]
+        vocab = learnt["vocab"] | {byte: len(learnt["vocab"]) + i for i, byte in enumerate(spelling)}
+        tokenizer.model = models.BPE(vocab, [*map(tuple, learnt["merges"])], unk_token=UNK, byte_fallback=True)
     tokenizer.add_special_tokens([PAD])
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 0)])
     return PreTrainedTokenizerFast(
@@ -58,6 +69,20 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
         pad_token=PAD,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def _check_size(vocab_size: int, learnt: int, spelling: int) -> None:
+    """Raise an InputError unless what was learnt, the bytes and `<pad>` are `vocab_size` entries."""
+    size = learnt + spelling + 1
+    if size == vocab_size:
+        return
+    plain, spelt = learnt + 1, learnt + len(BYTES) + 1
+    fitting = spelt if plain >= BYTES_FROM or (spelling and spelt >= BYTES_FROM) else plain
+    raise InputError(
+        f"--vocab_size {vocab_size} does not fit the data, which gives a vocabulary of {fitting}: "
+        f"choose {'at most' if size < vocab_size else 'at least'} {fitting}."
     )
 
 

@@ -166,7 +166,9 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
 def text_batch(
     tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], targets: Sequence[str], max_length: int = 128
 ) -> dict[str, Tensor]:
-    """The sentence pairs as one padded batch, −100 where labels are padding; longer sentences are cut.
+    """The sentence pairs as one batch, padded on the right with −100 in labels; longer sentences are cut.
+
+    Names of special tokens in them are text.
 
     Raises:
         ValueError: no pairs, or not as many targets as sources.
@@ -174,6 +176,7 @@ def text_batch(
     if not sources or len(sources) != len(targets):
         raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets; expected as many, and some.")
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    options |= {"padding_side": "right", "split_special_tokens": True}
     batch = tokenizer(list(sources), **options)
     labels = tokenizer(text_target=list(targets), **options)
     return {

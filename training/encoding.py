@@ -1,0 +1,163 @@
+"""Lines of text as token ids, in which nothing acts as a control token: `</s>` in a corpus is four characters."""
+
+import re
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import AddedToken, Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+
+# Codes that choose the target language, as OPUS-MT and MADLAD have them; not every vocabulary marks them as special
+_LANGUAGE_CODE = re.compile(r">>[\w.-]+<<|<2[A-Za-z][\w-]*>")
+# With these, tokenizers mark where words begin or go on. Some then cannot tell them from text
+_MARKS = ("▁", "</w>", "@@")
+
+# A line has the name of a control token, which is text; one that became unknown; a mark that is lost
+NAMED, REPLACED, MARKED = 1, 2, 4
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The entries that steer a model and are no text, special tokens and language codes, with their ids."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    codes = filter(_LANGUAGE_CODE.fullmatch, tokenizer.get_vocab())
+    names = sorted({*tokenizer.all_special_tokens, *special, *codes})
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+
+
+def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> None:
+    """Make the tokenizer read the names of control tokens as text, here and wherever it is loaded from a folder.
+
+    A slow tokenizer may know names of its own beside (Marian's language codes): [`Encoder`] sees to those.
+
+    Args:
+        tokenizer: is changed.
+        prefix: comes before every source. If control tokens in it would become text, too, then what is saved reads
+            control tokens in text, or nobody could use the model; [`Encoder`] does not.
+    """
+    controls = control_tokens(tokenizer)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        codes = [name for name in controls if _LANGUAGE_CODE.fullmatch(name)]
+        # Special, or they are found in text in spite of `split_special_tokens`
+        backend.add_special_tokens([AddedToken(code, normalized=False) for code in codes])
+        _take_apart(tokenizer, controls)
+    options = {"add_special_tokens": False, "verbose": False}
+    steered, read = (tokenizer(prefix, split_special_tokens=split, **options)["input_ids"] for split in (False, True))
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = steered == read
+
+
+def _take_apart(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> None:
+    """Split the names that the model itself has among its pieces (Unigram), words (WordLevel) or merges (BPE)."""
+    backend = tokenizer.backend_tokenizer
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    pieces = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer else lambda line: [(line, None)]
+    found = []
+    for name, index in controls.items():
+        line = f"{name} a{name}a"
+        (ids,) = tokenizer([line], add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if len(name) > 1 and index in ids and any(name in piece for piece, _ in pieces(normalize(line))):
+            found.append(f"{re.escape(name[0])}(?={re.escape(name[1:])})")
+    if found:
+        split = pre_tokenizers.Split(Regex("|".join(found)), "isolated")
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
+
+
+class Encoded(NamedTuple):
+    """Lines as token ids, and what is to be known of each: arrays of the shape `(lines,)`."""
+
+    ids: list[list[int]]
+    tokens: np.ndarray  # how many the line itself has
+    unknown: np.ndarray  # how many of these are unknown
+    notes: np.ndarray  # flags: NAMED, REPLACED, MARKED
+
+
+@dataclass
+class Encoder:
+    """Turns lines into token ids. The only control tokens among them are the prefix's and those that are always added.
+
+    Targets begin with their first word, whatever the tokenizer puts in front: there the decoder has its start token.
+
+    Args:
+        tokenizer: fast or slow, of any layout that `load_tokenizer` takes.
+        prefix: comes before every line. It is the user's own, so that control tokens in it stay what they are.
+        target: encode as targets.
+
+    Example:
+
+    ```python
+    >>> from training.tokenization import train_tokenizer
+    >>> encoder = Encoder(train_tokenizer([["a </s> b"] * 2], 12))
+    >>> encoder(["a</s>"]).ids == [encoder.tokenizer.convert_tokens_to_ids([" a", "<", "/", "s", ">", "</s>"])]
+    True
+
+    ```
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prefix: str = ""
+    target: bool = False
+    front: list[int] = field(init=False)
+    back: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._controls = control_tokens(self.tokenizer)
+        self._names = re.compile("|".join(map(re.escape, self._controls)) or "(?!)")
+        unknown = self.tokenizer.unk_token_id
+        self._unknown = -1 if unknown is None else unknown
+        self._control_ids = np.array(sorted({*self._controls.values()} - {unknown, None}), dtype=np.int64)
+        self._lost = tuple(mark for mark in _MARKS if self._loses(mark))
+        self.front, self.back = self._frame()
+        # Of the prefix, all up to its last control token is encoded by itself, and the rest with each line
+        end = max((match.end() for match in self._names.finditer(self.prefix)), default=0)
+        self._rest = self.prefix[end:]
+        if self.target:
+            self.front = []
+        elif end:
+            self.front = self.front + self._encode([self.prefix[:end]], split_special_tokens=False)[0]
+        (rest,) = self._encode([self._rest.rstrip()], split_special_tokens=True)
+        self._of_prefix = len(rest), rest.count(self._unknown)
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        ids = self._encode([self._rest + text for text in texts], split_special_tokens=True)
+        rows = np.repeat(np.arange(len(ids)), [len(line) for line in ids])
+        flat = np.fromiter(chain.from_iterable(ids), np.int64, len(rows))
+        notes = np.zeros(len(ids), np.int8)
+        for row in np.unique(rows[np.isin(flat, self._control_ids)]):
+            # Whatever the tokenizer is, a control token from a line would end it, or be masked as padding
+            kept = [token if token not in self._control_ids else self._unknown for token in ids[row]]
+            ids[row] = [token for token in kept if token >= 0]
+            notes[row] |= REPLACED
+        for row, text in enumerate(texts):
+            if not notes[row] and self._names.search(text):
+                notes[row] |= NAMED
+            if any(mark in text for mark in self._lost):
+                notes[row] |= MARKED
+        counts = (np.bincount(which, minlength=len(ids)) for which in (rows, rows[flat == self._unknown]))
+        tokens, unknown = (
+            np.maximum(of_line - of_prefix, 0) for of_line, of_prefix in zip(counts, self._of_prefix, strict=True)
+        )
+        return Encoded([[*self.front, *line, *self.back] for line in ids], tokens, unknown, notes)
+
+    def _encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+        return self.tokenizer(
+            **{"text_target" if self.target else "text": texts},
+            add_special_tokens=False,
+            split_special_tokens=split_special_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and behind a line."""
+        (inner,) = self._encode(["a"], split_special_tokens=True)
+        whole = self.tokenizer(**{"text_target" if self.target else "text": "a"}, verbose=False)["input_ids"]
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inner)] == inner)
+        return whole[:start], whole[start + len(inner) :]
+
+    def _loses(self, mark: str) -> bool:
+        (ids,) = self._encode([f"a{mark}a"], split_special_tokens=True)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self._unknown not in ids and mark not in text.replace(" ", "")
