@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import MarianTokenizer, PreTrainedTokenizerFast
+from transformers import MarianTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 
 TEXTS = [
@@ -42,6 +42,12 @@ def t5() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([CODE])  # in the way of words that users add
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {BACK}", special_tokens=[(BACK, 1)])
     return _fast(tokenizer)
+
+
+def t5_class() -> T5Tokenizer:
+    """The same by its own class, which puts its parts together again whenever it is loaded."""
+    pieces = json.loads(t5().backend_tokenizer.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[*map(tuple, pieces)], extra_ids=2)
 
 
 def fairseq() -> PreTrainedTokenizerFast:
@@ -108,7 +114,15 @@ def _fast(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
     )
 
 
-LAYOUTS = {"bart": bart, "t5": t5, "fairseq": fairseq, "words": words, "bert": bert, "marian": None}
+LAYOUTS = {
+    "bart": bart,
+    "t5": t5,
+    "t5_class": t5_class,
+    "fairseq": fairseq,
+    "words": words,
+    "bert": bert,
+    "marian": None,
+}
 
 
 def save_layout(name: str, folder: str | Path) -> None:

@@ -26,7 +26,9 @@ PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
 
 
-@pytest.mark.parametrize("name", [*(f"admin_hf.{name}" for name in MODULES), "training.batching", "training.metrics"])
+@pytest.mark.parametrize(
+    "name", [*(f"admin_hf.{name}" for name in MODULES), "training.batching", "training.encoding", "training.metrics"]
+)
 def test_examples_in_docstrings_run(name):
     try:
         result = doctest.testmod(import_module(name))

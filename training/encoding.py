@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 
 # Codes that choose the target language, as OPUS-MT and MADLAD have them; not every vocabulary marks them as special
@@ -27,13 +27,13 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
 
 
-def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> None:
-    """Make the tokenizer read the names of control tokens as text, here and wherever it is loaded from a folder.
+def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer, changed to read names of control tokens as text, here and wherever it is loaded once it is saved.
 
     A slow tokenizer may know names of its own beside (Marian's language codes): [`Encoder`] sees to those.
 
     Args:
-        tokenizer: is changed.
+        tokenizer: not to be used any more.
         prefix: comes before every source. If control tokens in it would become text, too, then what is saved reads
             control tokens in text, or nobody could use the model; [`Encoder`] does not.
     """
@@ -42,14 +42,19 @@ def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str 
         codes = [name for name in controls if _LANGUAGE_CODE.fullmatch(name)]
         # Special, or they are found in text in spite of `split_special_tokens`
         backend.add_special_tokens([AddedToken(code, normalized=False) for code in codes])
-        _take_apart(tokenizer, controls)
+        changed = _take_apart(tokenizer, controls)
+        if changed and not hasattr(tokenizer, "_switch_to_target_mode"):
+            # A class for one model would put its own parts together again when it is loaded
+            options = tokenizer.init_kwargs | {"tokenizer_object": backend, "added_tokens_decoder": {}}
+            tokenizer = TokenizersBackend(**options)
     options = {"add_special_tokens": False, "verbose": False}
     steered, read = (tokenizer(prefix, split_special_tokens=split, **options)["input_ids"] for split in (False, True))
     tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = steered == read
+    return tokenizer
 
 
-def _take_apart(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> None:
-    """Split the names that the model itself has among its pieces (Unigram), words (WordLevel) or merges (BPE)."""
+def _take_apart(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) -> bool:
+    """Split the names that the model itself has as pieces (Unigram), words (WordLevel) or merges (BPE), if any."""
     backend = tokenizer.backend_tokenizer
     normalize = backend.normalizer.normalize_str if backend.normalizer else str
     pieces = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer else lambda line: [(line, None)]
@@ -63,6 +68,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) ->
         split = pre_tokenizers.Split(Regex("|".join(found)), "isolated")
         before = [backend.pre_tokenizer] if backend.pre_tokenizer else []
         backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
+    return bool(found)
 
 
 class Encoded(NamedTuple):

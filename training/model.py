@@ -105,15 +105,14 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
         raise InputError(
             f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."
         )
+    ids = [*tokenizer.get_vocab().values()]
     for side in ("text", "text_target"):
-        if tokenizer(**{side: "a"})["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        ids += (sentence := tokenizer(**{side: "a"})["input_ids"])
+        if sentence[-1:] != [tokenizer.eos_token_id]:
             raise InputError(f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}.")
-    if (last := max(tokenizer.get_vocab().values())) >= len(tokenizer):
-        raise InputError(
-            f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {last:,}: ids are left out."
-        )
-    read_control_tokens_as_text(tokenizer, prefix)
-    return tokenizer
+    if max(ids) >= len(tokenizer):
+        raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
+    return read_control_tokens_as_text(tokenizer, prefix)
 
 
 def set_generation(model: Any, max_length: int, num_beams: int | None, length_penalty: float | None) -> None:
