@@ -109,11 +109,11 @@ class Encoder:
     back: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._controls = control_tokens(self.tokenizer)
-        self._names = re.compile("|".join(map(re.escape, self._controls)) or "(?!)")
+        controls = control_tokens(self.tokenizer)
+        self._names = re.compile("|".join(map(re.escape, controls)) or "(?!)")
         unknown = self.tokenizer.unk_token_id
         self._unknown = -1 if unknown is None else unknown
-        self._control_ids = np.array(sorted({*self._controls.values()} - {unknown, None}), dtype=np.int64)
+        self._control_ids = np.array(sorted({*controls.values()} - {unknown, None}), dtype=np.int64)
         self._lost = tuple(mark for mark in _MARKS if self._loses(mark))
         self.front, self.back = self._frame()
         # Of the prefix, all up to its last control token is encoded by itself, and the rest with each line
