@@ -17,14 +17,15 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.marian.modeling_marian import MarianMTModel, MarianSinusoidalPositionalEmbedding
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
 from .modeling_admin import AdminForConditionalGeneration
 from .pretrained import AdminPreTrainedModel
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
-from .special_tokens import BANNED, BANNING_BIAS, check_tokenizer, vocabulary_size
+from .special_tokens import BANNED
+from .vocabulary import fit_vocabulary
 
 
 # Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
@@ -83,10 +84,7 @@ def reparameterize(
         model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
             and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`.
         dtype: floating-point type of the result; the model's own where unset.
-        tokenizer: fits the vocabulary of a `MarianMTModel` to it, so that CTranslate2's converter takes the model:
-            embeddings that no entry uses are dropped, and where `<pad>` is not the last entry, one is added that is
-            never predicted, which the converter drops. Only a model with a row for each entry and `<pad>` as the
-            last one is converted without this.
+        tokenizer: the result gets the embeddings that converters expect beside it (see [`fit_vocabulary`]).
 
     Returns:
         A `MarianMTModel` or `MarianModel` for the Post-LN family, a `PegasusForConditionalGeneration` or
@@ -126,9 +124,7 @@ def reparameterize(
     if isinstance(model, AdminForConditionalGeneration):
         folded.generation_config = copy.deepcopy(model.generation_config)
     if tokenizer is not None:
-        check_tokenizer(folded, tokenizer)
-        if isinstance(folded, MarianMTModel):
-            _fit_vocabulary(folded, tokenizer)
+        folded = fit_vocabulary(folded, tokenizer)
     return folded.to(model.device, dtype)
 
 
@@ -244,22 +240,6 @@ def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
             f"(|entry| must be at least {MIN_SCALE:g}): export an earlier checkpoint, or the model as it is."
         )
     return scale
-
-
-def _fit_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a stock Marian model the embeddings that CTranslate2's converter expects beside this tokenizer.
-
-    The converter drops the last row of every matrix, as that of `<pad>`. So there is a row for each entry of the
-    tokenizer, and a row of zeros behind them, which is never predicted, unless `<pad>` is the last entry.
-    """
-    entries = vocabulary_size(tokenizer)
-    rows = entries + (tokenizer.convert_ids_to_tokens(entries - 1) != "<pad>")
-    if not model.config.share_encoder_decoder_embeddings or rows == model.config.vocab_size:
-        return
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
-        matrix.weight[entries:] = 0.0
-    model.final_logits_bias[:, entries:] = BANNING_BIAS
 
 
 # --- verification ---------------------------------------------------------------------------------

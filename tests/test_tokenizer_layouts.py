@@ -185,6 +185,33 @@ def test_what_is_trained_alone_is_exported(tmp_path):
     assert reparameterize(model).config.vocab_size == 64, "as it is, where no tokenizer says more"
 
 
+@pytest.mark.parametrize("layout", ["marian", "bart"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"share_encoder_decoder_embeddings": False},
+        {"share_encoder_decoder_embeddings": False, "tie_word_embeddings": False},
+        {"encoder_residual": "pre_ln", "decoder_residual": "pre_ln"},
+    ],
+)
+def test_every_kind_of_embedding_is_fitted(tmp_path, layout, changes):
+    """Whatever is tied or shared, all entries keep their logits, also when the result is loaded again."""
+    tokenizer = tokenizer_of(layout)
+    model = model_of(AdminConfig.for_tokenizer(tokenizer, vocab_size=64, **SHAPE | changes)).eval()
+    stock = reparameterize(model, tokenizer=tokenizer)
+    stock.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    ids = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[tokenizer.pad_token_id, 7]])}
+    entries, expected = len(tokenizer), model(**ids).logits
+    assert {stock.config.vocab_size, loaded.config.vocab_size} <= {entries, entries + 1}
+    assert loaded.final_logits_bias.shape == (1, loaded.config.vocab_size)
+    for fitted in (stock, loaded):
+        torch.testing.assert_close(fitted(**ids).logits[..., :entries], expected[..., :entries])
+    assert (loaded.config.pad_token_id, loaded.config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert model.config.vocab_size == 64, "the model that was trained stays as it is"
+
+
 def test_what_a_trainer_publishes_is_fitted_to_its_tokenizer(tmp_path):
     tokenizer = tokenizer_of("t5")
     model = model_of(AdminConfig.for_tokenizer(tokenizer, vocab_size=64, **SHAPE))
