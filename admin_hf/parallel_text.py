@@ -8,8 +8,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
+
 
 TABLE_FORMATS = (".json", ".jsonl", ".csv", ".tsv")
+
+# White space, control characters, and what Unicode lets readers ignore: zero-width spaces, joiners, direction marks
+_INVISIBLE = regex.compile(r"[\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]*")
 
 _QUOTES = (
     "a cell that begins with a quote must end with one in the same line, and quotes within it are written twice, as "
@@ -23,6 +28,11 @@ class Pair(NamedTuple):
     line: int
     source: str | None
     target: str | None
+
+
+def is_blank(text: str | None) -> bool:
+    """Whether there is nothing to translate: no text, or white space and characters without width alone."""
+    return text is None or _INVISIBLE.fullmatch(text) is not None
 
 
 def is_table(path: Path) -> bool:

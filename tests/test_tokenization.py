@@ -6,8 +6,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from admin_hf.parallel_text import is_blank
 from training.errors import InputError
-from training.tokenization import is_blank, lowercases, save_tokenizer, text_batches, train_tokenizer
+from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
 
 
 TEXTS = [

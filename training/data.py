@@ -14,14 +14,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from admin_hf.parallel_text import TABLE_FORMATS, find_files, is_table
+from admin_hf.parallel_text import TABLE_FORMATS, find_files, is_blank, is_table
 
 from .arguments import DataTrainingArguments, ModelArguments
 from .data_sets import checksum, load_by_name, local_tables
 from .encoding import MARKED, NAMED, REPLACED, Encoded, Encoder
 from .errors import InputError
 from .files import TextFile, check_text, contents, load_files, place
-from .tokenization import is_blank
 
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from sacrebleu.metrics.lib_ter import BeamEditDistance
 from sacremoses.corpus import NonbreakingPrefixes
 from transformers import PreTrainedTokenizerBase
 
+from admin_hf.parallel_text import is_blank
+
 from .errors import InputError
-from .tokenization import is_blank
 
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import regex
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,9 +20,6 @@ EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
 # vocabularies of which they are a quarter at most
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 BYTES_FROM = 4 * len(BYTES)
-
-# White space, control characters, and what Unicode lets readers ignore: zero-width spaces, joiners, direction marks
-_INVISIBLE = regex.compile(r"[\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]*")
 
 
 def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
@@ -84,11 +80,6 @@ def _check_size(vocab_size: int, learnt: int, spelling: int) -> None:
         f"--vocab_size {vocab_size} does not fit the data, which gives a vocabulary of {fitting}: "
         f"choose {'at most' if size < vocab_size else 'at least'} {fitting}."
     )
-
-
-def is_blank(text: str | None) -> bool:
-    """Whether there is nothing to translate: no text, or white space and characters without width alone."""
-    return text is None or _INVISIBLE.fullmatch(text) is not None
 
 
 def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from admin_hf.callback import sharding
 from admin_hf.compilation import CompiledPass, why_not_compiled
 from admin_hf.monitoring import ResidualMonitor, perplexity
+from admin_hf.parallel_text import is_blank
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
@@ -32,7 +33,6 @@ from .metrics import TranslationMetric, one_line
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 from .signals import outlive_signals
-from .tokenization import is_blank
 
 
 logger = logging.getLogger(__name__)

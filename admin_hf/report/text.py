@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import parallel_text
 from ..modeling_admin import AdminForConditionalGeneration
-from ..parallel_text import find_files
+from ..parallel_text import find_files, is_blank
 from .run import Run, regular_file
 
 
@@ -78,10 +78,14 @@ def translate(
     """
     longest = min(MAX_LENGTH, model.config.max_position_embeddings, model.generation_config.max_length or MAX_LENGTH)
     texts = [prefix + sample.source for sample in samples]
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    batch = tokenizer(texts, padding_side="right", **options)  # positions count from the left
     with torch.inference_mode():
         tokens = cast(Any, model).generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], max_length=longest
         )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [sample._replace(translation=" ".join(text.split())) for sample, text in zip(samples, texts, strict=True)]
+    return [
+        sample._replace(translation="" if is_blank(sample.source) else " ".join(text.split()))
+        for sample, text in zip(samples, texts, strict=True)
+    ]
