@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -38,14 +38,19 @@ POLICIES: dict[str, dict[str, str]] = {
 QUIET = 1.03  # target of what run_translation.py takes
 
 
-def measure(settings: Settings, shape: Shape = SHAPES["tiny"]) -> dict[str, Any]:
+def measure(
+    settings: Settings,
+    shape: Shape = SHAPES["tiny"],
+    dtypes: Sequence[str] = DTYPES,
+    policies: Mapping[str, dict[str, str]] = POLICIES,
+) -> dict[str, Any]:
     figures, measured = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for machine, busy in (("quiet", 0), ("busy", settings.threads)):
             measured[machine] = {}
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 step = partial(systems.ours, shape=shape, dtype=dtype, folder=Path(folder))
-                variables = {f"{policy}, {dtype}": values for policy, values in POLICIES.items()}
+                variables = {f"{policy}, {dtype}": values for policy, values in policies.items()}
                 title = f"waiting, {machine}, {dtype}"
                 with busy_processes(busy), no_policy():
                     turns = take_turns(

@@ -158,7 +158,11 @@ SIZES = {
     "growth": {"shape": TINY, "axes": {"layers": [1, 2]}},
     "very_deep": {"shape": TINY, "layers": (2, 1)},
     "startup": {"pairs": 200, "vocab_size": 250},
-    "waiting": {"shape": TINY},
+    "waiting": {
+        "shape": TINY,
+        "dtypes": ["float32"],
+        "policies": {"asleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "as it is": {}},
+    },
 }
 
 

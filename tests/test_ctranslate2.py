@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not MULTI30K.is_dir(), reason="needs Multi30k beside the repository, as shared/multi30k"),
 ]
 
-SENTENCES, BATCH, MAX_LENGTH = 200, 50, 60
+SENTENCES, BATCH, MAX_LENGTH = 100, 50, 60
 
 SHAPE = "d_model=64,encoder_layers=2,decoder_layers=2,encoder_ffn_dim=128,decoder_ffn_dim=128,dropout=0.0"
 SHAPE += ",encoder_attention_heads=4,decoder_attention_heads=4"
