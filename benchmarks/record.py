@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from training.files import write_whole
+from training.processes import processor_name
 
 from .turns import Measured
 
@@ -64,16 +65,6 @@ def conditions(settings: Settings) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     numbers = {"threads": settings.threads, "rounds": settings.rounds}
     return numbers | {"processor": processor_name(), "versions": versions}
-
-
-def processor_name() -> str:
-    """The processor's name, as the system says it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

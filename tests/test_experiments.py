@@ -17,20 +17,31 @@ from admin_hf.residual import SYSTEMS
 from training.arguments import parse_arguments
 from training.embedded_data import write_embedded_data
 from training.errors import InputError
-from training.experiments import __main__, page, preparation
+from training.experiments import __main__, page, preparation, translations
 from training.experiments.__main__ import main
-from training.experiments.claims import fail, fail_somewhere, lower, lower_in_most, train
+from training.experiments.claims import fail, fail_somewhere, lower, lower_in_most, score_higher, train
 from training.experiments.page import describe, make_table, markdown
-from training.experiments.plan import EXPERIMENTS, planned
+from training.experiments.plan import (
+    DROPOUTS,
+    EXPERIMENTS,
+    TRANSLATE,
+    choose_dropout,
+    dropout_outcome,
+    dropout_runs,
+    planned,
+)
 from training.experiments.preparation import blind_loss, prepare
-from training.experiments.records import BLIND_NAME, Record, collect, from_json, state, to_json
+from training.experiments.records import BLIND_NAME, SESSIONS_NAME, Record, collect, from_json, known, state, to_json
 from training.experiments.runner import Runner, flags, log_path
 from training.experiments.scales import REPO, SCALES, Run
+from training.metrics import TranslationMetric
 from training.model import config_changes
 from training.runs import recorded
 
 
-ALL_RUNS = [run for scale in SCALES.values() for name in EXPERIMENTS for run in planned(name, scale)]
+PLANS = [(name, scale) for name, experiment in EXPERIMENTS.items() for scale in experiment.scales]
+ALL_RUNS = [run for name, scale in PLANS for run in planned(name, SCALES[scale])]
+TINY = SCALES["tiny"]
 
 
 def record(loss: float | None = 4.0, **changes) -> Record:
@@ -51,13 +62,12 @@ def test_equal_runs_and_only_they_share_a_folder():
     assert len(set(results)) == len(results) == len(by_name) < len(ALL_RUNS)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(("name", "scale"), PLANS)
 def test_run_translation_takes_the_arguments(name, scale):
     for run in {run.row: run for run in planned(name, SCALES[scale])}.values():
         model, data, training = parse_arguments(flags(run.arguments))
         config = AdminConfig(**config_changes(model, AdminConfig), vocab_size=model.vocab_size)
-        assert config.encoder_layers == config.decoder_layers > 5
+        assert config.encoder_layers == config.decoder_layers > (3 if scale == "tiny" else 5)
         assert {config.encoder_residual, config.decoder_residual} <= set(SYSTEMS)
         # By these a run is recognised
         there = recorded((model, data, training))
@@ -72,7 +82,8 @@ def test_the_recipes_of_one_depth_differ_in_the_residual_system_alone():
         config |= dict.fromkeys(("encoder_residual", "decoder_residual"))
         return config, recipe | dict.fromkeys(("config_name", "output_dir"))
 
-    folders = {REPO / run.arguments["config_name"] for run in ALL_RUNS if "config_name" in run.arguments}
+    paper = [run for run in ALL_RUNS if run.name.startswith("paper/")]
+    folders = {REPO / run.arguments["config_name"] for run in paper}
     assert {folder.name for folder in folders} == {
         "iwslt14-de-en-6-6-admin", *(f"wmt14-en-de-{n}-{n}-admin" for n in (6, 12, 18, 100))
     }  # fmt: skip
@@ -83,19 +94,89 @@ def test_the_recipes_of_one_depth_differ_in_the_residual_system_alone():
 
 
 def test_sizes_at_cpu_scale():
-    sizes = {name: len(planned(name, SCALES["cpu"])) for name in EXPERIMENTS}
+    sizes = {name: len(planned(name, SCALES["cpu"])) for name, scale in PLANS if scale == "cpu"}
     assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 5}
 
 
-def test_patterns_of_the_claims_select_what_they_name():
-    for name, experiment in EXPERIMENTS.items():
-        for scale in SCALES.values():
-            runs = planned(name, scale)
-            table = make_table(runs, {run.name: record() for run in runs})
-            for claim in experiment.claims:
-                holds, numbers = claim.verdict(table)
-                assert "not run" not in numbers, (name, claim.text)
-                assert holds is False or "fail" not in claim.text
+def chosen(monkeypatch, choice: dict[int, float]) -> list[Run]:
+    """The runs of `converged` with this choice."""
+    monkeypatch.setattr("training.experiments.plan.choose_dropout", lambda scale, records: choice)
+    return planned("converged", TINY)
+
+
+def test_patterns_of_the_claims_select_what_they_name(monkeypatch):
+    chosen(monkeypatch, {4: 0.1, 12: 0.4})
+    for name, scale in PLANS:
+        runs = planned(name, SCALES[scale])
+        table = make_table(runs, {run.name: record(bleu=40.0) for run in runs})
+        for claim in EXPERIMENTS[name].claims:
+            holds, numbers = claim.verdict(table)
+            assert "not run" not in numbers, (name, claim.text)
+            assert holds is False or "fail" not in claim.text
+
+
+def test_the_recipe_of_converged_runs_is_that_of_hub_configs_for_every_system(monkeypatch):
+    recipe = json.loads((REPO / "hub_configs" / "multi30k-12-12-tiny" / "recipe.json").read_text())
+    differing = {"output_dir", "eval_strategy", "eval_steps", "num_train_epochs", "do_predict", "seed"}
+    for run in [*planned("dropout", TINY), *chosen(monkeypatch, {12: 0.4})]:
+        there = {name: run.arguments.get(name) for name in recipe}
+        if run.column == "4-4":
+            there["config_name"] = recipe["config_name"]
+        assert {name for name in recipe if there[name] != recipe[name]} <= differing
+        added = run.arguments.keys() - recipe.keys() - {"config_overrides", "tokenizer_name"}
+        assert added == {"early_stopping_patience", "predict_with_generate", "prediction_loss_only"}
+        assert (run.arguments["num_train_epochs"], run.arguments["early_stopping_patience"]) == (50, 10)
+        model = dict(item.split("=") for item in run.arguments["config_overrides"].split(","))
+        assert model.keys() == {"encoder_residual", "decoder_residual", "dropout"}
+        assert model["encoder_residual"] == model["decoder_residual"]
+
+
+def test_converged_runs_are_three_seeds_of_three_systems_with_the_chosen_dropout(monkeypatch):
+    assert [(len(chosen(monkeypatch, choice))) for choice in ({}, {4: 0.2}, {4: 0.2, 12: 0.3})] == [0, 11, 22]
+    runs = planned("converged", TINY)
+    assert all(run.scoring == TRANSLATE for run in runs)
+    cells = {(run.row, run.column): 0 for run in runs}
+    for run in runs:
+        cells[run.row, run.column] += 1
+        assert f"dropout={0.2 if run.column == '4-4' else 0.3}" in run.arguments["config_overrides"]
+    assert set(cells.values()) == {1, 3} and len(cells) == 10
+    # The first seed is the one that was trained for the choice, in the same folder
+    tried = {run.name: run.arguments for run in planned("dropout", TINY)}
+    first = [run for run in runs if run.arguments["seed"] == 1111 and run.row in ("Admin", "Pre-LN", "Post-LN")]
+    assert len(first) == 6 and all(tried[run.name] == run.arguments for run in first)
+    # 4-4 layers first, then 12-12, then the systems with one seed
+    orders = {(run.row, run.column): run.order for run in runs}
+    assert orders["Pre-LN", "4-4"] < orders["Pre-LN", "12-12"] < orders["DeepNorm", "4-4"]
+    assert {run.order for run in planned("dropout", TINY) if run.column == "4-4"} == {orders["Admin", "4-4"]}
+
+
+def tried(losses: dict[tuple[float, str], float | None]) -> dict[str, Record]:
+    """Records of the 4-4 runs that dropout is chosen by, with these losses by dropout and system, else 4.0."""
+    records = {}
+    for run in dropout_runs(TINY, 1111):
+        system, _, dropout = run.row.partition(", dropout ")
+        if run.column == "4-4":
+            records[run.name] = record(losses.get((float(dropout), system), 4.0))
+    return records
+
+
+def test_dropout_is_chosen_by_the_mean_loss_of_the_systems_that_train_with_every_value():
+    assert choose_dropout(TINY, {}) == {} and dropout_outcome(TINY, {}) == []
+    assert choose_dropout(TINY, tried({})) == {4: 0.1}, "of equals, the smaller"
+    losses = {(0.1, "Admin"): 3.9, (0.2, "Pre-LN"): 3.8, (0.3, "Post-LN"): 3.4}
+    assert choose_dropout(TINY, tried(losses)) == {4: 0.3}
+    # Post-LN fails with one value, by divergence or no better than blind, and no longer counts with the others
+    for failure in (None, 5.0):
+        assert choose_dropout(TINY, tried(losses | {(0.1, "Post-LN"): failure})) == {4: 0.2}
+    assert dropout_outcome(TINY, tried(losses)) == [
+        "4-4 layers: **dropout 0.3** is chosen (mean validation loss 0.1: 3.967; 0.2: 3.933; 0.3: 3.800)."
+    ]
+    assert choose_dropout(TINY, tried({(0.2, name): None for name in ("Admin", "Pre-LN", "Post-LN")})) == {}
+    records = tried({})
+    name = next(iter(records))
+    assert choose_dropout(TINY, records | {name: replace(records[name], begun=True)}) == {}
+    assert choose_dropout(TINY, {key: value for key, value in records.items() if key != name}) == {}
+    assert [len(values) for values in DROPOUTS.values()] == [3, 3]
 
 
 def test_the_list_says_what_would_run(capsys):
@@ -106,8 +187,21 @@ def test_the_list_says_what_would_run(capsys):
     assert len([line for line in text.splitlines() if line.endswith("seed8")]) == 11
     assert main(["rezero", "--list", "--scale", "paper", "--seeds", "7"]) == 0
     assert "num_train_epochs 90" in (text := capsys.readouterr().out) and "d_model 512" in text
-    with pytest.raises(SystemExit):
-        main(["tables"])
+    assert main(["converged", "--list"]) == 0 and "scale tiny" in capsys.readouterr().out
+    for wrong in (["tables"], ["depth", "converged", "--scale", "cpu"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+
+
+def test_runs_whose_end_is_on_record_can_be_left_out(here, capsys):
+    path = here / "docs" / "experiments" / "rezero.json"
+    first, second, *_ = planned("rezero", SCALES["cpu"])
+    path.parent.mkdir()
+    path.write_text(to_json({first.name: record(), second.name: replace(record(), begun=True)}))
+    assert main(["rezero", "--list"]) == 0 and "To run: 15 of 15" in capsys.readouterr().out
+    assert main(["rezero", "--list", "--missing"]) == 0
+    text = capsys.readouterr().out
+    assert "To run: 14 of 14" in text and first.name not in text and second.name in text
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -152,6 +246,19 @@ def test_a_difference_counts_beyond_two_standard_errors():
     assert "difference +0.000" in verdict([3.0, 3.0], [4.0, 4.0], early=True)[1]  # of the curves, at update 20
 
 
+def test_scores_are_compared_as_losses_are_the_other_way_round():
+    def verdict(a: list[float], b: list[float]) -> tuple[bool | None, str]:
+        table = {(name, ""): ([record(4.0, bleu=x) for x in there], 3) for name, there in (("A", a), ("B", b))}
+        return score_higher("", ("A", "*"), ("B", "*")).verdict(table)
+
+    assert verdict([41.3, 41.5, 41.7], [40.9, 41.0, 41.1])[0] is True
+    holds, numbers = verdict([41.1, 41.3, 41.5], [40.9, 41.1, 41.3])
+    assert holds is False and "BLEU 41.300 against 41.100, difference +0.200 ± 0.163" in numbers
+    assert verdict([40.9, 41.0, 41.1], [41.3, 41.5, 41.7])[0] is False
+    failing = {("A", ""): ([record(bleu=41.0)] * 2, 2), ("B", ""): ([record(None)] * 2, 2)}
+    assert score_higher("", ("A", ""), ("B", "")).verdict(failing)[0] is True
+
+
 @pytest.mark.parametrize("curve", [[], [[20, math.nan]]], ids=["diverged before", "nan"])
 def test_a_run_without_an_early_loss_has_failed_by_then(curve):
     lacking = [record(None, eval_loss=curve)] * 2
@@ -193,7 +300,7 @@ def test_the_blind_loss_is_that_of_the_frequencies_at_each_position():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A repository of its own for runs and pages."""
-    for module in ("scales", "records", "page"):
+    for module in ("scales", "records", "page", "preparation"):
         monkeypatch.setattr(f"training.experiments.{module}.REPO", tmp_path)
     monkeypatch.setattr(page, "DOCS", tmp_path / "docs")
     (tmp_path / "hub_configs").symlink_to(REPO / "hub_configs")
@@ -247,6 +354,82 @@ def test_the_page_is_made_of_what_the_runs_recorded(here):
     page.update()
     assert (here / "docs" / "experiments.md").read_text() == text
     assert {path: path.stat().st_mtime_ns for path in figures.iterdir()} == times
+
+
+def write_scored(run: Run, loss: float, bleu: float, translations: list[str]) -> None:
+    write_run(run, loss)
+    scores = {"eval_loss": loss, "eval_bleu": bleu + 1, "test_bleu": bleu, "test_bleu_signature": "nrefs:1|x"}
+    (run.folder / "results.json").write_text(json.dumps({"parameters": 10, "scores": scores}))
+    (run.folder / "generated_predictions.txt").write_text("".join(f"{text}\n" for text in translations))
+    session = {"commit": "abc", "processor": "x", "threads": 1, "torch": "2"}
+    (run.folder / SESSIONS_NAME).write_text(2 * (json.dumps(session) + "\n"))
+
+
+def test_the_page_shows_scores_the_bootstrap_and_what_is_under_way(here):
+    references = [f"ein Satz mit der Zahl {n} und einem Ende" for n in range(40)]
+    data = here / "runs" / "data" / "multi30k"
+    data.mkdir(parents=True)
+    for language in ("en", "de"):
+        (data / f"test_2016_flickr.{language}").write_text("".join(f"{text}\n" for text in references))
+    for run in planned("dropout", TINY):
+        if run.column == "4-4":
+            write_run(run, 1.6 if "dropout 0.2" in run.row else 1.7)
+    runs = {(run.row, run.arguments["seed"]): run for run in planned("converged", TINY)}
+    assert len(runs) == 11 and state(runs["Admin", 1111]) == "trained", "to be translated with"
+    worse = [text.replace("Zahl", "Nummer") for text in references]
+    for seed, bleu in ((1111, 41.0), (2222, 42.0)):
+        write_scored(runs["Admin", seed], 1.5, bleu, references)
+    write_scored(runs["Pre-LN", 1111], 1.55, 40.0, worse)
+    write_run(runs["DeepNorm", 1111], 1.9)  # not translated yet
+    page.update()
+    text = (here / "docs" / "experiments.md").read_text()
+    assert "- 4-4 layers: **dropout 0.2** is chosen (mean validation loss 0.1: 1.700; 0.2: 1.550; 0.3: 1.700)." in text
+    assert "| tiny | 9 of 18 | 1 chosen |" in text and "| tiny | 3 of 11 |" in text
+    assert f"| {math.exp(1.5):.2f} ± 0.00; 41.5 ± 0.7 BLEU (development: 42.5 ± 0.7); (2 of 3 runs) |" in text
+    assert "BLEU: `nrefs:1|x`, of the test set." in text and "\n- 4-4, Pre-LN: -" in text and "(p 0.001)" in text
+    assert "- DeepNorm, 4-4, seed 1111: loss 1.900 after update 150" in text
+    folder = here / "docs" / "experiments"
+    records = from_json((folder / "converged.json").read_text())
+    assert records[runs["DeepNorm", 1111].name].begun and not records[runs["Admin", 1111].name].begun
+    assert records[runs["Admin", 1111].name].sessions == [
+        {"commit": "abc", "processor": "x", "threads": 1, "torch": "2"}
+    ]
+    comparison = json.loads((folder / "converged-comparisons.json").read_text())[runs["Pre-LN", 1111].name]
+    assert "bs:1000" in comparison["signature"] and "case:lc" in comparison["signature"]
+
+    # The page can be made again without runs and data: records, translations and comparisons are kept
+    for path in sorted((here / "runs").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    page.update()
+    assert (here / "docs" / "experiments.md").read_text() == text
+    assert len(list((folder / "translations").iterdir())) == 3
+    assert str(here) not in text + (folder / "converged.json").read_text()
+
+
+def test_a_comparison_is_sacrebleus_paired_bootstrap():
+    references = [f"dies ist der Satz {n} von vielen" for n in range(30)]
+    worse = [text.replace("vielen", "allen") if n % 3 == 0 else text for n, text in enumerate(references)]
+    metric = TranslationMetric(True, "de").scorers["bleu"]
+    found = translations.compare(worse, references, references, metric)
+    assert found.difference == pytest.approx(metric.corpus_score(worse, [references]).score - 100, abs=1e-3)
+    assert 0 < found.p_value < 0.01 and "case:lc" in found.signature and "seed:12345" in found.signature
+    assert translations.compare(worse, worse, references, metric).difference == 0
+    with pytest.raises(ValueError, match="30, 29 and 30 sentences"):
+        translations.compare(worse, worse[1:], references, metric)
+
+
+def test_what_is_recorded_of_an_end_is_not_replaced_by_a_run_that_begins_again(here):
+    run = planned("rezero", SCALES["cpu"])[0]
+    ended = record(arguments=run.arguments)
+    write_run(run, 4.0)
+    (run.folder / "results.json").unlink()
+    assert known([run], {}) == {} and known([run], {run.name: ended}) == {run.name: ended}
+    checkpoint = run.folder / "checkpoint-50"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"log_history": [{"step": 50, "eval_loss": 6.0}]}')
+    assert known([run], {})[run.name].begun and known([run], {})[run.name].eval_loss == [[50, 6.0]]
+    assert known([run], {run.name: ended}) == {run.name: ended}
+    assert known([run], {run.name: replace(ended, begun=True)})[run.name].loss is None, "the newer one"
 
 
 def test_runs_of_other_arguments_are_left_out(here):
@@ -316,7 +499,7 @@ def test_cells_and_records_in_text():
     assert describe(records, 5) == (
         "102.0 ± 2.8; **failed** 2 of 4: diverged at update 7, ended at 403.4; (4 of 5 runs)"
     )
-    assert describe([replace(record(0.0), bleu=30.25)], 1) == "1.0; 30.2 BLEU" and describe([], 3) == "…"
+    assert describe([replace(record(0.0), bleu=30.25)], 1) == "1.00; 30.2 BLEU" and describe([], 3) == "…"
     table = {("A", "x"): ([], 1), ("B", "y"): ([], 1)}
     assert markdown(table)[2:] == ["| A | … |  |", "| B |  | … |"]
     named = {"cpu/b": record(None), "cpu/a": record()}
@@ -338,7 +521,7 @@ sys.exit(128 + runner.stopped if runner.stopped else 0)
 
 @pytest.mark.slow
 def test_runs_stop_go_on_diverge_and_fail(tmp_path):
-    write_embedded_data(tmp_path, train=60, validation=6, test=1)
+    write_embedded_data(tmp_path, train=60, validation=6, test=4)
     shape = "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=32,decoder_ffn_dim=32"
     base = {
         "config_overrides": f"{shape},encoder_attention_heads=2,decoder_attention_heads=2",
@@ -346,6 +529,7 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
         "target_lang": "de",
         "train_file": str(tmp_path / "train"),
         "validation_file": str(tmp_path / "validation"),
+        "test_file": str(tmp_path / "test"),
         "tokenizer_name": str(tmp_path / "tokenizer"),
         "vocab_size": 200,
         "do_train": True,
@@ -370,7 +554,7 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
     runs = []
     for name, change in changes.items():
         folder = {"output_dir": str(tmp_path / "runs" / name)}
-        runs.append(Run(name, name, "", base | change | folder, seconds=10))
+        runs.append(Run(name, name, "", base | change | folder, 10, TRANSLATE if name == "stopped" else {}))
     stopped, diverging, impossible = runs
     plan = tmp_path / "plan.json"
 
@@ -391,13 +575,16 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM and "SIGTERM received" in errors
-    assert "stopped stopped" in output and state(stopped) == "begun" and collect(stopped) is None
+    assert "stopped stopped" in output and state(stopped) == "begun"
     (checkpoint,) = stopped.folder.glob("checkpoint-*")
     assert 20 <= int(checkpoint.name.split("-")[1]) < 600
+    partial = collect(stopped)
+    assert partial is not None and partial.begun and partial.loss is None and partial.eval_loss[0][0] == 20
 
     process = start(*runs)
     output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and "stopped goes on" in output and "stopped finished" in output
+    assert process.returncode == 0 and "stopped goes on" in output
+    assert "stopped translates" in output and "stopped finished" in output
     assert set(json.loads(output.splitlines()[-1])) == {"impossible"}
     assert "exit code 2" in errors and f"there is no {tmp_path / 'nothing'}.en" in errors
     assert f"going on from {checkpoint}" in log_path(stopped).read_text()
@@ -406,6 +593,11 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
     assert end is not None and divergence is not None
     assert end.loss == json.loads((stopped.folder / "results.json").read_text())["scores"]["eval_loss"]
     assert [step for step, _ in end.eval_loss] == [*range(20, 601, 20)]
+    assert not end.begun and partial.eval_loss == end.eval_loss[: len(partial.eval_loss)]
+    assert end.bleu == end.scores["test_bleu"] and "eval_bleu_signature" in end.scores
+    assert len((stopped.folder / "generated_predictions.txt").read_text().splitlines()) == 4
+    (session,) = end.sessions  # three times the same
+    assert session.keys() == {"commit", "processor", "threads", "torch"} and session["threads"] >= 1
     assert divergence.failed and divergence.loss is None and "diverged" in divergence.reason
     assert describe([divergence], 1) == f"**failed**: diverged at update {divergence.diverged_at}"
     started = start(*runs[:2]).communicate(timeout=120)[0]

@@ -1,6 +1,8 @@
-"""The end of a process among several."""
+"""What a process runs on, and its end among several."""
 
+import platform
 import time
+from pathlib import Path
 
 from accelerate import PartialState
 from torch import distributed
@@ -16,3 +18,13 @@ def end_process_group() -> None:
         # Without the lock. To collect the group as garbage waits for its threads too, but with the lock: for ever
         time.sleep(1)
         PartialState().destroy_process_group()
+
+
+def processor_name() -> str:
+    """The processor's name, as the system says it."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

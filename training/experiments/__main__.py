@@ -2,24 +2,32 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import InputError
 from .plan import EXPERIMENTS, planned
-from .records import state
-from .runner import Runner
+from .records import kept, state
+from .runner import TO_DO, Runner
 from .scales import SCALES, Run, Scale, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run experiments; returns 0, 1 if a run ended in an error, 2 for unusable input, 130 or 143 if stopped."""
     arguments = parse(argv)
-    scale = SCALES[arguments.scale]
-    experiments = {name: planned(name, scale, arguments.seeds) for name in arguments.names}
-    runs = {run.name: run for there in experiments.values() for run in there}
-    for name, there in experiments.items():
-        print(announce(name, scale, there), flush=True)
-    left = [run for run in runs.values() if state_of(run) in ("new", "begun")]
+    scales = {name: SCALES[arguments.scale or EXPERIMENTS[name].scales[0]] for name in arguments.names}
+
+    def plan() -> dict[str, Run]:
+        """The runs in the order in which they start. Those of `converged` are known when `dropout` is done."""
+        runs: dict[str, Run] = {}
+        for name, scale in scales.items():
+            done = {run for run, record in kept(name).items() if not record.begun} if arguments.missing else set()
+            runs |= {run.name: run for run in planned(name, scale, arguments.seeds) if run.name not in done}
+        return dict(sorted(runs.items(), key=lambda item: item[1].order))
+
+    runs = plan()
+    for name, scale in scales.items():
+        print(announce(name, scale, planned(name, scale, arguments.seeds)), flush=True)
+    left = [run for run in runs.values() if state_of(run) in TO_DO]
     hours = sum(run.seconds for run in left) / 3600 / arguments.jobs
     if runs:
         print(f"To run: {len(left)} of {len(runs)}, {arguments.jobs} at a time; expected wall time {duration(hours)}.")
@@ -31,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .preparation import prepare
 
     seeds = arguments.seeds or ()
-    runner = Runner(arguments.jobs, after=lambda run: update(seeds))
+
+    def after(run: Run) -> Iterable[Run]:
+        update(seeds)
+        return plan().values()
+
+    runner = Runner(arguments.jobs, after)
     try:
         for run in {run.arguments["tokenizer_name"]: run for run in left}.values():
             prepare(run.arguments)
@@ -56,15 +69,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="experiments: " + "; ".join(f"{name}: {item.title}" for name, item in EXPERIMENTS.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}")
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="default: cpu, Multi30k at width 64")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        help="default: the first of each experiment: tiny, Multi30k at width 128, for dropout and converged; cpu, "
+        "Multi30k at width 64, for the others",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: those of each experiment")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; default: 1")
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out the runs whose end is on record in docs/experiments/"
+    )
     parser.add_argument(
         "--list", "--dry-run", action="store_true", help="only say what would run, and how far each run is"
     )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(EXPERIMENTS):
         parser.error(f"There is no experiment {min(unknown)!r}; choose from {', '.join(EXPERIMENTS)}.")
+    for name in arguments.names:
+        if arguments.scale and arguments.scale not in (scales := EXPERIMENTS[name].scales):
+            parser.error(f"{name} is not planned at scale {arguments.scale}; choose from {', '.join(scales)}.")
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1.")
     return arguments
@@ -72,6 +96,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def announce(name: str, scale: Scale, runs: Sequence[Run]) -> str:
     """What an experiment is, in two lines: runs, sizes and expected time, done or not."""
+    if not runs:
+        return f"{name} ({EXPERIMENTS[name].title}), scale {scale.name}: its runs are known when dropout is chosen"
     states = [state_of(run) for run in runs]
     done = sum(state in ("finished", "diverged") for state in states)
     hours = sum(run.seconds for run in runs) / 3600

@@ -91,9 +91,23 @@ def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
     With `early`, at the first evaluation after warm-up, else at the end. Where runs failed (with `early`: before it)
     there is no mean: the claim then holds if all of `other` failed and none of `one`.
     """
+    if early:
+        return Claim(text, (one, other), _means(_early_loss, lambda record: not isfinite(_early_loss(record)), "loss"))
+    return Claim(text, (one, other), _means(lambda record: record.final_loss, lambda record: record.failed, "loss"))
 
-    def has_failed(record: Record) -> bool:
-        return not isfinite(_early_loss(record)) if early else record.failed
+
+def score_higher(text: str, one: Cell, other: Cell) -> Claim:
+    """The mean BLEU on the test set of `one` is higher than that of `other`, by more than two standard errors.
+
+    Where runs failed, as for [`lower`].
+    """
+    return Claim(text, (one, other), _means(lambda record: record.bleu, lambda record: record.failed, "BLEU", sign=1))
+
+
+def _means(
+    value: Callable[[Record], float], has_failed: Callable[[Record], bool], name: str, sign: int = -1
+) -> Callable[[Groups, Groups], tuple[bool | None, str]]:
+    """Checks whether the mean of a value is lower (`sign` −1) or higher (1) by more than two standard errors."""
 
     def check(ones: Groups, others: Groups) -> tuple[bool | None, str]:
         one, other = ([record for group in groups for record in group] for groups in (ones, others))
@@ -101,15 +115,15 @@ def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
             failed = [sum(map(has_failed, records)) for records in (one, other)]
             numbers = f"{failed[0]} of {len(one)} runs failed against {failed[1]} of {len(other)}"
             return failed[0] == 0 and failed[1] == len(other), numbers
-        a, b = ([_early_loss(r) if early else r.final_loss for r in records] for records in (one, other))
+        a, b = (list(map(value, records)) for records in (one, other))
         difference, error = mean(a) - mean(b), standard_error(a, b)
-        numbers = f"loss {mean(a):.3f} against {mean(b):.3f}, difference {difference:+.3f}"
+        numbers = f"{name} {mean(a):.3f} against {mean(b):.3f}, difference {difference:+.3f}"
         if isnan(error):
             return None, f"{numbers}, which one seed cannot tell from chance"
         numbers += f" ± {error:.3f} (standard error, {len(one)} and {len(other)} seeds)"
-        return difference < -2 * error, numbers
+        return sign * difference > 2 * error, numbers
 
-    return Claim(text, (one, other), check)
+    return check
 
 
 def lower_in_most(text: str, ones: Cell, others: Cell) -> Claim:

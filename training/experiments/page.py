@@ -1,18 +1,18 @@
 """docs/experiments.md with its figures and numbers, made of what the runs recorded."""
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
 from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure, write_file
 from admin_hf.monitoring import perplexity
 
-from ..errors import InputError
 from .claims import Cell, Claim, Table
 from .plan import EXPERIMENTS, planned
-from .records import Record, collect, from_json, to_json
+from .records import Record, from_json, known, to_json
 from .scales import REPO, SCALES, Run, Scale, settings
+from .translations import SAMPLES, Comparison
+from .translations import update as update_comparisons
 
 
 DOCS = REPO / "docs"
@@ -30,18 +30,19 @@ def update(seeds: Sequence[int] = ()) -> None:
         before = from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
         records: dict[str, Record] = {}
         sections += ["", f"## {experiment.title}", "", experiment.paper]
-        for scale in SCALES.values():
+        for scale in (SCALES[name] for name in experiment.scales):
             own = planned(name, scale)
             others = {*seeds, *(record.arguments["seed"] for record in before.values())} - {*map(seed_of, own)}
             more = planned(name, scale, sorted(others)) if others else []
-            here = _records([*own, *more], before)
+            here = known([*own, *more], before)
             runs = own + [run for run in more if run.name in here]
-            if here or scale.name == "cpu":
+            if here or scale.name == experiment.scales[0]:
                 changed = here != {run: before.get(run) for run in here}
                 lines, summary = section(name, scale, runs, here, redraw=changed)
                 sections += ["", *lines]
                 link = f"[{experiment.title}](#{_anchor(experiment.title)})"
-                overview.append(f"| {link} | {scale.name} | {len(here)} of {len(runs)} | {summary} |")
+                done = sum(not record.begun for record in here.values())
+                overview.append(f"| {link} | {scale.name} | {done} of {len(runs)} | {summary} |")
             records |= here
         if records != before:
             write_file(path, to_json(records).encode())
@@ -54,16 +55,33 @@ def section(
     name: str, scale: Scale, runs: Sequence[Run], records: dict[str, Record], redraw: bool
 ) -> tuple[list[str], str]:
     """The text on an experiment at a scale, and its outcome in a few words; draws its figure."""
-    experiment, table = EXPERIMENTS[name], make_table(runs, records)
+    experiment = EXPERIMENTS[name]
+    command = f"`python -m training.experiments {name} --scale {scale.name}`"
+    if not runs:
+        claims = _verdicts(experiment.claims, [claim.verdict({}) for claim in experiment.claims])
+        return [f"{command}: the runs are known when dropout is chosen.", "", *claims], "cannot be judged yet"
+    ended = {run: record for run, record in records.items() if not record.begun}
+    table = make_table(runs, ended)
     verdicts = [claim.verdict(table) for claim in experiment.claims]
     known = [holds for holds, _ in verdicts if holds is not None]
     summary = f"{sum(known)} of {len(known)} reproduced" if known else "cannot be judged yet"
     summary += f", {len(verdicts) - len(known)} open" if 0 < len(known) < len(verdicts) else ""
-    done = f"{len(records)} of {len(runs)} runs are done"
-    lines = [f"`python -m training.experiments {name} --scale {scale.name}`: {done}. {settings(runs)}"]
-    lines += ["", *_verdicts(experiment.claims, verdicts), "", *markdown(table)]
-    if records:
-        figure = DOCS / "figures" / f"experiments-{name}{'' if scale.name == 'cpu' else f'-{scale.name}'}.png"
+    done = f"{len(ended)} of {len(runs)} runs are done"
+    lines = [f"{command}: {done}. {settings(runs)}"]
+    claims = _verdicts(experiment.claims, verdicts)
+    if experiment.outcome:
+        claims = [f"- {sentence}" for sentence in experiment.outcome(scale, records)]
+        summary = f"{len(claims)} chosen" if claims else "not chosen yet"
+    lines += ["", *claims] if claims else []
+    lines += ["", *markdown(table)]
+    if experiment.reference:
+        path = DOCS / "experiments" / f"{name}-comparisons.json"
+        found = update_comparisons(path, path.parent / "translations", runs, ended, experiment.reference)
+        lines += _comparisons(runs, ended, found, experiment.reference)
+    lines += _under_way(runs, records)
+    if ended:
+        first = scale.name == experiment.scales[0]
+        figure = DOCS / "figures" / f"experiments-{name}{'' if first else f'-{scale.name}'}.png"
         lines += ["", f"![{experiment.title}](figures/{figure.name})"]
         if redraw or not figure.exists():
             draw = draw_map if experiment.is_grid else draw_curves
@@ -74,21 +92,6 @@ def section(
 
 def seed_of(run: Run) -> int:
     return run.arguments["seed"]
-
-
-def _records(runs: Iterable[Run], before: dict[str, Record]) -> dict[str, Record]:
-    """What is recorded of runs that are done: in their folders, or else before, with the same arguments."""
-    records = {}
-    for run in runs:
-        try:
-            record = collect(run)
-        except InputError as error:
-            print(f"Left out: {error}", file=sys.stderr)
-            record = None
-        record = record or before.get(run.name)
-        if record is not None and record.arguments == run.arguments:
-            records[run.name] = record
-    return records
 
 
 def make_table(runs: Iterable[Run], records: dict[str, Record]) -> Table:
@@ -115,6 +118,37 @@ def _verdicts(claims: Sequence[Claim], verdicts: Sequence[tuple[bool | None, str
     return [f"- {claim.text}: {words[holds]} ({why})." for claim, (holds, why) in zip(claims, verdicts, strict=True)]
 
 
+def _comparisons(
+    runs: Sequence[Run], records: Mapping[str, Record], comparisons: Mapping[str, Comparison], reference: str
+) -> list[str]:
+    """How BLEU was computed, and the test of each seed's difference to the reference's."""
+    scores = [record.scores for record in records.values() if "test_bleu_signature" in record.scores]
+    if not scores:
+        return []
+    signatures = dict.fromkeys(str(there["test_bleu_signature"]) for there in scores)
+    lines = ["", f"BLEU: {', '.join(f'`{signature}`' for signature in signatures)}, of the test set."]
+    cells: dict[Cell, list[str]] = {}
+    for run in runs:
+        if comparison := comparisons.get(run.name):
+            text = f"{comparison.difference:+.2f} (p {comparison.p_value:.3f})"
+            cells.setdefault((run.row, run.column), []).append(text)
+    if cells:
+        lines[-1] += (
+            f" Difference to {reference} of the same seed, with p by a paired bootstrap of {SAMPLES:,} resamples:"
+        )
+        lines += ["", *(f"- {column}, {row}: {', '.join(texts)}" for (row, column), texts in cells.items())]
+    return lines
+
+
+def _under_way(runs: Sequence[Run], records: Mapping[str, Record]) -> list[str]:
+    lines = []
+    for run in runs:
+        if (record := records.get(run.name)) and record.begun and record.eval_loss:
+            update, loss = record.eval_loss[-1]
+            lines.append(f"- {run.row}, {run.column}, seed {seed_of(run)}: loss {loss:.3f} after update {update:,.0f}")
+    return ["", "Under way:", "", *lines] if lines else []
+
+
 def markdown(table: Table) -> list[str]:
     """The table: development perplexity, and BLEU where there is one, mean and standard deviation over seeds."""
     rows, columns = axes(table)
@@ -135,6 +169,9 @@ def describe(records: Sequence[Record], wanted: int) -> str:
         parts.append(_spread([perplexity(record.final_loss) for record in trained]))
         if bleu := [record.bleu for record in trained if record.bleu is not None]:
             parts.append(f"{_spread(bleu)} BLEU")
+        development = [float(record.scores["eval_bleu"]) for record in trained if "test_bleu" in record.scores]
+        if development:
+            parts[-1] += f" (development: {_spread(development)})"
     if failed := [record for record in records if record.failed]:
         diverged = sorted(record.diverged_at for record in failed if record.diverged_at is not None)
         ends = [f"diverged at update {', '.join(map(str, diverged))}"] if diverged else []
@@ -148,7 +185,8 @@ def describe(records: Sequence[Record], wanted: int) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    digits = 2 if mean(values) < 10 else 1
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _anchor(title: str) -> str:

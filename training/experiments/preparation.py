@@ -32,13 +32,7 @@ def prepare(arguments: dict[str, Any]) -> None:
     folder = REPO / arguments["tokenizer_name"]
     if (folder / BLIND_NAME).exists():
         return
-    model, data = (
-        group(**{field.name: arguments[field.name] for field in fields(group) if field.name in arguments})
-        for group in (ModelArguments, DataTrainingArguments)
-    )
-    for name in ("train_file", "validation_file"):
-        if path := getattr(data, name):
-            setattr(data, name, str(REPO / path))
+    model, data = data_arguments(arguments)
     train, validation = (parallel.load_pairs(split, data, model) for split in ("train", "validation"))
     print(f"Training a tokenizer of {model.vocab_size:,} entries: {arguments['tokenizer_name']}", flush=True)
     save_tokenizer(train_tokenizer(text_batches(train), model.vocab_size, model.lowercase), folder)
@@ -47,6 +41,18 @@ def prepare(arguments: dict[str, Any]) -> None:
     ids = [tokenizer(list(pairs["target"]))["input_ids"] for pairs in (sentences, validation)]
     record = {"loss": blind_loss(*ids, vocab_size=len(tokenizer)), "training_sentences": len(sentences)}
     write_whole(folder / BLIND_NAME, json.dumps(record) + "\n")
+
+
+def data_arguments(arguments: dict[str, Any]) -> tuple[ModelArguments, DataTrainingArguments]:
+    """The arguments of a run that say what its data are, with whole paths."""
+    model, data = (
+        group(**{field.name: arguments[field.name] for field in fields(group) if field.name in arguments})
+        for group in (ModelArguments, DataTrainingArguments)
+    )
+    for name in ("train_file", "validation_file", "test_file"):
+        if path := getattr(data, name):
+            setattr(data, name, str(REPO / path))
+    return model, data
 
 
 def blind_loss(train: Sequence[Sequence[int]], development: Sequence[Sequence[int]], vocab_size: int) -> float:

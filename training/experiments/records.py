@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ from .scales import REPO, Run
 
 
 BLIND_NAME = "blind_loss.json"
+SESSIONS_NAME = "sessions.jsonl"
+# Which of a run's scores are kept where it has translated, by split and with their signatures
+SCORES = ("loss", "bleu", "moses_bleu", "chrf", "ter")
 
 
 @dataclass(frozen=True)
 class Record:
-    """How a run ended.
+    """How a run ended, or how far it is.
 
     Attributes:
         arguments: of the run.
@@ -26,6 +31,10 @@ class Record:
         bleu: on the test or, without one, the development set; None where nothing was translated.
         eval_loss: pairs of an update and the development loss there.
         train_loss: the same of the training loss, with smoothed labels.
+        train_nll: the same of the negative log-likelihood in training, with dropout on.
+        scores: of the translations of the development and the test set, with signatures, by name.
+        begun: whether the run is still to go on, so that the curves end before it does.
+        sessions: what computed it: commit, processor, threads and PyTorch, each combination once.
     """
 
     arguments: dict[str, Any]
@@ -37,6 +46,10 @@ class Record:
     parameters: int | None
     eval_loss: list[list[float]]
     train_loss: list[list[float]]
+    train_nll: list[list[float]] = field(default_factory=list)
+    scores: dict[str, float | str] = field(default_factory=dict)
+    begun: bool = False
+    sessions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
@@ -50,7 +63,7 @@ class Record:
 
 
 def state(run: Run) -> str:
-    """How far a run is: "new", "begun", "finished" or "diverged".
+    """How far a run is: "new", "begun", "trained" (and still to be scored), "finished" or "diverged".
 
     Raises:
         InputError: its folder holds a run of other arguments, or its arguments.json is damaged.
@@ -71,40 +84,77 @@ def state(run: Run) -> str:
     # A session that trains removes both before it starts
     if (run.folder / "divergence.json").exists():
         return "diverged"
-    return "finished" if (run.folder / "results.json").exists() else "begun"
+    if not (results := run.folder / "results.json").exists():
+        return "begun"
+    return "trained" if run.scoring and "test_bleu" not in _read(results).get("scores", {}) else "finished"
 
 
 def collect(run: Run) -> Record | None:
-    """What a run recorded, or None where it is not done.
+    """What a run recorded, or None where it has saved nothing yet.
 
     Raises:
         InputError: its folder holds a run of other arguments, or its files are damaged.
     """
-    if (how := state(run)) not in ("finished", "diverged"):
+    if (how := state(run)) == "new":
         return None
+    folder = run.folder
+    if how == "begun":
+        from admin_hf.averaging import complete_checkpoints  # PyTorch takes seconds to load
+
+        if not (checkpoints := complete_checkpoints(run.folder)):
+            return None
+        folder = checkpoints[-1]
     try:
-        return _record(run, how)
+        return _record(run, how, _read(folder / "trainer_state.json")["log_history"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"The files in {run.folder} are damaged ({error!r}).") from error
 
 
-def _record(run: Run, how: str) -> Record:
+def _record(run: Run, how: str, history: list[dict[str, Any]]) -> Record:
     folder = run.folder
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
-    results = _read(folder / "results.json") if how == "finished" else {}
-    history = _read(folder / "trainer_state.json")["log_history"]
+    results = _read(folder / "results.json") if how in ("trained", "finished") else {}
     scores = results.get("scores", {})
+    kept = [f"{split}_{name}" for split in ("eval", "test") for name in SCORES]
+    kept += [f"{name}_signature" for name in kept]
     return Record(
         arguments=run.arguments,
         diverged_at=divergence.get("step"),
         reason=divergence.get("reason"),
-        loss=scores["eval_loss"] if how == "finished" else None,
+        loss=scores["eval_loss"] if how in ("trained", "finished") else None,
         blind_loss=_read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)["loss"],
         bleu=scores.get("test_bleu", scores.get("eval_bleu")),
         parameters=results.get("parameters"),
         eval_loss=_curve(history, "eval_loss"),
         train_loss=_curve(history, "loss"),
+        train_nll=_curve(history, "nll"),
+        scores={name: scores[name] for name in kept if name in scores} if run.scoring else {},
+        begun=how in ("begun", "trained"),
+        sessions=_sessions(folder / SESSIONS_NAME),
     )
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in dict.fromkeys(lines)]
+
+
+def known(runs: Iterable[Run], before: dict[str, Record]) -> dict[str, Record]:
+    """What is recorded of runs: in their folders, or else before, with the same arguments.
+
+    Where either says how a run ended, that is taken before what says how far it is.
+    """
+    records = {}
+    for run in runs:
+        try:
+            here = collect(run)
+        except InputError as error:
+            print(f"Left out: {error}", file=sys.stderr)
+            here = None
+        there = [record for record in (here, before.get(run.name)) if record and record.arguments == run.arguments]
+        if there:
+            records[run.name] = min(there, key=lambda record: record.begun)
+    return records
 
 
 def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
@@ -135,3 +185,9 @@ def to_json(records: dict[str, Record]) -> str:
 def from_json(text: str) -> dict[str, Record]:
     """The inverse of `to_json`."""
     return {name: Record(**values) for name, values in json.loads(text).items()}
+
+
+def kept(name: str) -> dict[str, Record]:
+    """The records of an experiment that docs/experiments/ holds."""
+    path = REPO / "docs" / "experiments" / f"{name}.json"
+    return from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
