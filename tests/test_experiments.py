@@ -229,6 +229,8 @@ def test_a_claim_is_open_while_runs_are_missing():
     holds, numbers = fail("", ("A", "*")).verdict({("A", "6"): ([record(None)], 2)})
     assert holds is None and numbers == "not run yet: 1 of 2 runs are done"
     assert fail("", ("B", "*")).verdict({("A", "6"): ([], 1)})[0] is None
+    # The other side has no runs yet: those of `converged` with 12 layers, while their dropout is not chosen
+    assert lower("", ("A", "12"), ("A", "6")).verdict({("A", "6"): ([record()], 1)})[0] is None
 
 
 def test_a_difference_counts_beyond_two_standard_errors():

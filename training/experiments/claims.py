@@ -36,7 +36,7 @@ class Claim:
         selected = [[table[cell] for cell in table if all(map(fnmatchcase, cell, pattern))] for pattern in self.cells]
         cells = [cell for group in selected for cell in group]
         done, wanted = sum(len(records) for records, _ in cells), sum(planned for _, planned in cells)
-        if done < wanted or not wanted:
+        if done < wanted or not all(selected):
             return None, f"not run yet: {done} of {wanted} runs are done"
         return self.check(*([records for records, _ in group] for group in selected))
 

@@ -185,7 +185,7 @@ def mean_losses(scale: Scale, layers: int, records: Mapping[str, Record]) -> dic
     """What dropout is chosen by: the mean validation loss of each value, over the systems that train with all values.
 
     Returns:
-        Nothing while runs are missing, or where no system trains with all values.
+        Losses by dropout; none while runs are missing, or where no system trains with all values.
     """
     ends = {
         (dropout, system): records.get(dropout_run(scale, layers, dropout, system, scale.seeds[0], "").name)

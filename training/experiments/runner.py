@@ -29,7 +29,7 @@ class Runner:
     """Runs what is not done.
 
     Args:
-        jobs: runs at a time. Each gets its share of the cores, and one GPU where there are GPUs.
+        jobs: runs at a time. Each gets its share of the cores, or OMP_NUM_THREADS, and one GPU where there are GPUs.
         after: is called when a run is done; returns the runs that are to be done now, to which it may have added.
 
     Attributes:
