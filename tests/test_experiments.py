@@ -386,6 +386,7 @@ def test_the_page_shows_scores_the_bootstrap_and_what_is_under_way(here):
     page.update()
     text = (here / "docs" / "experiments.md").read_text()
     assert "- 4-4 layers: **dropout 0.2** is chosen (mean validation loss 0.1: 1.700; 0.2: 1.550; 0.3: 1.700)." in text
+    assert "| Admin, dropout 0.2 | 4.48 | … |" in text, "what is translated later is no part of the choice"
     assert "| tiny | 9 of 18 | 1 chosen |" in text and "| tiny | 3 of 11 |" in text
     assert f"| {math.exp(1.5):.2f} ± 0.00; 41.5 ± 0.7 BLEU (development: 42.5 ± 0.7); (2 of 3 runs) |" in text
     assert "BLEU: `nrefs:1|x`, of the test set." in text and "\n- 4-4, Pre-LN: -" in text and "(p 0.001)" in text

@@ -115,20 +115,22 @@ def _record(run: Run, how: str, history: list[dict[str, Any]]) -> Record:
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
     results = _read(folder / "results.json") if how in ("trained", "finished") else {}
     scores = results.get("scores", {})
-    kept = [f"{split}_{name}" for split in ("eval", "test") for name in SCORES]
-    kept += [f"{name}_signature" for name in kept]
+    # Another experiment may have its folder in common, and translate with it
+    translates = bool(run.scoring) or run.arguments.get("predict_with_generate", True)
+    names = [f"{split}_{name}" for split in ("eval", "test") for name in SCORES]
+    names += [f"{name}_signature" for name in names]
     return Record(
         arguments=run.arguments,
         diverged_at=divergence.get("step"),
         reason=divergence.get("reason"),
         loss=scores["eval_loss"] if how in ("trained", "finished") else None,
         blind_loss=_read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)["loss"],
-        bleu=scores.get("test_bleu", scores.get("eval_bleu")),
+        bleu=scores.get("test_bleu", scores.get("eval_bleu")) if translates else None,
         parameters=results.get("parameters"),
         eval_loss=_curve(history, "eval_loss"),
         train_loss=_curve(history, "loss"),
         train_nll=_curve(history, "nll"),
-        scores={name: scores[name] for name in kept if name in scores} if run.scoring else {},
+        scores={name: scores[name] for name in names if name in scores} if translates else {},
         begun=how in ("begun", "trained"),
         sessions=_sessions(folder / SESSIONS_NAME),
     )
