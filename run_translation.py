@@ -47,6 +47,7 @@ from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
+from admin_hf.terminal import spell_out
 from training import arguments as args
 from training import data as parallel
 from training import runs
@@ -59,6 +60,7 @@ from training.hub import check_access, first_line
 from training.metrics import TranslationMetric, check_references
 from training.model import config_changes, load_tokenizer, set_generation
 from training.processes import end_process_group
+from training.rehearsal import refusing, rehearse
 from training.scores import compare, log_decode, remove_results, report, write_results
 from training.signals import StopOnSignal
 from training.tokenization import lowercases, save_tokenizer, text_batches, train_tokenizer
@@ -73,6 +75,7 @@ PREDICTIONS_NAME = "generated_predictions.txt"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return its exit code."""
+    spell_out()
     try:
         arguments = args.parse_arguments(argv)
         set_up_logging(arguments[2])
@@ -94,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: args.Arguments) -> int:
     """What the script does, step by step."""
     model_args, data_args, training_args = arguments
-    runs.check_output_dir(arguments)
     check_model(model_args)
+    rehearse(training_args)
+    runs.check_output_dir(arguments)
     check_access(training_args)
     set_seed(training_args.seed)
 
@@ -288,9 +292,7 @@ def build_trainer(
     if training_args.early_stopping_patience:
         callbacks.append(EarlyStopping(training_args.early_stopping_patience))
     try:
-        if training_args.do_train:
-            TranslationTrainer.get_optimizer_cls_and_kwargs(training_args, model)  # before anything is trained
-        return TranslationTrainer(
+        trainer = TranslationTrainer(
             metric=metric,
             residuals=ResidualMonitor(model),
             model=model,
@@ -303,10 +305,16 @@ def build_trainer(
             ),
             callbacks=callbacks,
         )
-    except ImportError as error:
-        raise InputError(f"--optim {training_args.optim} cannot be used: {one_line(error)}") from error
     except HfHubHTTPError as error:  # Trainer makes the repository
         raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
+    if training_args.do_train and training_args.optim_target_modules:
+        with refusing(f"--optim {training_args.optim} cannot be used"):  # before anything is trained
+            trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    if training_args.do_train and training_args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+        raise InputError(
+            f"--dataloader_drop_last leaves no batch: {len(data['train'])} training pairs do not fill one."
+        )
+    return trainer
 
 
 def train(trainer: TranslationTrainer, arguments: args.Arguments, raw: dict[str, Dataset]) -> None:

@@ -20,6 +20,7 @@ from .architecture import ARCHITECTURES
 from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .checkpoints import explained_errors, one_line, replaced_model
 from .report import add_command as add_report
+from .terminal import spell_out
 
 
 # In the header of averaged weights: of which checkpoints. What has it may be replaced by another average.
@@ -28,6 +29,7 @@ AVERAGED = "averaged_checkpoints"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 an input cannot be used."""
+    spell_out()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = build_parser().parse_args(argv)

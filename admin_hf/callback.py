@@ -20,6 +20,7 @@ from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_
 from .reparameterization import stock_architecture
 from .residual import profiled_connections
 from .special_tokens import check_padding, check_tokenizer
+from .terminal import showable
 
 
 logger = logging.get_logger(__name__)
@@ -173,7 +174,8 @@ def profile_and_initialize(
     if first:
         profile.save(Path(output_dir) / PROFILE_NAME)
         if verbose:
-            tqdm.write(f"Admin: ω of the residual connections, profiled on the first batch\n{profile.table()}")
+            title = "Admin: ω of the residual connections, profiled on the first batch"
+            tqdm.write(showable(f"{title}\n{profile.table()}"))
     return profile
 
 

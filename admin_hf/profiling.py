@@ -82,7 +82,7 @@ class ResidualProfile:
             ValueError: the file is not a profile.
         """
         try:
-            stacks = json.loads(Path(path).read_text())
+            stacks = json.loads(Path(path).read_text(encoding="utf-8"))
             profile = cls(**{name: StackProfile(**stack) for name, stack in stacks.items()})
         except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from admin_hf.terminal import spell_out
+
 from . import BENCHMARKS, load, report
 from .record import Missing, Settings, write
 from .systems import quiet
@@ -43,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, docs: Path = report.DOCS) -> int:
     """Run benchmarks, write to `docs`, and return the exit code, not 0 if one cannot run that was asked for."""
+    spell_out()
     parser = build_parser()
     arguments = parser.parse_args(argv)
     for name in arguments.names:

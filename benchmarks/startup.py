@@ -69,9 +69,14 @@ def run(command: list[str], threads: int) -> float:
 def prepare(folder: Path, pairs: int, vocab_size: int) -> None:
     """Write generated pairs as JSON lines, a tokenizer for them and the stock model's configuration."""
     write_embedded_data(folder / "data", train=pairs, validation=1, test=1)
-    sides = {language: (folder / "data" / f"train.{language}").read_text().splitlines() for language in ("en", "de")}
+    sides = {
+        language: (folder / "data" / f"train.{language}").read_text(encoding="utf-8").splitlines()
+        for language in ("en", "de")
+    }
     rows = ({"translation": dict(zip(sides, pair, strict=True))} for pair in zip(*sides.values(), strict=True))
-    (folder / "train.json").write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    (folder / "train.json").write_text(
+        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
+    )
     tokenizer = train_tokenizer(sides.values(), vocab_size)
     save_tokenizer(tokenizer, folder / "tokenizer")
     config = AutoConfig.from_pretrained(REPO / "hub_configs" / "demo").to_dict()

@@ -1,17 +1,24 @@
 """Arguments of run_translation.py: the names and meanings of Hugging Face's own script, and a few of ours."""
 
+import difflib
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import get_int_from_env, is_torch_xla_available
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.averaging import complete_checkpoints
+from admin_hf.checkpoints import one_line
 
 from .batching import MULTIPLE
 from .errors import InputError
@@ -21,6 +28,27 @@ from .optimization import RADAM
 
 # What an evaluation gives; the loss alone where nothing is translated
 SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
+
+# What numbers may be. Those that are named nowhere must be at least 0; a default of -1 stands for "not given"
+AT_LEAST_1 = {
+    *("max_source_length", "max_target_length", "val_max_target_length", "num_beams", "vocab_size"),
+    *("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens", "pad_to_multiple_of"),
+    *("average_last", "early_stopping_patience", "fp16_scale_window", "gradient_accumulation_steps", "max_steps"),
+    *("eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams"),
+    *("dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps"),
+}
+ABOVE_0 = {"adam_epsilon", "fp16_min_scale", "logging_steps", "save_steps"}
+BELOW = {"label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+ANY_SIGN = {"length_penalty"}
+
+# Values of Trainer's flags that cannot be here, and why
+IMPOSSIBLE = {
+    ("average_tokens_across_devices", False): "the loss is that of the targets of all processes.",
+    ("batch_eval_metrics", True): "scores are those of all sentences together, not of batches.",
+    ("save_strategy", SaveStrategy.BEST): "a run could not go on from there; use --load_best_model_at_end.",
+    ("use_liger_kernel", True): "Liger has no kernels for these models.",
+}
 
 
 @dataclass
@@ -185,6 +213,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
+        for name in self._VALID_DICT_FIELDS:
+            _check_json(name, getattr(self, name))
+        if self.ddp_backend and get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1) == 1:
+            raise InputError(f"--ddp_backend {self.ddp_backend} is for several processes: start them with torchrun.")
         if self.early_stopping_patience:
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             self.load_best_model_at_end = not self.average_last
@@ -195,7 +228,10 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
                 )
         if (self.metric_for_best_model or "").removeprefix("eval_") == "ter" and self.greater_is_better is None:
             self.greater_is_better = False  # an error rate; Trainer knows of losses only
-        self.prediction_loss_only |= not self.predict_with_generate  # or Trainer keeps the logits of all sentences
+        # Both or neither: Trainer would keep the logits of all sentences, or translate without a use
+        self.predict_with_generate &= not self.prediction_loss_only
+        self.prediction_loss_only = not self.predict_with_generate
+        self.eval_do_concat_batches = True  # how predictions come to metrics, of which there are none but our own
         optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
         # Trainer would compile the whole model, for evaluation and generation too, which takes minutes if it is deep
         compiles, self.torch_compile = self.torch_compile or bool(self.torch_compile_backend), False
@@ -222,7 +258,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         InputError: the JSON file cannot be read, or arguments are missing or contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(
+    parser = _Parser(
         (ModelArguments, DataTrainingArguments, TranslationTrainingArguments),
         usage="run_translation.py [recipe.json] [--flag value ...]",
         description="Train, evaluate and run a translation model with Admin's residual connections.",
@@ -233,11 +269,55 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     if "--use_cpu" not in argv and not torch.accelerator.is_available():
         argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
     try:
-        arguments = parser.parse_args_into_dataclasses(argv)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"The arguments cannot be used: {error}") from error
+        *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except InputError:
+        raise
+    except Exception as error:  # of whichever library a flag belongs to: DeepSpeed, accelerate, json ...
+        raise InputError(f"The arguments cannot be used: {one_line(error)}") from error
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        similar = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        raise InputError(f"There is no {flag}{f'; is {similar[0]} meant?' if similar else ': see --help.'}")
     check_arguments(*arguments)
-    return arguments
+    return tuple(arguments)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"The arguments cannot be used: {one_line(ValueError(message))}.")
+
+
+def _check_numbers(group: Any) -> None:
+    """Raise an InputError for a number that is out of its range."""
+    for item in fields(group):
+        name, value = item.name, getattr(group, item.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not math.isfinite(value):
+            raise InputError(f"--{name} {value} must be a finite number.")
+        if value == item.default or name in ANY_SIGN:
+            continue
+        if name in AT_LEAST_1 and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1.")
+        if name in ABOVE_0 and value <= 0:
+            raise InputError(f"--{name} {value} must be above 0.")
+        if value < 0 or value >= BELOW.get(name, math.inf):
+            below = f" and below {BELOW[name]}" if name in BELOW else ""
+            raise InputError(f"--{name} {value} must be at least 0{below}.")
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Raise an InputError if `value` is no JSON object and, where a flag can name one, no file either."""
+    may_be_file = not name.endswith("_kwargs")
+    if not isinstance(value, str) or (may_be_file and os.path.isfile(value)):
+        return
+    try:
+        problem = "" if isinstance(json.loads(value), dict) else "it is another value"
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        expected = "a JSON object or a file with one" if may_be_file else "a JSON object"
+        raise InputError(f"--{name} {value} is not {expected}: {problem}.")
 
 
 def _json_flags(path: Path) -> list[str]:
@@ -271,21 +351,14 @@ def check_arguments(
             if getattr(data, f"{split}_file") is None:
                 flag = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
                 raise InputError(f"--{flag} needs --{split}_file (or --dataset_name).")
-    at_least_one = ("max_source_length", "max_target_length", "val_max_target_length", "num_beams")
-    at_least_one += ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
-    at_least_one += ("vocab_size", "per_device_train_batch_size", "per_device_eval_batch_size")
-    at_least_one += ("max_tokens", "pad_to_multiple_of", "average_last", "early_stopping_patience")
-    at_least_one += ("fp16_scale_window",)
-    values = vars(training) | vars(model) | vars(data)
-    for name in at_least_one:
-        if values[name] is not None and values[name] < 1:
-            raise InputError(f"--{name} {values[name]} must be at least 1.")
-    if not 0 <= training.label_smoothing_factor < 1:
-        raise InputError(f"--label_smoothing_factor {training.label_smoothing_factor} must be at least 0 and below 1.")
-    if training.seed < 0:
-        raise InputError(f"--seed {training.seed} must be at least 0.")
-    if not 0 <= training.learning_rate < float("inf"):
-        raise InputError(f"--learning_rate {training.learning_rate} must be at least 0 and finite.")
+    for group in (model, data):
+        _check_numbers(group)
+    for (name, value), reason in IMPOSSIBLE.items():
+        if getattr(training, name) == value:
+            raise InputError(f"--{name} {value}: {reason}")
+    if training.num_train_epochs <= 0 and training.max_steps < 1:
+        raise InputError(f"--num_train_epochs {training.num_train_epochs} must be above 0.")
+    _check_beams(model, data, training)
     if not 0 <= training.warmup_init_lr <= training.learning_rate:
         raise InputError(
             f"--warmup_init_lr {training.warmup_init_lr} must be at least 0 and at most the learning rate, "
@@ -296,13 +369,11 @@ def check_arguments(
             f"--max_tokens {training.max_tokens} is below --pad_to_multiple_of {training.length_multiple}."
         )
     if missing := set(training.report_to) - set(get_available_reporting_integrations()):
-        raise InputError(f"--report_to {min(missing)} needs its package, which is not installed.")
-    if training.save_strategy == SaveStrategy.BEST:
-        raise InputError("--save_strategy best: a run could not go on from there; use --load_best_model_at_end.")
+        raise InputError(f"--report_to {min(missing)} is unknown to Trainer, or its package is not installed.")
     if training.torch_compile:
         _check_compilation(training)
-    if training.fp16_min_scale <= 0:
-        raise InputError(f"--fp16_min_scale {training.fp16_min_scale} must be above 0.")
+    if DebugOption.TPU_METRICS_DEBUG in training.debug and not is_torch_xla_available():
+        raise InputError(f"--debug {DebugOption.TPU_METRICS_DEBUG} is for a TPU, and there is none.")
     scores = SCORES if training.predict_with_generate else SCORES[:1]
     if (metric := training.metric_for_best_model) and metric.removeprefix("eval_") not in scores:
         raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
@@ -311,8 +382,6 @@ def check_arguments(
             f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {data.target_lang}; use "
             "bleu, whose tokens fit the language."
         )
-    if not training.average_tokens_across_devices:
-        raise InputError("--average_tokens_across_devices False: the loss is that of the targets of all processes.")
     if training.average_last:
         _check_averaging(training)
     if training.push_to_hub and not training.do_train:
@@ -355,6 +424,13 @@ def _check_compilation(training: TranslationTrainingArguments) -> None:
         )
     if training.auto_find_batch_size:
         raise InputError("--auto_find_batch_size changes the shapes of batches: leave --torch_compile out.")
+
+
+def _check_beams(model: ModelArguments, data: DataTrainingArguments, training: TranslationTrainingArguments) -> None:
+    beams = training.generation_num_beams or data.num_beams
+    is_one = beams == 1 or (beams is None and training.do_train and not model.model_name_or_path)
+    if data.length_penalty not in (None, 1) and is_one:
+        raise InputError(f"--length_penalty {data.length_penalty} compares beams: give --num_beams 2 or more.")
 
 
 def _check_averaging(training: TranslationTrainingArguments) -> None:

@@ -168,14 +168,28 @@ class TranslationCollator(DataCollatorForSeq2Seq):
     """Pads sources with the padding token and labels with −100; source text alone has no labels, not `labels=None`.
 
     It pads on the right, whatever the tokenizer says: positions count from the left.
+
+    Args:
+        tokenizer: pads.
+        model: says what decoders start from. The collator keeps numbers only, so that it can be sent to workers.
+        pad_to_multiple_of: what lengths are made multiples of.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, pad_to_multiple_of: int | None = None
+    ) -> None:
+        super().__init__(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
         self.tokenizer.padding_side = "right"
+        self.decoder_ids = model.config.pad_token_id, model.config.decoder_start_token_id
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
-        return {name: value for name, value in super().__call__(features, return_tensors).items() if value is not None}
+        """Pad `features`, each with `input_ids` and maybe `labels`; other columns are dropped."""
+        features = [{name: row[name] for name in ("input_ids", "labels") if name in row} for row in features]
+        batch = super().__call__(features, return_tensors)
+        batch = {name: value for name, value in batch.items() if value is not None}
+        if "labels" in batch:
+            batch["decoder_input_ids"] = shift_tokens_right(batch["labels"], *self.decoder_ids)
+        return batch
 
 
 class BucketCollator:

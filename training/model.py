@@ -119,9 +119,18 @@ def set_generation(model: Any, max_length: int, num_beams: int | None, length_pe
     """Make the settings of this run those of `model.generate`, which are saved with the model.
 
     A stock generation config cuts every translation at 20 tokens.
+
+    Raises:
+        InputError: they cannot be saved, for they contradict each other or what the model was saved with.
     """
     generation_config: GenerationConfig = model.generation_config
     generation_config.max_length = max_length
     generation_config.num_beams = num_beams or generation_config.num_beams or 1
+    if generation_config.num_beams == 1:  # settings of beams, which a model may come with
+        generation_config.length_penalty, generation_config.early_stopping = 1.0, False
     if length_penalty is not None:
         generation_config.length_penalty = length_penalty
+    try:
+        generation_config.validate(strict=True)
+    except ValueError as error:
+        raise InputError(f"The settings of generation cannot be used: {one_line(error)}") from error

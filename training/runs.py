@@ -86,15 +86,15 @@ def check_output_dir(arguments: Arguments) -> None:
     folder = Path(arguments[2].output_dir)
     record = folder / ARGUMENTS_NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
     if not arguments[2].do_train:
         return
     afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
     if not record.exists():
-        if get_last_checkpoint(str(folder)) is not None:
+        if folder.exists() and get_last_checkpoint(str(folder)) is not None:
             raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
         return
     before = _read(record, afresh)
@@ -172,7 +172,7 @@ def recorded(arguments: Arguments) -> dict[str, Any]:
     """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
     model, data, training = arguments
     values = asdict(model) | asdict(data) | training.to_dict() | {"world_size": training.world_size}
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values, default=str))  # --generation_config is a path
 
 
 def record_arguments(arguments: Arguments) -> None:

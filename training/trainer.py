@@ -57,7 +57,11 @@ class TranslationTrainer(ResumableTrainer):
     """
 
     def __init__(self, metric: TranslationMetric, residuals: ResidualMonitor | None = None, **kwargs: Any) -> None:
+        own = kwargs["model"].generation_config
         super().__init__(compute_metrics=self._score, **kwargs)
+        if self.args.generation_config is not None:  # Trainer forgets what the file does not say, as special tokens
+            given, self.model.generation_config = self.model.generation_config, own
+            own.update(**given.to_diff_dict())
         self.monitor = UpdateMonitor(self.accelerator, self.args.fp16_min_scale, residuals)
         self.add_callback(self.monitor)
         if self.pop_callback(ProgressCallback) is not None:
@@ -181,6 +185,8 @@ class TranslationTrainer(ResumableTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            in_order=self.args.dataloader_in_order,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=outlive_signals,
         )

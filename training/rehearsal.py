@@ -1,0 +1,92 @@
+"""Trainer reads the arguments once on a toy, so that what it refuses is known before the data is touched."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from admin_hf import AdminConfig, AdminForConditionalGeneration
+from admin_hf.checkpoints import one_line
+
+from .arguments import TranslationTrainingArguments
+from .batching import TranslationCollator
+from .errors import InputError
+from .trainer import TranslationTrainer
+
+
+def rehearse(training_args: TranslationTrainingArguments) -> None:
+    """Build all that training needs for a model of one layer and one pair; no update is made.
+
+    Raises:
+        InputError: something cannot be built: a package is missing, or arguments contradict each other.
+    """
+    args = copy.copy(training_args)
+    vocabulary = {"</s>": 0, "<pad>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="</s>")), eos_token="</s>", pad_token="<pad>"
+    )
+    shape = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 8}
+    layers = {f"{stack}_{what}": 1 for stack in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    model = AdminForConditionalGeneration(
+        AdminConfig(**shape, **layers, vocab_size=2, pad_token_id=1, eos_token_id=0, decoder_start_token_id=1)
+    )
+    pairs = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]], "length": [1]})
+    with TemporaryDirectory() as args.output_dir:
+        args.report_to, args.push_to_hub = [], False
+        with refusing("The arguments cannot be used"):
+            trainer = TranslationTrainer(
+                metric=None,  # nothing is scored
+                model=model,
+                args=args,
+                train_dataset=pairs,
+                eval_dataset=pairs,
+                processing_class=tokenizer,
+                data_collator=TranslationCollator(tokenizer, model),
+            )
+            trainer.get_eval_dataloader()
+        if not args.do_train:
+            return
+        with refusing("The arguments cannot be used"):
+            trainer.get_train_dataloader()
+        if args.optim_target_modules is None:  # or they are to be sought in the real model
+            with refusing(f"--optim {args.optim} cannot be used"):
+                _check_optim_args(args, model)
+                trainer.create_optimizer()
+            with refusing(f"--lr_scheduler_type {args.lr_scheduler_type} cannot be used"):
+                trainer.create_scheduler(num_training_steps=10)
+        if args.activation_checkpointing:
+            options = dict(args.activation_checkpointing_kwargs or {})
+            with refusing("--activation_checkpointing_kwargs cannot be used"):
+                every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+                model.activation_checkpointing_enable(options or None, every, offload)
+                model.train()(**trainer.data_collator([pairs[0]]))
+
+
+def _check_optim_args(args: TranslationTrainingArguments, model: AdminForConditionalGeneration) -> None:
+    """Raise an InputError for one of `--optim_args` that the optimiser does not read: Trainer passes over it."""
+    items = args.optim_args.split(",") if args.optim_args else []
+    for item in items:
+        if item.count("=") != 1:
+            raise InputError(f"--optim_args {args.optim_args} is not of the form 'name=value,name=value'.")
+    for left_out in items:
+        fewer = copy.copy(args)
+        fewer.optim_args = ",".join(item for item in items if item is not left_out)
+        both = [TranslationTrainer.get_optimizer_cls_and_kwargs(each, model)[1] for each in (args, fewer)]
+        if both[0] == both[1]:
+            raise InputError(f"--optim_args {left_out} changes nothing in --optim {args.optim}: leave it out.")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about the user's arguments into one sentence that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of whichever library
+        raise InputError(f"{what}: {one_line(error)}") from error
