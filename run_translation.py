@@ -29,7 +29,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -103,9 +103,11 @@ def run(arguments: args.Arguments) -> int:
     check_access(training_args)
     set_seed(training_args.seed)
 
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer = load_tokenizer(name, model_args, data_args.source_prefix or "") if name else None
     with training_args.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
-        tokenizer = prepare_tokenizer(arguments, raw)
+        tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
         data = tokenize(raw, tokenizer, arguments)
     model = build_model(arguments, tokenizer)
     finished = runs.finished_checkpoint(training_args)
@@ -165,10 +167,14 @@ def check_model(model_args: args.ModelArguments) -> None:
     """Find mistakes in the model's arguments before the data is touched."""
     try:
         AdminConfig(**config_changes(model_args, AdminConfig), vocab_size=model_args.vocab_size)
-        if model_args.residual_profile:
-            ResidualProfile.load(model_args.residual_profile)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(one_line(error)) from error
+    if profile := model_args.residual_profile:
+        with refusing(f"--residual_profile {profile}"):
+            ResidualProfile.load(profile)
+    if source := model_args.model_name_or_path:
+        with refusing(f"The model {source} cannot be loaded"):
+            AutoConfig.from_pretrained(source, cache_dir=model_args.cache_dir, revision=model_args.model_revision)
 
 
 def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
@@ -190,13 +196,13 @@ def contents_of(raw: dict[str, Dataset]) -> dict[str, runs.Contents]:
 
 
 def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that is named, or the run's own, or train one on the training pairs."""
+    """Load the run's own tokenizer, or train one on the training pairs."""
     model_args, data_args, training_args = arguments
     output_dir, prefix = Path(training_args.output_dir), data_args.source_prefix or ""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+    name = None
     # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
     trained = training_args.local_process_index > 0 or (output_dir / runs.ARGUMENTS_NAME).exists()
-    if not name and (output_dir / "tokenizer_config.json").exists() and (trained or not training_args.do_train):
+    if (output_dir / "tokenizer_config.json").exists() and (trained or not training_args.do_train):
         name = str(output_dir)
     if not name and not training_args.do_train:
         name = runs.last_checkpoint(training_args)
@@ -308,7 +314,7 @@ def build_trainer(
     except HfHubHTTPError as error:  # Trainer makes the repository
         raise InputError(f"--push_to_hub: the Hub refuses the repository: {first_line(error)}") from error
     if training_args.do_train and training_args.optim_target_modules:
-        with refusing(f"--optim {training_args.optim} cannot be used"):  # before anything is trained
+        with refusing(f"--optim {args.shown(training_args.optim)} cannot be used"):  # before anything is trained
             trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if training_args.do_train and training_args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
         raise InputError(

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -287,6 +288,11 @@ class _Parser(HfArgumentParser):
         raise InputError(f"The arguments cannot be used: {one_line(ValueError(message))}.")
 
 
+def shown(value: Any) -> Any:
+    """A value as it is given on the command line, not as Transformers' enumerations print themselves."""
+    return value.value if isinstance(value, Enum) else value
+
+
 def _check_numbers(group: Any) -> None:
     """Raise an InputError for a number that is out of its range."""
     for item in fields(group):
@@ -355,9 +361,14 @@ def check_arguments(
         _check_numbers(group)
     for (name, value), reason in IMPOSSIBLE.items():
         if getattr(training, name) == value:
-            raise InputError(f"--{name} {value}: {reason}")
+            raise InputError(f"--{name} {shown(value)}: {reason}")
     if training.num_train_epochs <= 0 and training.max_steps < 1:
         raise InputError(f"--num_train_epochs {training.num_train_epochs} must be above 0.")
+    if training.accelerator_config.gradient_accumulation_kwargs:
+        raise InputError(
+            "--accelerator_config: gradient_accumulation_kwargs are for scripts without Trainer; give "
+            "--gradient_accumulation_steps."
+        )
     _check_beams(model, data, training)
     if not 0 <= training.warmup_init_lr <= training.learning_rate:
         raise InputError(
@@ -373,7 +384,7 @@ def check_arguments(
     if training.torch_compile:
         _check_compilation(training)
     if DebugOption.TPU_METRICS_DEBUG in training.debug and not is_torch_xla_available():
-        raise InputError(f"--debug {DebugOption.TPU_METRICS_DEBUG} is for a TPU, and there is none.")
+        raise InputError(f"--debug {shown(DebugOption.TPU_METRICS_DEBUG)} is for a TPU, and there is none.")
     scores = SCORES if training.predict_with_generate else SCORES[:1]
     if (metric := training.metric_for_best_model) and metric.removeprefix("eval_") not in scores:
         raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")

@@ -198,7 +198,10 @@ def tokenize_for_training(
         f"longer than {limits[0]:,} source or {limits[1]:,} target tokens."
     )
     if not len(kept):
-        raise InputError(f"No training pair is left: {summary} Raise --max_source_length or --max_target_length?")
+        flags = ("--max_source_length", "--max_target_length")
+        if longest is not None and longest < max(data.max_source_length, data.max_target_length):
+            flags = ("--max_tokens", *(flag for flag, limit in zip(flags, limits, strict=True) if limit < longest))
+        raise InputError(f"No training pair is left: {summary} Raise {' or '.join(flags)}?")
     (logger.warning if empty + long else logger.info)(summary)
     for side, share in _report(dataset, "training").items():
         if share > _TOO_MANY_UNKNOWN:

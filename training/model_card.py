@@ -19,6 +19,7 @@ from .arguments import (
     TranslationTrainingArguments,
 )
 from .files import write_whole
+from .paths import is_hub_id, published
 from .results import table_cell
 from .runs import recorded
 
@@ -46,7 +47,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 model = AutoModelForSeq2SeqLM.from_pretrained("{repo_id}")
 
-source = tokenizer(["{example}"], return_tensors="pt")
+source = tokenizer([{example}], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**source), skip_special_tokens=True))
 ```
 
@@ -111,7 +112,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         admin=ADMIN if is_admin else UNPROFILED if has_omega else "",
         architecture=_read(vanilla / "config.json")["model_type"].capitalize(),
         repo_id=repo_id,
-        example="A dog runs." if arguments["source_lang"].startswith("en") else "…",
+        example=_literal((arguments["source_prefix"] or "") + _sentence(arguments["source_lang"])),
         scores=_scores(scores),
         data=_data(arguments),
         encoder_residual=config["encoder_residual"],
@@ -133,6 +134,15 @@ def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
     return {name: found[name] for name in sorted(found, key=STACKS[stack].index)}
 
 
+def _sentence(language: str) -> str:
+    return "A dog runs." if language.startswith("en") else "…"
+
+
+def _literal(text: str) -> str:
+    """The text as Python writes it, in one line whatever it holds."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -148,16 +158,19 @@ def _parameters(vanilla: Path) -> int:
 
 def _dataset(arguments: dict[str, Any], split: str) -> str:
     if arguments["dataset_name"]:
-        return " ".join(filter(None, (arguments["dataset_name"], arguments["dataset_config_name"])))
-    return Path(arguments[SPLITS[split][1]] or split).name
+        name = published(arguments["dataset_name"])
+        return " ".join(filter(None, (name, arguments["dataset_config_name"])))
+    return published(arguments[SPLITS[split][1]], "_file") or split
 
 
 def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, is_admin: bool) -> ModelCardData:
     languages = [arguments["source_lang"], arguments["target_lang"]]
+    dataset = arguments["dataset_name"]
+    datasets = [dataset] if dataset and is_hub_id(dataset) else None
     results = [
         EvalResult(
             task_type="translation",
-            dataset_type=arguments["dataset_name"] or "text",
+            dataset_type=datasets[0] if datasets else "text",
             dataset_name=_dataset(arguments, split),
             dataset_split=SPLITS[split][0],
             metric_type="bleu",
@@ -172,7 +185,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, i
         library_name="transformers",
         pipeline_tag="translation",
         tags=["translation", "admin"] if is_admin else ["translation"],
-        datasets=[arguments["dataset_name"]] if arguments["dataset_name"] else None,
+        datasets=datasets,
         metrics=["bleu", "chrf", "ter"] if results else None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=results or None,
@@ -197,8 +210,8 @@ def _data(arguments: dict[str, Any]) -> str:
     lines = []
     for split in ("train", "validation", "test"):
         if arguments["dataset_name"] or arguments[f"{split}_file"]:
-            name = arguments["dataset_name"] or Path(arguments[f"{split}_file"]).name
-            lines.append(f"- {split}: {name}")
+            name = arguments["dataset_name"] or arguments[f"{split}_file"]
+            lines.append(f"- {split}: {published(name, '' if arguments['dataset_name'] else '_file')}")
     case = "Text is lower-cased." if arguments["lowercase"] else "Text keeps its case."
     return "\n".join([*lines, "", case])
 
@@ -212,10 +225,7 @@ def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
         for name, value in arguments.items()
         if value is not None and value != defaults.get(name) and not name.startswith(PRIVATE)
     }
-    return {
-        name: Path(value).name if isinstance(value, str) and "/" in value and name != "dataset_name" else value
-        for name, value in changed.items()
-    }
+    return published(changed)
 
 
 def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from admin_hf import AdminConfig, AdminForConditionalGeneration
 from admin_hf.checkpoints import one_line
 
-from .arguments import TranslationTrainingArguments
+from .arguments import TranslationTrainingArguments, shown
 from .batching import TranslationCollator
 from .errors import InputError
 from .trainer import TranslationTrainer
@@ -54,10 +54,10 @@ def rehearse(training_args: TranslationTrainingArguments) -> None:
         with refusing("The arguments cannot be used"):
             trainer.get_train_dataloader()
         if args.optim_target_modules is None:  # or they are to be sought in the real model
-            with refusing(f"--optim {args.optim} cannot be used"):
+            with refusing(f"--optim {shown(args.optim)} cannot be used"):
                 _check_optim_args(args, model)
                 trainer.create_optimizer()
-            with refusing(f"--lr_scheduler_type {args.lr_scheduler_type} cannot be used"):
+            with refusing(f"--lr_scheduler_type {shown(args.lr_scheduler_type)} cannot be used"):
                 trainer.create_scheduler(num_training_steps=10)
         if args.activation_checkpointing:
             options = dict(args.activation_checkpointing_kwargs or {})
@@ -78,7 +78,7 @@ def _check_optim_args(args: TranslationTrainingArguments, model: AdminForConditi
         fewer.optim_args = ",".join(item for item in items if item is not left_out)
         both = [TranslationTrainer.get_optimizer_cls_and_kwargs(each, model)[1] for each in (args, fewer)]
         if both[0] == both[1]:
-            raise InputError(f"--optim_args {left_out} changes nothing in --optim {args.optim}: leave it out.")
+            raise InputError(f"--optim_args {left_out} changes nothing in this --optim: leave it out.")
 
 
 @contextmanager

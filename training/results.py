@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from admin_hf.analysis.drawing import add_lines, draw_lines, new_figure, plain_axes, save_figure
+from admin_hf.report.page import without_folders
 
 from .errors import InputError
 from .runs import ARGUMENTS_NAME
@@ -47,7 +48,7 @@ def collect(run: Path) -> dict[str, Any]:
     shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")
     return {
         "name": run.name if run.parent.name == "runs" else f"{run.parent.name}-{run.name}",
-        "arguments": {name: arguments.get(name) for name in (*SHOWN, *OTHER_ARGUMENTS)},
+        "arguments": {name: without_folders(arguments.get(name)) for name in (*SHOWN, *OTHER_ARGUMENTS)},
         "model": {name: config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
         "weights": [Path(folder).name for folder in results.get("weights", [])],
         "scores": scores | results.get("scores", {}),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .arguments import Arguments
 from .files import write_whole
+from .paths import published
 from .trainer import TranslationTrainer
 
 
@@ -56,8 +57,8 @@ def log_decode(arguments: Arguments, trainer: TranslationTrainer, weights: list[
     generation = trainer.model.generation_config
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "test": arguments[1].test_file or arguments[1].dataset_name,
-        "weights": weights,
+        "test": published(arguments[1].test_file or arguments[1].dataset_name),
+        "weights": published(weights),
         "num_beams": generation.num_beams,
         "length_penalty": generation.length_penalty,
         **{name: score for name, score in scores.items() if name.startswith("test_")},

@@ -75,7 +75,7 @@ def finish_vanilla(trainer: TranslationTrainer, arguments: Arguments, scores: di
         return
     run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
     folder = run / VANILLA_NAME
-    write_card(run, repo_id or run.name, runs.recorded(arguments), scores)
+    write_card(run, repo_id or run.absolute().name, runs.recorded(arguments), scores)
     print(f"Vanilla model, for stock Transformers: {folder}")
     if trainer.args.push_to_hub:
         print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")
