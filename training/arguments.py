@@ -259,12 +259,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         InputError: the JSON file cannot be read, or arguments are missing or contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
-        (ModelArguments, DataTrainingArguments, TranslationTrainingArguments),
-        usage="run_translation.py [recipe.json] [--flag value ...]",
-        description="Train, evaluate and run a translation model with Admin's residual connections.",
-        allow_abbrev=False,
-    )
+    parser = build_parser()
     if argv and argv[0].endswith(".json"):
         argv = _json_flags(Path(argv[0])) + argv[1:]
     if "--use_cpu" not in argv and not torch.accelerator.is_available():
@@ -281,6 +276,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         raise InputError(f"There is no {flag}{f'; is {similar[0]} meant?' if similar else ': see --help.'}")
     check_arguments(*arguments)
     return tuple(arguments)
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser of all flags."""
+    return _Parser(
+        (ModelArguments, DataTrainingArguments, TranslationTrainingArguments),
+        usage="run_translation.py [recipe.json] [--flag value ...]",
+        description="Train, evaluate and run a translation model with Admin's residual connections.",
+        allow_abbrev=False,
+    )
 
 
 class _Parser(HfArgumentParser):
