@@ -29,7 +29,7 @@ import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from admin_hf import (
     AdminConfig,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(arguments[2])
         code = run(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except Divergence as error:
         if PartialState().is_main_process:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: args.Arguments) -> int:
     """What the script does, step by step."""
     model_args, data_args, training_args = arguments
-    check_model(model_args)
+    check_model(arguments)
     rehearse(training_args)
     runs.check_output_dir(arguments)
     check_access(training_args)
@@ -163,10 +163,11 @@ def set_up_logging(training_args: args.TranslationTrainingArguments) -> None:
     transformers.logging.set_verbosity(transformers.logging.WARNING)
 
 
-def check_model(model_args: args.ModelArguments) -> None:
+def check_model(arguments: args.Arguments) -> None:
     """Find mistakes in the model's arguments before the data is touched."""
+    model_args = arguments[0]
     try:
-        AdminConfig(**config_changes(model_args, AdminConfig), vocab_size=model_args.vocab_size)
+        config = AdminConfig(**config_changes(model_args, AdminConfig), vocab_size=model_args.vocab_size)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(one_line(error)) from error
     if profile := model_args.residual_profile:
@@ -174,7 +175,25 @@ def check_model(model_args: args.ModelArguments) -> None:
             ResidualProfile.load(profile)
     if source := model_args.model_name_or_path:
         with refusing(f"The model {source} cannot be loaded"):
-            AutoConfig.from_pretrained(source, cache_dir=model_args.cache_dir, revision=model_args.model_revision)
+            config = AutoConfig.from_pretrained(
+                source, cache_dir=model_args.cache_dir, revision=model_args.model_revision
+            )
+    if source or arguments[2].do_train:
+        check_lengths(arguments, config)
+
+
+def check_lengths(arguments: args.Arguments, config: PretrainedConfig) -> None:
+    """Find lengths that are beyond the positions of the model."""
+    _, data_args, training_args = arguments
+    longest = max(data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length)
+    if training_args.do_train:
+        longest = round_up(longest, training_args.length_multiple)
+    if longest > getattr(config, "max_position_embeddings", longest):
+        multiple = f"; lengths are multiples of {training_args.length_multiple} (--pad_to_multiple_of)"
+        raise InputError(
+            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
+            f"{config.max_position_embeddings}{multiple if training_args.length_multiple > 1 else ''}."
+        )
 
 
 def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
@@ -253,15 +272,7 @@ def build_model(arguments: args.Arguments, tokenizer: PreTrainedTokenizerBase) -
         check_tokenizer(model, tokenizer)
     except ValueError as error:
         raise InputError(one_line(error)) from error
-    longest = max(data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length)
-    if training_args.do_train:
-        longest = round_up(longest, training_args.length_multiple)
-    if longest > model.config.max_position_embeddings:
-        multiple = f"; lengths are multiples of {training_args.length_multiple} (--pad_to_multiple_of)"
-        raise InputError(
-            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
-            f"{model.config.max_position_embeddings}{multiple if training_args.length_multiple > 1 else ''}."
-        )
+    check_lengths(arguments, model.config)
     if training_args.push_to_hub:
         try:
             stock_architecture(model)

@@ -32,13 +32,14 @@ SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
 
 # What numbers may be. Those that are named nowhere must be at least 0; a default of -1 stands for "not given"
 AT_LEAST_1 = {
-    *("max_source_length", "max_target_length", "val_max_target_length", "num_beams", "vocab_size"),
+    *("max_source_length", "max_target_length", "num_beams", "vocab_size"),
     *("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens", "pad_to_multiple_of"),
     *("average_last", "early_stopping_patience", "fp16_scale_window", "gradient_accumulation_steps", "max_steps"),
-    *("eval_accumulation_steps", "save_total_limit", "generation_max_length", "generation_num_beams"),
+    *("eval_accumulation_steps", "save_total_limit", "generation_num_beams"),
     *("dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps"),
 }
+AT_LEAST_2 = {"val_max_target_length", "generation_max_length"}  # the token that decoders start from is one
 ABOVE_0 = {"adam_epsilon", "fp16_min_scale", "logging_steps", "save_steps"}
 BELOW = {"label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 ANY_SIGN = {"length_penalty"}
@@ -308,8 +309,8 @@ def _check_numbers(group: Any) -> None:
             raise InputError(f"--{name} {value} must be a finite number.")
         if value == item.default or name in ANY_SIGN:
             continue
-        if name in AT_LEAST_1 and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1.")
+        if value < (least := 1 if name in AT_LEAST_1 else 2 if name in AT_LEAST_2 else value):
+            raise InputError(f"--{name} {value} must be at least {least}.")
         if name in ABOVE_0 and value <= 0:
             raise InputError(f"--{name} {value} must be above 0.")
         if value < 0 or value >= BELOW.get(name, math.inf):

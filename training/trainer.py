@@ -193,7 +193,12 @@ class TranslationTrainer(ResumableTrainer):
         return self.accelerator.prepare(loader)  # which deals whole batches out to the processes in turn
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last &= is_training  # every sentence is scored and translated
+        try:
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         if is_training and self.args.torch_compile:
             inner.collate_fn = self.train_collator
