@@ -12,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import MULTI30K, VOCAB_SIZE, tiny_model
 from datasets import Dataset
 from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
 
 from admin_hf import profile_residuals
 from benchmarks.systems import word_tokenizer
@@ -202,7 +203,7 @@ def test_little_of_a_bucket_is_padding(max_tokens):
 def test_a_bucket_holds_what_transformers_own_collator_makes():
     model, tokenizer, data = tiny_model(), word_tokenizer(VOCAB_SIZE), list(pairs(5))
     collator = BucketCollator(tokenizer, model, Buckets(64, rows=8))
-    plain = TranslationCollator(tokenizer, model=model)([{k: row[k] for k in ("input_ids", "labels")} for row in data])
+    plain = DataCollatorForSeq2Seq(tokenizer, model)([{k: row[k] for k in ("input_ids", "labels")} for row in data])
     padded = pickle.loads(pickle.dumps(collator))(data)  # as a worker of a DataLoader has it
     padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
     assert plain.keys() == padded.keys() == {*padding, "decoder_input_ids"}
@@ -214,6 +215,18 @@ def test_a_bucket_holds_what_transformers_own_collator_makes():
     shifted = model.prepare_decoder_input_ids_from_labels(padded["labels"])
     assert torch.equal(padded["decoder_input_ids"], shifted)
     assert 0 <= shifted.min() and shifted.max() < VOCAB_SIZE
+
+
+def test_a_collator_can_be_sent_to_workers_and_drops_other_columns():
+    model, tokenizer, data = tiny_model(), word_tokenizer(VOCAB_SIZE), list(pairs(5))
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in data]
+    expected = DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8)(rows)
+    collator = TranslationCollator(tokenizer, model, pad_to_multiple_of=8)
+    model.register_forward_pre_hook(lambda *_: None)  # such as the callback's, which cannot be pickled
+    batch = pickle.loads(pickle.dumps(collator))([row | {"source": "A dog", "index": 3} for row in data])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert collator([{"input_ids": [3, 4]}]).keys() == {"input_ids", "attention_mask"}, "source text alone"
 
 
 def exact_model():

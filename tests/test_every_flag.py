@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import SHAPE, arguments, run
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import logging
 from transformers.training_args import OptimizerNames
 
@@ -23,7 +24,6 @@ import run_translation
 from training import model_card
 from training.arguments import DataTrainingArguments, ModelArguments, TranslationTrainingArguments, build_parser
 from training.embedded_data import write_embedded_data
-from training.signals import _end_workers
 
 
 GROUPS = (ModelArguments, DataTrainingArguments, TranslationTrainingArguments)
@@ -221,7 +221,9 @@ def test_a_flag_works_or_is_refused_at_once(name, folder, tmp_path, capsys, monk
     given = arguments(folder / "data", output, **tiny(folder, **changes))
     argv = [text for key, value in given.items() for text in (f"--{key}", str(value))] + switches
     code = run_translation.main(argv)
-    _end_workers()  # as at the end of a process, or those that stay are waited for
+    for found in gc.get_objects() if "dataloader_persistent_workers" in changes else ():
+        if isinstance(found, _MultiProcessingDataLoaderIter):
+            found._shutdown_workers()  # which the end of a process does
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     if code == 0:

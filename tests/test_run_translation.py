@@ -393,7 +393,7 @@ def test_every_decoding_of_the_test_set_is_logged(data, tmp_path):
     assert run(data, tmp_path, **options, eval_on_start=True, eval_strategy="epoch") == 0
     assert (tmp_path / "residual_profile.json").exists(), "profiled on a training batch, after the first evaluation"
     decodes = [json.loads(line) for line in (tmp_path / "decodes.jsonl").read_text().splitlines()]
-    assert [decode["weights"] for decode in decodes] == [[str(tmp_path)]]
+    assert [decode["weights"] for decode in decodes] == [[tmp_path.name]]
     assert (
         run(
             data,
@@ -407,7 +407,7 @@ def test_every_decoding_of_the_test_set_is_logged(data, tmp_path):
     )
     decodes = [json.loads(line) for line in (tmp_path / "decodes.jsonl").read_text().splitlines()]
     assert [decode["num_beams"] for decode in decodes] == [1, 2]
-    assert all(decode["test"] == str(data / "test") and "test_moses_bleu" in decode for decode in decodes)
+    assert all(decode["test"] == "test" and "test_moses_bleu" in decode for decode in decodes)
 
 
 def test_the_model_that_is_named_is_the_one_that_translates(data, tmp_path):

@@ -22,7 +22,7 @@ def start(name, *argv):
     sys.argv = [name, *argv]
     with contextlib.suppress(SystemExit):
         (runpy.run_path if name.endswith(".py") else runpy.run_module)(name, run_name="__main__")
-    print("end of", name, *argv[:2], flush=True)
+    print("=== end of", name, *argv[:2], flush=True)
 start("training.experiments", "--list", "depth", "--help")
 start("admin_hf", "analyze", "--help")
 start("benchmarks", "--help")
@@ -88,7 +88,7 @@ def test_an_ascii_terminal_in_the_c_locale(data, tmp_path):
     )
     printed, errors = done.stdout.decode("ascii"), done.stderr.decode("ascii")
     assert done.returncode == 0 and "Error" not in errors, errors
-    assert printed.count("end of") == 6, errors
+    assert printed.count("=== end of") == 6, errors
     assert "omega of the residual connections" in printed and "A na\\xefve" in printed
     assert ResidualProfile.load(output / "residual_profile.json").encoder.omega
     assert len((output / "generated_predictions.txt").read_text("utf-8").splitlines()) == 2
