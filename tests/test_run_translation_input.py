@@ -69,7 +69,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"max_tokens": 0}, "--max_tokens 0"),
         ({"max_tokens": 2}, "2 target tokens. Raise --max_tokens?"),
         ({"max_tokens": 4, "max_source_length": 3}, "Raise --max_tokens or --max_source_length?"),
-        ({"max_tokens": 50, "max_source_length": 3}, "Raise --max_source_length or --max_target_length?"),
+        ({"max_tokens": 50, "max_source_length": 3}, "Raise --max_tokens or --max_source_length?"),
         ({"learning_rat": 1}, "There is no --learning_rat; is --learning_rate meant?"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0 must be at least 1."),
         ({"adam_beta2": 1.5}, "--adam_beta2 1.5 must be at least 0 and below 1."),
