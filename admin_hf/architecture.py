@@ -45,10 +45,15 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers, `layers` in the module `name` of the base model, each with the same sub-layers in turn."""
+    """A list of layers, `layers` in the module `name` of the base model, each with the same sub-layers in turn.
+
+    Attributes:
+        prefix: what the names of its inputs begin with: of `decoder_input_ids` and `decoder_attention_mask`.
+    """
 
     name: str
     sublayers: tuple[Sublayer, ...]
+    prefix: str = ""
 
     def depth(self, config: PretrainedConfig) -> int:
         """The number of sub-layers of a model's stack."""
@@ -93,7 +98,7 @@ _ENCODER_ATTENTION = Sublayer(
 _FEED_FORWARD = Sublayer("feed-forward", "final_layer_norm", ("fc1",), "fc2")
 
 ENCODER = Stack("encoder", (_SELF_ATTENTION, _FEED_FORWARD))
-DECODER = Stack("decoder", (_SELF_ATTENTION, _ENCODER_ATTENTION, _FEED_FORWARD))
+DECODER = Stack("decoder", (_SELF_ATTENTION, _ENCODER_ATTENTION, _FEED_FORWARD), "decoder_")
 # The stacks of an Admin model, by name
 STACKS = {stack.name: stack for stack in (ENCODER, DECODER)}
 

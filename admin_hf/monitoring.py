@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .architecture import STACKS
 from .pretrained import AdminPreTrainedModel
 from .profiling import base_model_inputs, real_tokens
 from .residual import AdminConnection, ResidualConnection, residual_connections
@@ -56,7 +57,7 @@ class ResidualMonitor:
         """
         values: dict[str, Tensor] = {}
         measured, self._ratios = self._ratios, {}
-        for stack in ("encoder", "decoder"):
+        for stack in STACKS:
             modules = getattr(self.model.base_model, stack).modules()
             if omegas := [module.omega.detach() for module in modules if isinstance(module, AdminConnection)]:
                 values[f"{stack}_omega_min"] = torch.stack([omega.min() for omega in omegas]).min()
@@ -70,9 +71,9 @@ class ResidualMonitor:
         self._remove_hooks()
         self._ratios = {}
         base, inputs = model.base_model, base_model_inputs(model, batch)
-        for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
-            tokens = real_tokens(base, batch, inputs, prefix).unsqueeze(-1)
-            ratios = self._ratios[stack] = []
+        for name, stack in STACKS.items():
+            tokens = real_tokens(base, batch, inputs, stack.prefix).unsqueeze(-1)
+            ratios = self._ratios[name] = []
 
             def observe(
                 connection: ResidualConnection, args: tuple[Tensor, Tensor], tokens: Any = tokens, ratios: Any = ratios
@@ -85,7 +86,7 @@ class ResidualMonitor:
 
             self._handles += [
                 connection.register_forward_pre_hook(observe)
-                for _, connection in residual_connections(getattr(base, stack))
+                for _, connection in residual_connections(getattr(base, name))
             ]
         self._handles.append(model.register_forward_hook(lambda *_: self._remove_hooks(), always_call=True))
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .attention import ADMIN_ATTENTION
 from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
 from .configuration_admin import AdminConfig
+from .reparameterization import reparameterize as fold
 from .residual import ScaleModule, profiled_connections
 from .special_tokens import BANNING_BIAS
 
@@ -262,14 +263,12 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
         return cast(Any, super()).push_to_hub(repo_id, **kwargs)
 
     def _reparameterized(self, state_dict: dict[str, Tensor] | None = None) -> Any:
-        from .reparameterization import reparameterize  # which knows the models that are defined on top of this
-
         model: Any = self
         if state_dict is not None:  # of a model whose weights are spread over processes
             model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
             model.load_state_dict(state_dict)
             model.generation_config = self.generation_config
-        return reparameterize(model, tokenizer=self.vanilla_tokenizer)
+        return fold(model, tokenizer=self.vanilla_tokenizer)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.marian.modeling_marian import shift_tokens_right
 
+from .architecture import STACKS
 from .pretrained import AdminPreTrainedModel
 from .residual import AdminConnection, residual_connections
 from .special_tokens import check_padding
@@ -59,17 +60,28 @@ class StackProfile:
 
 @dataclass
 class ResidualProfile:
-    """The result of [`profile_residuals`], by stack. It is plain data that seeds and ranks can share as JSON."""
+    """The result of [`profile_residuals`], by stack. It is plain data that seeds and ranks can share as JSON.
 
-    encoder: StackProfile = field(default_factory=StackProfile)
-    decoder: StackProfile = field(default_factory=StackProfile)
+    Attributes:
+        stacks: by name, such as `"encoder"`, in execution order.
+    """
+
+    stacks: dict[str, StackProfile] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> StackProfile:
+        return self.stacks["encoder"]
+
+    @property
+    def decoder(self) -> StackProfile:
+        return self.stacks["decoder"]
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile as JSON, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(asdict(self), file, indent=1)
+            json.dump(asdict(self)["stacks"], file, indent=1)
             file.write("\n")
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
@@ -83,12 +95,12 @@ class ResidualProfile:
         """
         try:
             stacks = json.loads(Path(path).read_text(encoding="utf-8"))
-            profile = cls(**{name: StackProfile(**stack) for name, stack in stacks.items()})
+            profile = cls({name: StackProfile(**stack) for name, stack in stacks.items()})
         except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is not a residual profile as ResidualProfile.save writes it: {error}."
             ) from error
-        for name, stack in (("encoder", profile.encoder), ("decoder", profile.decoder)):
+        for name, stack in profile.stacks.items():
             if not _is_sound(stack):
                 raise ValueError(
                     f"{path} is damaged: its {name} must hold lists of names and of numbers, all as long."
@@ -98,7 +110,7 @@ class ResidualProfile:
     def table(self, rows: int = 6) -> str:
         """A short table of ω for people: at most `rows` sub-layers of each stack, first and last among them."""
         lines = [f"{'sub-layer':<46}{'Var[f]':>10}{'ω':>10}"]
-        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+        for name, stack in self.stacks.items():
             count = len(stack.names)
             shown = (
                 sorted({round(k * (count - 1) / (rows - 1)) for k in range(rows)}) if count > rows else range(count)
@@ -157,14 +169,11 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
     check_padding(batch, model.padding_id)
     base: Any = model.base_model
     inputs = _first_rows(base_model_inputs(model, batch))
-    source, target = (real_tokens(base, batch, inputs, prefix) for prefix in ("", "decoder_"))
-    profile = ResidualProfile()
-    with (
-        torch.no_grad(),
-        _restored_state(base),
-        _observed(base.encoder, source, profile.encoder),
-        _observed(base.decoder, target, profile.decoder),
-    ):
+    profile = ResidualProfile({name: StackProfile() for name in STACKS})
+    with torch.no_grad(), _restored_state(base), contextlib.ExitStack() as observers:
+        for name, stack in STACKS.items():
+            tokens = real_tokens(base, batch, inputs, stack.prefix)
+            observers.enter_context(_observed(getattr(base, name), tokens, profile.stacks[name]))
         base(**inputs, use_cache=False)
     return profile
 
@@ -177,8 +186,8 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
             positive. Then nothing is written.
     """
     stacks = [
-        (stack, list(residual_connections(getattr(model.base_model, stack))), getattr(profile, stack))
-        for stack in ("encoder", "decoder")
+        (name, list(residual_connections(getattr(model.base_model, name))), profile.stacks.get(name, StackProfile()))
+        for name in STACKS
     ]
     for stack, connections, measured in stacks:
         if [name for name, _ in connections] != measured.names:
@@ -200,7 +209,9 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
 def base_model_inputs(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the base model takes, which computes no logits and no loss."""
     names = [
-        f"{stack}{name}" for stack in ("", "decoder_") for name in ("input_ids", "inputs_embeds", "attention_mask")
+        f"{stack.prefix}{name}"
+        for stack in STACKS.values()
+        for name in ("input_ids", "inputs_embeds", "attention_mask")
     ]
     inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
     if batch.get("labels") is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
@@ -250,7 +261,7 @@ def real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor],
 def _restored_state(model: Any) -> Iterator[None]:
     """Train mode without LayerDrop; afterwards ω, modes, LayerDrop and random states are as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    layerdrop = [(stack, stack.layerdrop) for stack in (model.encoder, model.decoder)]
+    layerdrop = [(stack, stack.layerdrop) for stack in (getattr(model, name) for name in STACKS)]
     omegas = [(m.omega, m.omega.detach().clone()) for m in model.modules() if isinstance(m, AdminConnection)]
     device = next(model.parameters()).device
     devices = [] if device.type == "cpu" else [device]

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
-from .modeling_admin import AdminForConditionalGeneration
-from .pretrained import AdminPreTrainedModel
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
-from .special_tokens import BANNED
+from .verification import verify
 from .vocabulary import fit_vocabulary
 
 
@@ -36,11 +33,8 @@ MIN_SCALE = 1e-4
 # shortcut of a stack adds the ε of LayerNorm, 1e-5.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
-# Longest row that is compared: memory grows with its square.
-MAX_LENGTH = 1024
 
-
-def stock_architecture(model: AdminPreTrainedModel) -> Architecture:
+def stock_architecture(model: PreTrainedModel) -> Architecture:
     """Return the architecture of Transformers that can hold this model's function.
 
     Raises:
@@ -71,7 +65,7 @@ _UNFOLDED = (
 
 @torch.no_grad()
 def reparameterize(
-    model: AdminPreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
     """Return the stock Transformers model that computes what `model` computes, with no scale left on any shortcut.
 
@@ -121,7 +115,7 @@ def reparameterize(
         rounded = copy.deepcopy(folded).to(precision)
         check_finite(rounded, f"The folded model, rounded to {precision},")
         verify(original, rounded.double(), TOLERANCES[precision])
-    if isinstance(model, AdminForConditionalGeneration):
+    if model.can_generate():
         folded.generation_config = copy.deepcopy(model.generation_config)
     if tokenizer is not None:
         folded = fit_vocabulary(folded, tokenizer)
@@ -131,7 +125,7 @@ def reparameterize(
 # --- folding --------------------------------------------------------------------------------------
 
 
-def _exact_copy(model: AdminPreTrainedModel) -> AdminPreTrainedModel:
+def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself in float64 and eval mode, on the CPU, without hooks and autocast.
 
     Raises:
@@ -153,7 +147,7 @@ def _exact_copy(model: AdminPreTrainedModel) -> AdminPreTrainedModel:
     return original
 
 
-def _stock_model(model: AdminPreTrainedModel, stock: Architecture) -> PreTrainedModel:
+def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel:
     """The folded model, in float64 as `model` is."""
     own = {field.name for field in dataclasses.fields(type(model.config))}
     foreign = own - {field.name for field in dataclasses.fields(stock.config)}
@@ -177,7 +171,7 @@ def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
         )
 
 
-def folded_weights(model: AdminPreTrainedModel) -> dict[str, Tensor]:
+def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of `model` under Marian's names, with all scales folded into them, in the model's dtype.
 
     Raises:
@@ -240,117 +234,6 @@ def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
             f"(|entry| must be at least {MIN_SCALE:g}): export an earlier checkpoint, or the model as it is."
         )
     return scale
-
-
-# --- verification ---------------------------------------------------------------------------------
-
-
-def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) -> None:
-    """Compare two models on random batches, both in eval mode and of the same dtype.
-
-    Args:
-        tolerance: largest difference allowed, as a share of the largest output of `model`.
-
-    Raises:
-        ValueError: their outputs differ by more, or they decode different tokens where no tie explains it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    longest = min(model.config.max_position_embeddings, MAX_LENGTH)
-    for rows, length in ((4, min(24, longest)), (1, longest)):
-        batch = _random_batch(model, rows, length, generator)
-        expected, found = _outputs(model, batch), _outputs(folded, batch)
-        largest = float((expected - _bias(model)).abs().max())
-        difference = float((expected - found).abs().max())
-        if not difference <= tolerance * largest:
-            raise ValueError(
-                f"The folded model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
-                "is allowed, so nothing was exported. The first to differ is "
-                f"{_first_difference(model, folded, batch)}: its connection, or the one before, computes something "
-                "else than its scales say."
-            )
-        if rows > 1 and model.can_generate():
-            _compare_greedy(model, folded, batch, 2 * tolerance * largest)
-
-
-def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
-    """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
-    ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
-    outputs: list[dict[str, Tensor]] = []
-    for either in (model, folded):
-        found: dict[str, Tensor] = {}
-        handles = [
-            module.register_forward_hook(functools.partial(_keep_output, found, name))
-            for name, module in either.named_modules()
-            if name.endswith(ends)
-        ]
-        either(**batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        outputs.append({name: output / output.norm() for name, output in found.items()})
-    differing = (name for name, output in outputs[0].items() if not output.allclose(outputs[1][name], 1e-5, 1e-7))
-    return next(differing, "the output layer")
-
-
-def _keep_output(found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-    found[name] = output
-
-
-def _random_batch(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random tokens but padding; every row but the first is shorter than the one before, and padded."""
-    config = model.config
-    sides = {}
-    for prefix, vocab_size in (("", config.vocab_size), ("decoder_", config.decoder_vocab_size or config.vocab_size)):
-        ids = torch.randint(vocab_size - 1, (rows, length), generator=generator)
-        ids += ids >= config.pad_token_id
-        lengths = torch.linspace(length, min(2, length), rows).long()
-        mask = torch.arange(length) < lengths[:, None]
-        sides[f"{prefix}input_ids"] = ids.where(mask, config.pad_token_id).to(model.device)
-        sides[f"{prefix}attention_mask"] = mask.long().to(model.device)
-    sides["decoder_input_ids"][:, 0] = config.decoder_start_token_id
-    return sides
-
-
-def _outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of the real positions but of banned tokens (as padding is); hidden states without an output layer."""
-    outputs = model(**batch, use_cache=False)
-    real = batch["decoder_attention_mask"].bool()
-    if not model.can_generate():
-        return outputs.last_hidden_state[real]
-    return outputs.logits[real].masked_fill(model.final_logits_bias < BANNED, 0.0)
-
-
-def _bias(model: Any) -> Tensor | float:
-    if not model.can_generate():
-        return 0.0
-    return model.final_logits_bias.masked_fill(model.final_logits_bias < BANNED, 0.0)
-
-
-def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: float) -> None:
-    config = model.config
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_length=min(16, config.max_position_embeddings),
-        pad_token_id=config.pad_token_id,
-        eos_token_id=config.eos_token_id,
-        decoder_start_token_id=config.decoder_start_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    for m in (model, folded):  # copies; `generate` would fill the settings up from their own
-        m.generation_config = settings
-    expected, found = (m.generate(**source) for m in (model, folded))
-    steps = min(expected.sequences.shape[1], found.sequences.shape[1])
-    differs = expected.sequences[:, :steps] != found.sequences[:, :steps]
-    for row in differs.any(1).nonzero().flatten().tolist():
-        step = int(differs[row].int().argmax()) - 1  # the first token is the decoder's start
-        best, second = expected.logits[step][row].topk(2).values.tolist()
-        if best - second > margin:
-            raise ValueError(
-                f"The folded model decodes other tokens than the model: at step {step} of greedy decoding the best "
-                f"two logits are {best - second:.2g} apart, so nothing was exported."
-            )
 
 
 __all__ = ["reparameterize"]

@@ -40,10 +40,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import MarianConfig
 from transformers import initialization as init
 
 from .architecture import STACKS
@@ -62,10 +63,6 @@ from .connections import (
     profiled_connections,
     residual_connections,
 )
-
-
-if TYPE_CHECKING:
-    from .configuration_admin import AdminConfig
 
 
 Initializer = Callable[[Tensor], Any]
@@ -93,7 +90,7 @@ class ResidualSystem:
         "fc2": init.xavier_uniform_,
     }
 
-    def __init__(self, config: AdminConfig, stack: str) -> None:
+    def __init__(self, config: MarianConfig, stack: str) -> None:
         self.config = config
         self.stack = stack
         self.sublayers = STACKS[stack].sublayers
@@ -158,7 +155,7 @@ class AdminUniform(Admin):
     From the authors' package admin-torch.
     """
 
-    def __init__(self, config: AdminConfig, stack: str) -> None:
+    def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
         n = STACKS[stack].depth(config)
         self.omega = math.sqrt((n + 1) / math.log(n + 1) - 1)
@@ -173,7 +170,7 @@ class DeepNorm(ResidualSystem):
         decoder   α = (3M)^(1/4)           β = (12M)^(-1/4)
     """
 
-    def __init__(self, config: AdminConfig, stack: str) -> None:
+    def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
         n, m = config.encoder_layers, config.decoder_layers
         if stack == "encoder":
@@ -217,7 +214,7 @@ class FixUp(ResidualSystem):
     last one is 0: m = 2 in the feed-forward branch, 4 in attention. The output layer starts at 0, so it is not tied.
     """
 
-    def __init__(self, config: AdminConfig, stack: str) -> None:
+    def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
         depth = sum(stack.depth(config) for stack in STACKS.values())
         attention: Initializer = partial(init.xavier_uniform_, gain=2**-0.5 * depth ** (-1 / 6))
@@ -260,7 +257,7 @@ class LookLinear(ResidualSystem):
         "fc2": partial(_mirrored_xavier_, dim=1),
     }
 
-    def __init__(self, config: AdminConfig, stack: str) -> None:
+    def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
         if (width := getattr(config, f"{stack}_ffn_dim")) % 2:
             raise ValueError(f"{stack}_ffn_dim={width} must be even: looklinear mirrors one half in the other.")
@@ -285,7 +282,7 @@ SYSTEMS: dict[str, type[ResidualSystem]] = {
 }
 
 
-def residual_system(config: AdminConfig, stack: str) -> ResidualSystem:
+def residual_system(config: MarianConfig, stack: str) -> ResidualSystem:
     """Return the system that the configuration chooses for a stack, `"encoder"` or `"decoder"`.
 
     Raises:

@@ -1,11 +1,18 @@
 """The names that the architecture writes down are those of the models, and its stock classes are what it says."""
 
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
 import pytest
 from conftest import SYSTEM_PAIRS, tiny_model
 from torch import nn
 
 from admin_hf.architecture import ARCHITECTURES, STACKS
 from admin_hf.residual import residual_connections
+
+
+REPO = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), SYSTEM_PAIRS)
@@ -36,3 +43,30 @@ def test_stock_classes_have_the_parts(architecture):
                 assert isinstance(layer.get_submodule(sublayer.norm), nn.LayerNorm)
                 for path in (*sublayer.reads, sublayer.ends):
                     assert isinstance(layer.get_submodule(path), nn.Linear)
+
+
+@pytest.mark.parametrize("package", ["admin_hf", "training", "benchmarks"])
+def test_no_module_imports_itself_through_others(package):
+    """Imports within functions and for types count as well."""
+    graph = TopologicalSorter({name: imports(package, name) for name in modules(package)})
+    graph.prepare()  # or it raises a CycleError that names them
+
+
+def modules(package: str) -> dict[str, Path]:
+    paths = (REPO / package).rglob("*.py")
+    return {".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def imports(package: str, name: str) -> set[str]:
+    """The modules of the package that a module names in its imports."""
+    there, found = modules(package), set()
+    inner = len(name.split(".")) + (there[name].name == "__init__.py")
+    for node in ast.walk(ast.parse(there[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            above = name.split(".")[: inner - node.level] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            named = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {each if each in there else source for each in named}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return (found & there.keys()) - {name}

@@ -167,9 +167,9 @@ def test_initialising_writes_omega_into_all_entries_and_nothing_else(batch):
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     profile = profile_residuals(model, batch)
-    assert not model.omega_initialized
+    assert not model.omega_initialized and not model.is_profiled
     initialize_omega(model, profile)
-    assert model.omega_initialized
+    assert model.omega_initialized and model.is_profiled
     values = {
         f"model.{s}.{name}.omega": omega
         for s, stack in (("encoder", profile.encoder), ("decoder", profile.decoder))
@@ -179,6 +179,8 @@ def test_initialising_writes_omega_into_all_entries_and_nothing_else(batch):
         if name.endswith("omega"):
             assert torch.equal(value, torch.full((16,), values[name])), name
             assert values[name] > 1
+        elif name.endswith("omega_profiled"):
+            assert (before[name], value) == (0, 1)
         else:
             assert torch.equal(value, before[name]), name
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..architecture import STACKS
 from ..averaging import complete_checkpoints, saved_checkpoints
 from ..checkpoints import check_weight_files, explained_errors
 from ..configuration_admin import AdminConfig
@@ -111,9 +112,9 @@ def observe_connections(
     inputs = base_model_inputs(model, batch)
     handles = []
     try:
-        for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
-            observe = observer(stack, real_tokens(base, batch, inputs, prefix))
-            handles += [c.register_forward_hook(observe) for _, c in residual_connections(getattr(base, stack))]
+        for name, stack in STACKS.items():
+            observe = observer(name, real_tokens(base, batch, inputs, stack.prefix))
+            handles += [c.register_forward_hook(observe) for _, c in residual_connections(getattr(base, name))]
         with modes_restored(model):
             model.eval()
             base(**inputs, use_cache=False)

@@ -112,7 +112,7 @@ def _stack(stack: str, saved: dict[int, _Omegas]) -> StackOmega:
 def _profiled(profile: ResidualProfile, names: Iterable[str]) -> _Omegas:
     omega = {
         f"{stack}.{name}": value
-        for stack, measured in (("encoder", profile.encoder), ("decoder", profile.decoder))
+        for stack, measured in profile.stacks.items()
         for name, value in zip(measured.names, measured.omega, strict=True)
     }
     return {name: (omega[name],) * 3 for name in names if name in omega}

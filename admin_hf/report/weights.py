@@ -39,7 +39,7 @@ def omega(run: Run) -> Section:
     with _explained(section):
         if not folders and run.profile is not None:
             for stack in STACKS:
-                profile = {"profiled": getattr(run.profile, stack).omega}
+                profile = {"profiled": run.profile.stacks[stack].omega}
                 section.pictures.append(_by_sublayer(f"ω as it was profiled, {stack}", profile, "ω", log=False))
         if not folders:
             raise FileNotFoundError("The run has saved no weights.")

@@ -1,0 +1,128 @@
+"""Two models that should compute the same: compared on random batches, logits and decoded tokens."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .architecture import STACKS
+from .special_tokens import BANNED
+
+
+# Longest row that is compared: memory grows with its square.
+MAX_LENGTH = 1024
+
+
+def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) -> None:
+    """Compare two models on random batches, both in eval mode and of the same dtype.
+
+    Args:
+        tolerance: largest difference allowed, as a share of the largest output of `model`.
+
+    Raises:
+        ValueError: their outputs differ by more, or they decode different tokens where no tie explains it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    longest = min(model.config.max_position_embeddings, MAX_LENGTH)
+    for rows, length in ((4, min(24, longest)), (1, longest)):
+        batch = _random_batch(model, rows, length, generator)
+        expected, found = _outputs(model, batch), _outputs(folded, batch)
+        largest = float((expected - _bias(model)).abs().max())
+        difference = float((expected - found).abs().max())
+        if not difference <= tolerance * largest:
+            raise ValueError(
+                f"The folded model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
+                "is allowed, so nothing was exported. The first to differ is "
+                f"{_first_difference(model, folded, batch)}: its connection, or the one before, computes something "
+                "else than its scales say."
+            )
+        if rows > 1 and model.can_generate():
+            _compare_greedy(model, folded, batch, 2 * tolerance * largest)
+
+
+def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
+    """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
+    ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
+    outputs: list[dict[str, Tensor]] = []
+    for either in (model, folded):
+        found: dict[str, Tensor] = {}
+        handles = [
+            module.register_forward_hook(functools.partial(_keep_output, found, name))
+            for name, module in either.named_modules()
+            if name.endswith(ends)
+        ]
+        either(**batch, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        outputs.append({name: output / output.norm() for name, output in found.items()})
+    differing = (name for name, output in outputs[0].items() if not output.allclose(outputs[1][name], 1e-5, 1e-7))
+    return next(differing, "the output layer")
+
+
+def _keep_output(found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    found[name] = output
+
+
+def _random_batch(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random tokens but padding; every row but the first is shorter than the one before, and padded."""
+    config = model.config
+    sides = {}
+    for prefix, vocab_size in (("", config.vocab_size), ("decoder_", config.decoder_vocab_size or config.vocab_size)):
+        ids = torch.randint(vocab_size - 1, (rows, length), generator=generator)
+        ids += ids >= config.pad_token_id
+        lengths = torch.linspace(length, min(2, length), rows).long()
+        mask = torch.arange(length) < lengths[:, None]
+        sides[f"{prefix}input_ids"] = ids.where(mask, config.pad_token_id).to(model.device)
+        sides[f"{prefix}attention_mask"] = mask.long().to(model.device)
+    sides["decoder_input_ids"][:, 0] = config.decoder_start_token_id
+    return sides
+
+
+def _outputs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the real positions but of banned tokens (as padding is); hidden states without an output layer."""
+    outputs = model(**batch, use_cache=False)
+    real = batch["decoder_attention_mask"].bool()
+    if not model.can_generate():
+        return outputs.last_hidden_state[real]
+    return outputs.logits[real].masked_fill(model.final_logits_bias < BANNED, 0.0)
+
+
+def _bias(model: Any) -> Tensor | float:
+    if not model.can_generate():
+        return 0.0
+    return model.final_logits_bias.masked_fill(model.final_logits_bias < BANNED, 0.0)
+
+
+def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: float) -> None:
+    config = model.config
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_length=min(16, config.max_position_embeddings),
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for m in (model, folded):  # copies; `generate` would fill the settings up from their own
+        m.generation_config = settings
+    expected, found = (m.generate(**source) for m in (model, folded))
+    steps = min(expected.sequences.shape[1], found.sequences.shape[1])
+    differs = expected.sequences[:, :steps] != found.sequences[:, :steps]
+    for row in differs.any(1).nonzero().flatten().tolist():
+        step = int(differs[row].int().argmax()) - 1  # the first token is the decoder's start
+        best, second = expected.logits[step][row].topk(2).values.tolist()
+        if best - second > margin:
+            raise ValueError(
+                f"The folded model decodes other tokens than the model: at step {step} of greedy decoding the best "
+                f"two logits are {best - second:.2g} apart, so nothing was exported."
+            )
+
+
+__all__ = ["verify"]
