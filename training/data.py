@@ -198,9 +198,8 @@ def tokenize_for_training(
         f"longer than {limits[0]:,} source or {limits[1]:,} target tokens."
     )
     if not len(kept):
-        flags = ("--max_source_length", "--max_target_length")
-        if longest is not None and longest < max(data.max_source_length, data.max_target_length):
-            flags = ("--max_tokens", *(flag for flag, limit in zip(flags, limits, strict=True) if limit < longest))
+        given = {"--max_source_length": data.max_source_length, "--max_target_length": data.max_target_length}
+        flags = dict.fromkeys(flag if limit <= (longest or limit) else "--max_tokens" for flag, limit in given.items())
         raise InputError(f"No training pair is left: {summary} Raise {' or '.join(flags)}?")
     (logger.warning if empty + long else logger.info)(summary)
     for side, share in _report(dataset, "training").items():
