@@ -3,6 +3,7 @@
 import codecs
 import sys
 import unicodedata
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TextIO
 
@@ -50,4 +51,5 @@ def spell_out() -> None:
     """Let standard output and error spell out what they cannot encode. For programs, not for libraries."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors=SPELL_OUT)
+            with suppress(OSError):  # a file when Python was started, which a pipe has replaced
+                stream.reconfigure(errors=SPELL_OUT)

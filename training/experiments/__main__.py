@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 
 from ..errors import InputError
@@ -16,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run experiments; returns 0, 1 if a run ended in an error, 2 for unusable input, 130 or 143 if stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # admin_hf.terminal spells better, but takes seconds to load
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     arguments = parse(argv)
     scales = {name: SCALES[arguments.scale or EXPERIMENTS[name].scales[0]] for name in arguments.names}
 
