@@ -450,6 +450,8 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
         dataset["index"], dataset["source"], trainer.translations(output.predictions, dataset), strict=True
     )
     _, sources, translations = zip(*sorted(translated), strict=True)
+    if not any(translations):
+        logger.warning("All translations are empty: the model has not learnt enough; train longer.")
     path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
     write_whole(path, "".join(f"{text}\n" for text in translations))
     for source, translation in zip(sources[:3], translations[:3], strict=True):

@@ -19,7 +19,7 @@ from .pretrained import AdminPreTrainedModel
 from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import stock_architecture
 from .residual import profiled_connections
-from .special_tokens import check_padding, check_tokenizer
+from .special_tokens import check_padding, check_tokenizer, never_ends
 from .terminal import showable
 
 
@@ -114,6 +114,13 @@ class AdminProfilingCallback(TrainerCallback):
                 profile_and_initialize(module, batch, output_dir, verbose=self.verbose)
             else:
                 check_padding(batch, module.padding_id)
+            eos = module.config.eos_token_id
+            if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
+                logger.warning(
+                    f"No target of the first batch holds the end-of-sentence token {eos}, so the model cannot learn "
+                    "to stop: give the tokenizer a post-processor that puts it behind each sentence, such as "
+                    "TemplateProcessing of the package tokenizers."
+                )
 
         self._remove_hook()
         self._hook = model.register_forward_pre_hook(torch.compiler.disable(see_first_batch), with_kwargs=True)

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _INVISIBLE = regex.compile(r"[\s\p{Z}\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point
 
 _QUOTES = (
     "a cell that begins with a quote must end with one in the same line, and quotes within it are written twice, as "
-    'in "12"" wide"'
+    'in "12"" wide"; a cell cannot hold a line break'
 )
 
 
@@ -81,13 +81,11 @@ def read_pairs(paths: Sequence[Path], languages: Sequence[str], source_only: boo
                 raise ValueError(f"{names} differ in their number of lines: one has no line {number}.")
             yield Pair(number, texts[0], texts[1] if len(texts) > 1 else None)
         return
+    required = languages[:1] if source_only else languages
     for path in paths:
-        for line, row in _rows(path, languages):
+        for line, row in _rows(path, languages, required):
             source, target = (_text(row.get(language), path, line, language) for language in languages)
-            for language in languages[:1] if source_only else languages:
-                if language not in row:
-                    found = ", ".join(map(repr, row)) or "none"
-                    raise ValueError(f"{path}, line {line}, has no language key {language!r}; it has {found}.")
+            _check_languages(row, required, path, line)
             yield Pair(line, source, target)
 
 
@@ -111,17 +109,17 @@ def _lines(path: Path) -> Iterator[str]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, languages: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, languages: Sequence[str], required: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and rows; a row of Hugging Face's form is what is under its `translation`."""
     if path.suffix.lower() in (".csv", ".tsv"):
-        yield from _cells(path, languages)
+        yield from _cells(path, languages, required)
         return
     for line, value in _json_array(path) if _is_array(path) else _json_lines(path):
         row = _object(value, path, line, languages)
         yield line, _object(row["translation"], path, line, languages) if "translation" in row else row
 
 
-def _cells(path: Path, languages: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _cells(path: Path, languages: Sequence[str], required: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     split = _tsv_cells if path.suffix.lower() == ".tsv" else _csv_cells
     header: list[str] = []
     for line, text in enumerate(_lines(path), 1):
@@ -129,6 +127,7 @@ def _cells(path: Path, languages: Sequence[str]) -> Iterator[tuple[int, dict[str
         if line == 1:
             header = [name.strip() for name in cells]
             _check_names(header, languages, path, line)
+            _check_languages(header, required, path, line)
         elif cells and len(cells) != len(header):
             raise ValueError(f"{path}, line {line}, has {len(cells)} fields; the header has {len(header)}.")
         elif any(cells):
@@ -140,6 +139,13 @@ def _cells(path: Path, languages: Sequence[str]) -> Iterator[tuple[int, dict[str
 def _check_names(names: list[str], used: Sequence[str], path: Path, line: int) -> None:
     if twice := [name for name in used if names.count(name) > 1]:
         raise ValueError(f"{path}, line {line}, has {twice[0]!r} twice; expected each language once.")
+
+
+def _check_languages(names: Collection[str], required: Sequence[str], path: Path, line: int) -> None:
+    for language in required:
+        if language not in names:
+            found = ", ".join(map(repr, names)) or "none"
+            raise ValueError(f"{path}, line {line}, has no language key {language!r}; it has {found}.")
 
 
 def _tsv_cells(text: str, path: Path, line: int) -> list[str]:

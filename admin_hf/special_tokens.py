@@ -1,8 +1,9 @@
 """What a model takes from its tokenizer: the ids of padding and sentence end, and how batches are padded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -141,4 +142,12 @@ def check_padding(batch: Mapping[str, Any], pad_token_id: int) -> None:
             )
 
 
-__all__ = ["check_padding", "check_tokenizer"]
+def never_ends(batch: Mapping[str, Any], eos_token_ids: Sequence[int]) -> bool:
+    """Whether no target of a batch ends a sentence, so that a model of it could not learn to stop."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or not eos_token_ids or not bool((labels != -100).any()):
+        return False
+    return not bool(torch.isin(labels, torch.tensor(eos_token_ids, device=labels.device)).any())
+
+
+__all__ = ["check_padding", "check_tokenizer", "never_ends"]

@@ -212,6 +212,14 @@ def test_every_kind_of_embedding_is_fitted(tmp_path, layout, changes):
     assert model.config.vocab_size == 64, "the model that was trained stays as it is"
 
 
+def test_targets_that_never_end_are_warned_of(tmp_path, caplog):
+    tokenizer = tokenizer_of("bart")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    model = model_of(AdminConfig.for_tokenizer(tokenizer, **SHAPE))
+    trainer_of(model, tokenizer, tmp_path, max_steps=1).train()
+    assert "holds the end-of-sentence token 2, so the model cannot learn to stop" in caplog.text
+
+
 def test_what_a_trainer_publishes_is_fitted_to_its_tokenizer(tmp_path):
     tokenizer = tokenizer_of("t5")
     model = model_of(AdminConfig.for_tokenizer(tokenizer, vocab_size=64, **SHAPE))

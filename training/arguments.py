@@ -87,7 +87,9 @@ class ModelArguments:
             "help": "residual_profile.json of another run to take ω from, in place of profiling the first batch."
         },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to store what is downloaded from the Hub."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for what is downloaded, and for data that was read and tokenised."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with a tokenizer from the Hub."}
@@ -100,7 +102,9 @@ class DataTrainingArguments:
 
     source_lang: str | None = field(default=None, metadata={"help": "Source language, such as 'en'."})
     target_lang: str | None = field(default=None, metadata={"help": "Target language, such as 'de'."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub, in place of files."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a local folder with one, in place of files."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(
         default=None,
@@ -113,7 +117,9 @@ class DataTrainingArguments:
     test_file: str | None = field(
         default=None, metadata={"help": "Test pairs in the same forms, or source text alone, to translate."}
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise again instead of using cached data."})
+    overwrite_cache: bool = field(
+        default=False, metadata={"help": "Read and tokenise the data again instead of using the cache."}
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
     max_source_length: int = field(
         default=1024,
@@ -126,7 +132,11 @@ class DataTrainingArguments:
         default=128, metadata={"help": "Longest target in tokens; longer training pairs are skipped and counted."}
     )
     val_max_target_length: int | None = field(
-        default=None, metadata={"help": "Longest generated translation in tokens. Defaults to max_target_length."}
+        default=None,
+        metadata={
+            "help": "Longest translation in tokens. Validation targets are cut to it for the loss, not for scores. "
+            "Defaults to max_target_length."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training pairs only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first validation pairs only."})

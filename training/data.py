@@ -110,7 +110,8 @@ def _without_nulls(
         elif pc.any(missing).as_py():
             raise InputError(
                 f"{pc.sum(missing).as_py():,} of {len(dataset):,} {split} pairs have no {data.target_lang!r}, the "
-                f"first is {place_of(pc.index(missing, True).as_py())}. Every pair is scored: add what is missing."
+                f"first is {place_of(pc.index(missing, True).as_py())}. Add what is missing, or leave out all "
+                "targets of a test file."
             )
     for name, language in zip(dataset.column_names, (data.source_lang, data.target_lang), strict=False):
         column = dataset.data.column(name)
@@ -247,7 +248,10 @@ def tokenize_for_evaluation(
     dataset = _map(dataset, encode, features, data, f"Tokenising the {split} sentences", with_indices=True)
     columns = dataset.with_format("numpy")
     if cut := int(columns["cut"][:].sum()):
-        logger.warning(f"{cut:,} of {len(dataset):,} {split} sentences are longer than {limits} tokens and were cut.")
+        logger.warning(
+            f"{cut:,} of {len(dataset):,} {split} pairs (the first is number {columns['cut'][:].argmax() + 1:,}) are "
+            f"longer than --max_source_length {limits[0]} or --val_max_target_length {limits[1]} and were cut."
+        )
     _report(dataset, split)
     lengths = np.array([len(ids) for ids in dataset["input_ids"]])
     return dataset.select(np.argsort(-lengths, kind="stable")).remove_columns(["cut", *about])
@@ -288,8 +292,8 @@ def _encode(batch: dict[str, list], encoders: dict[str, Encoder]) -> tuple[dict[
 
 
 _SAID = {
-    NAMED: "hold the name of a control token, such as <s>, which is read as text. One for every source goes into "
-    "--source_prefix",
+    NAMED: "hold the name of a control token, such as <s>, which is read as text. If you meant a control token "
+    "before every source, give it as --source_prefix",
     REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
     MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
 }
@@ -303,7 +307,8 @@ def _report(dataset: Dataset, split: str) -> dict[str, float]:
         tokens, unknown, notes = (columns[f"{side}_{name}"][:] for name in ("tokens", "unknown", "notes"))
         shares[side] = unknown.sum() / max(1, tokens.sum())
         if shares[side] > _MANY_UNKNOWN:
-            _warn(unknown > 0, f"{split} {side}s", f"hold tokens that are unknown, {shares[side]:.1%} of all tokens")
+            what = f"hold tokens that are unknown, {shares[side]:.1%} of all tokens: is the tokenizer one of this "
+            _warn(unknown > 0, f"{split} {side}s", f"{what}language, script and case?")
         for flag, what in _SAID.items():
             _warn(notes & flag > 0, f"{split} {side}s", what)
     return shares

@@ -109,7 +109,10 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
     for side in ("text", "text_target"):
         ids += (sentence := tokenizer(**{side: "a"})["input_ids"])
         if sentence[-1:] != [tokenizer.eos_token_id]:
-            raise InputError(f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}.")
+            raise InputError(
+                f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}: give it a post-processor "
+                "that does, such as TemplateProcessing of the package tokenizers, and save it."
+            )
     if max(ids) >= len(tokenizer):
         raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
     return read_control_tokens_as_text(tokenizer, prefix)

@@ -134,7 +134,8 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
                 raise InputError(
                     f"{folder} holds a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
                     f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
-                    f"--model_name_or_path {folder} and another --output_dir."
+                    f"--model_name_or_path {folder} and another --output_dir, and leave out --config_name and "
+                    "--config_overrides."
                 )
 
 
