@@ -49,6 +49,7 @@ IMPOSSIBLE = {
     ("average_tokens_across_devices", False): "the loss is that of the targets of all processes.",
     ("batch_eval_metrics", True): "scores are those of all sentences together, not of batches.",
     ("save_strategy", SaveStrategy.BEST): "a run could not go on from there; use --load_best_model_at_end.",
+    ("sortish_sampler", True): "Transformers reads it no more; use --train_sampling_strategy group_by_length.",
     ("use_liger_kernel", True): "Liger has no kernels for these models.",
 }
 
