@@ -436,3 +436,14 @@ def test_real_text_survives_tokenisation(tmp_path):
     lines = (MULTI30K / "train.de").read_text(encoding="utf-8").splitlines()[:2000]
     decoded = tokenizer.batch_decode(tokenizer(lines)["input_ids"], skip_special_tokens=True)
     assert decoded == [" ".join(line.lower().split()) for line in lines]
+
+
+def test_every_sentence_is_scored_whatever_training_drops(data, tmp_path):
+    """12 sentences in batches of 8: Trainer would leave out the last four of an evaluation too."""
+    options = {"do_eval": True, "do_predict": True, "max_steps": 1}
+    assert run(data, tmp_path / "all", **options) == 0
+    assert run(data, tmp_path / "dropped", **options, dataloader_drop_last=True) == 0
+    one, other = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("all", "dropped"))
+    assert one["eval_loss"] == other["eval_loss"] and one["test_chrf"] == other["test_chrf"]
+    lines = [(tmp_path / name / "generated_predictions.txt").read_text() for name in ("all", "dropped")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 12
