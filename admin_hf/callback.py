@@ -319,4 +319,10 @@ def _check_processing_class(model: nn.Module | None, processing_class: Any) -> N
 
 
 def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:
-    return cast(AdminPreTrainedModel, extract_model_from_parallel(model))
+    model = extract_model_from_parallel(model)
+    if not hasattr(model, "omega_initialized"):  # which an adapter around an Admin model has, too
+        raise ValueError(
+            f"{type(model).__name__} is no Admin model, so it has no ω: load it by "
+            "`AdminForConditionalGeneration.from_pretrained`, or leave the callback out."
+        )
+    return cast(AdminPreTrainedModel, model)

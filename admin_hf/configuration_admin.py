@@ -134,6 +134,8 @@ class AdminConfig(MarianConfig):
         ```
         """
         pad, eos = required_ids(tokenizer)
+        if given := fields.keys() & {"pad_token_id", "eos_token_id", "bos_token_id"}:
+            raise ValueError(f"{min(given)}={fields[min(given)]} is the tokenizer's to say: leave it out.")
         entries = vocabulary_size(tokenizer)
         if (size := fields.setdefault("vocab_size", entries)) < entries:
             raise ValueError(f"vocab_size={size} is too small for the tokenizer, which has {entries:,} entries.")

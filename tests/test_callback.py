@@ -386,6 +386,12 @@ def test_what_cannot_be_folded_is_saved_as_it_is(tmp_path, dataset, caplog):
     assert "decoder.layers.1.final_layer_norm.omega" in caplog.text
 
 
+def test_a_stock_model_is_refused_in_a_sentence(tmp_path, dataset):
+    model = reparameterize(tiny_model())
+    with pytest.raises(ValueError, match="MarianMTModel is no Admin model, so it has no ω"):
+        trainer(model, dataset, tmp_path, [AdminProfilingCallback()])
+
+
 def test_a_mix_without_stock_architecture_is_refused_when_the_trainer_is_made(tmp_path, dataset):
     model = tiny_model(encoder_residual="post_ln", decoder_residual="pre_ln")
     with pytest.raises(ValueError, match="register_for_auto_class"):

@@ -7,7 +7,7 @@ from datasets import Dataset
 from test_tokenization import bert_tokenizer
 
 from training.errors import InputError
-from training.metrics import Language, TranslationMetric, check_references
+from training.metrics import Language, TranslationMetric, check_references, one_line
 from training.tokenization import train_tokenizer
 
 
@@ -239,3 +239,11 @@ def test_targets_without_spaces_in_a_language_with_spaces_are_said(tokenizer, ca
     text = warnings(caplog, tokenizer, split(tokenizer, *SENTENCES["zh"]), language)
     assert ("3 of 3 validation pairs, first number 1, have targets without spaces between words" in text) == said
     assert ("--target_lang cn is no language code that is known here" in text) == (language == "cn")
+
+
+def test_a_line_is_what_was_decoded_but_for_line_ends():
+    line = "10\u00a0% \u3000 groß"
+    assert one_line(f" {line}\r\n\u2028\x85 noch\x0bso\r") == f"{line}    noch so".replace("    ", " " * 4)
+    assert one_line(line) == line
+    for separator in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029":
+        assert len(one_line(f"a{separator}b").splitlines()) == 1

@@ -67,6 +67,9 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"push_to_hub": True, "do_train": None, "do_eval": True, "model_name_or_path": "x"}, "needs --do_train"),
         ({"push_to_hub": True, "hub_strategy": "every_save"}, "--hub_strategy every_save: only 'end' is possible"),
         ({"max_tokens": 0}, "--max_tokens 0"),
+        ({"dataset_name": "some/set"}, "--train_file and --dataset_name name the same data"),
+        ({"num_beams": 2, "generation_num_beams": 3}, "--num_beams 2 and --generation_num_beams 3 mean the same"),
+        ({"metric_for_best_model": "bleu", "predict_with_generate": False}, "bleu needs translations"),
         ({"max_tokens": 2}, "2 target tokens. Raise --max_tokens?"),
         ({"max_tokens": 4, "max_source_length": 3}, "Raise --max_source_length or --max_tokens?"),
         ({"max_tokens": 200, "max_source_length": 3}, "Raise --max_source_length or --max_target_length?"),
@@ -90,7 +93,6 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"early_stopping_patience": 2}, "--early_stopping_patience 2 needs --eval_strategy"),
         ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, "--save_strategy best"),
         ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
-        ({"metric_for_best_model": "bleu", "predict_with_generate": False}, "expected one of loss."),
         ({"optim": "lion_8bit"}, "--optim"),
         ({"optim": "radan"}, "radan"),
         ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
@@ -103,6 +105,12 @@ def test_a_wrong_argument(data, tmp_path, capsys, changes, message):
         assert message in error(capsys, data, tmp_path / "out", **changes)
     except SystemExit as exit:  # argparse ends the process itself
         assert exit.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_output_dir_without_a_name_leaves_nothing_here(data, capsys):
+    before = sorted(Path().iterdir())
+    assert run(data, "") == 2
+    assert "--output_dir is empty" in capsys.readouterr().err and sorted(Path().iterdir()) == before
 
 
 def test_a_checkpoint_that_cannot_be_loaded(data, tmp_path, capsys):

@@ -9,6 +9,7 @@ import sys
 import hypothesis.strategies as st
 import layouts
 import pytest
+from conftest import tiny_model
 from datasets import Dataset
 from hypothesis import HealthCheck, example, given, settings
 from layouts import CODE, LAYOUTS, save_layout
@@ -285,7 +286,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path, given_tok
     features = [{"input_ids": [5, 6, 2], "labels": [5, 2]}, {"input_ids": [2], "labels": [2]}]
     loaded = given_tokenizers["fairseq"]
     for tokenizer in (loaded, stored):
-        batch = TranslationCollator(tokenizer)(features)
+        batch = TranslationCollator(tokenizer, tiny_model())(features)
         assert batch["input_ids"].tolist() == [[5, 6, 2], [2, 1, 1]] and batch["labels"].tolist() == [
             [5, 2],
             [2, -100],

@@ -364,6 +364,12 @@ def check_arguments(
     wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
     if not any(wanted.values()):
         raise InputError("Nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
+    if not training.output_dir.strip():
+        raise InputError("--output_dir is empty: name the folder of the run.")
+    if data.dataset_name is not None:
+        for name in ("train_file", "validation_file"):
+            if getattr(data, name) is not None:
+                raise InputError(f"--{name} and --dataset_name name the same data: give one of them.")
     for name in ("source_lang", "target_lang"):
         if not getattr(data, name):
             raise InputError(f"--{name} is missing: give a language key such as 'en'.")
@@ -403,7 +409,10 @@ def check_arguments(
     if DebugOption.TPU_METRICS_DEBUG in training.debug and not is_torch_xla_available():
         raise InputError(f"--debug {shown(DebugOption.TPU_METRICS_DEBUG)} is for a TPU, and there is none.")
     scores = SCORES if training.predict_with_generate else SCORES[:1]
-    if (metric := training.metric_for_best_model) and metric.removeprefix("eval_") not in scores:
+    metric = training.metric_for_best_model
+    if metric and metric.removeprefix("eval_") in set(SCORES) - set(scores):
+        raise InputError(f"--metric_for_best_model {metric} needs translations: give --predict_with_generate True.")
+    if metric and metric.removeprefix("eval_") not in scores:
         raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
     if "moses_bleu" in (metric or "") and not Language.parse(data.target_lang).has_moses_tokens:
         raise InputError(
@@ -444,7 +453,8 @@ def _check_compilation(training: TranslationTrainingArguments) -> None:
     backends = torch._dynamo.list_backends(exclude_tags=None)
     if training.torch_compile_backend not in backends:
         raise InputError(
-            f"--torch_compile_backend {training.torch_compile_backend} is none of {', '.join(sorted(backends))}."
+            f"--torch_compile_backend {training.torch_compile_backend} is unknown; expected one of "
+            f"{', '.join(sorted(torch._dynamo.list_backends()))}."
         )
     if any(part in training.optim for part in ("layerwise", "lomo")):
         raise InputError(
@@ -455,6 +465,11 @@ def _check_compilation(training: TranslationTrainingArguments) -> None:
 
 
 def _check_beams(model: ModelArguments, data: DataTrainingArguments, training: TranslationTrainingArguments) -> None:
+    if None not in (given := {data.num_beams, training.generation_num_beams}) and len(given) > 1:
+        raise InputError(
+            f"--num_beams {data.num_beams} and --generation_num_beams {training.generation_num_beams} mean the same: "
+            "give one."
+        )
     beams = training.generation_num_beams or data.num_beams
     is_one = beams == 1 or (beams is None and training.do_train and not model.model_name_or_path)
     if data.length_penalty not in (None, 1) and is_one:

@@ -169,7 +169,7 @@ class TranslationMetric(evaluate.Metric):
 
     def normalize(self, text: str) -> str:
         """The text as it is compared, before its words are found."""
-        text = one_line(unicodedata.normalize("NFC", text))
+        text = " ".join(unicodedata.normalize("NFC", text).split())
         return text.lower() if self.lowercase else text
 
     def _info(self) -> evaluate.MetricInfo:
@@ -195,8 +195,8 @@ class TranslationMetric(evaluate.Metric):
 
 
 def one_line(text: str) -> str:
-    """The text with one space for each run of white space, as translations are written and scored."""
-    return " ".join(text.split())
+    """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
+    return " ".join(text.splitlines()).strip(" ")
 
 
 # --- what scores cannot say -----------------------------------------------------------------------
@@ -238,6 +238,8 @@ def check_references(
             _warn(joined, rows, split, what)
         lost = {}
         for index, _, target, labels in scored:
+            if (composed := unicodedata.normalize("NFC", target)) != target:  # it is scored in this form
+                labels = tokenizer(text_target=composed)["input_ids"]
             texts = target, tokenizer.decode(labels, skip_special_tokens=True)
             if len(labels) < longest and len(set(map(metric.normalize, texts))) > 1:
                 lost[index] = [metric.normalize(text) for text in texts]

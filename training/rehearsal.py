@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration
+from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line
 
 from .arguments import TranslationTrainingArguments, shown
@@ -25,6 +26,8 @@ def rehearse(training_args: TranslationTrainingArguments) -> None:
     Raises:
         InputError: something cannot be built: a package is missing, or arguments contradict each other.
     """
+    if sharding(training_args):  # which sets up the processes for the model that is sharded, once
+        return
     args = copy.copy(training_args)
     vocabulary = {"</s>": 0, "<pad>": 1}
     tokenizer = PreTrainedTokenizerFast(

@@ -130,7 +130,7 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
             if any(then.get(key) != now.get(key) for key in ("num_bytes", "checksum")):
                 sizes = [f"{file['num_bytes']:,} bytes" if file else "nothing" for file in (then, now)]
                 if sizes[0] == sizes[1]:
-                    sizes[1] = "other ones"
+                    sizes[1] = "as many with another content"
                 raise InputError(
                     f"{folder} holds a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
                     f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
