@@ -67,9 +67,10 @@ class AdminProfilingCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        model = _unwrapped(model)
         _check_processing_class(model, processing_class)
         if sharding(args) == "FSDP":
-            _make_embedding_one_module(_unwrapped(model))
+            _make_embedding_one_module(model)
 
     def on_train_begin(
         self,
@@ -80,8 +81,8 @@ class AdminProfilingCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
         model = _unwrapped(model)
+        _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
         if args.label_smoothing_factor and not model.config.label_smoothing:
             logger.warning(
                 f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer smooths over the padding entry "
@@ -282,7 +283,7 @@ class AdminPublishingCallback(TrainerCallback):
         stock_architecture(model)
         model.vanilla_folder = Path(str(args.output_dir)).resolve()
         if isinstance(processing_class, PreTrainedTokenizerBase):
-            _check_processing_class(model, processing_class)
+            check_tokenizer(model, processing_class)
             model.vanilla_tokenizer = processing_class
 
     on_train_begin = on_init_end  # of a callback that is added later
@@ -313,9 +314,9 @@ class AdminPublishingCallback(TrainerCallback):
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
 
 
-def _check_processing_class(model: nn.Module | None, processing_class: Any) -> None:
+def _check_processing_class(model: AdminPreTrainedModel, processing_class: Any) -> None:
     if isinstance(processing_class, PreTrainedTokenizerBase):
-        check_tokenizer(_unwrapped(model), processing_class)
+        check_tokenizer(model, processing_class)
 
 
 def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:

@@ -231,7 +231,7 @@ def test_the_user_is_told_of_names_of_control_tokens_and_of_marks_that_are_lost(
     caplog.clear()
     tokenize(given_tokenizers["bart"], ["▁"], ["a▁b"])
     tokenize(SMALL[0], ["so gut"], ["▁ gut"])
-    assert not caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_targets_begin_with_their_first_word(given_tokenizers):
@@ -266,7 +266,7 @@ def test_few_unknown_tokens_are_said_and_none_are_not(given_tokenizers, caplog):
     tokenizer = given_tokenizers["fairseq"]
     with caplog.at_level(logging.WARNING, logger="training.data"):
         tokenize(tokenizer, ["so gut wie hier"] * 200, ["gut"] * 199 + ["漢"])
-        assert not caplog.text
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         tokenize(tokenizer, ["gut"] * 9, ["Mädchen"] * 7 + ["漢 ist gut"] + ["gut"])
         share = 1 / sum(len(tokenizer.tokenize(text)) for text in ["Mädchen"] * 7 + ["漢 ist gut", "gut"])
         assert (
