@@ -103,8 +103,7 @@ def run(arguments: args.Arguments) -> int:
     check_access(training_args)
     set_seed(training_args.seed)
 
-    name = model_args.tokenizer_name or model_args.model_name_or_path
-    tokenizer = load_tokenizer(name, model_args, data_args.source_prefix or "") if name else None
+    tokenizer = named_tokenizer(arguments)
     with training_args.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
         tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
@@ -212,6 +211,13 @@ def load_data(arguments: args.Arguments) -> dict[str, Dataset]:
 def contents_of(raw: dict[str, Dataset]) -> dict[str, runs.Contents]:
     """Size and checksum of what each split was loaded from, by path or name."""
     return {split: dataset.info.download_checksums for split, dataset in raw.items()}
+
+
+def named_tokenizer(arguments: args.Arguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the arguments name, if any."""
+    model_args, data_args, _ = arguments
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    return load_tokenizer(name, model_args, data_args.source_prefix or "") if name else None
 
 
 def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:

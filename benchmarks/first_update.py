@@ -23,14 +23,15 @@ def ours(folder: Path) -> None:
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     recipe = REPO / "hub_configs" / "demo" / "recipe.json"
     arguments = parse_arguments([str(recipe), "--config_name", str(recipe.parent), *flags])
-    script.check_model(arguments[0])
+    script.check_model(arguments)
+    script.rehearse(arguments[2])
+    tokenizer = script.named_tokenizer(arguments)
     raw = script.load_data(arguments)
-    tokenizer = script.prepare_tokenizer(arguments, raw)
     data = script.tokenize(raw, tokenizer, arguments)
     model = script.build_model(arguments, tokenizer)
     trainer = script.build_trainer(arguments, model, tokenizer, data, StopOnSignal())
     leave_after_first_update(trainer)
-    script.train(trainer, arguments)
+    script.train(trainer, arguments, raw)
 
 
 def stock(folder: Path) -> None:

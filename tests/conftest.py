@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ SYSTEM_PAIRS += [("post_ln", "pre_ln"), ("admin_uniform", "admin"), ("rezero", "
 VOCAB_SIZE, PAD = 50, 49
 
 MULTI30K = Path(__file__).parents[2] / "shared" / "multi30k"
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Arguments such as --fsdp are handed on in the environment, where processes of later tests would find them."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def tiny_config(**changes) -> AdminConfig:

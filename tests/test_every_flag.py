@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -203,10 +202,8 @@ def cheap() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
     """What flags change in the process as a whole."""
-    environment, verbosity = dict(os.environ), logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     yield
-    os.environ.clear()
-    os.environ.update(environment)
     logging.set_verbosity(verbosity)
     torch.use_deterministic_algorithms(False)
 
