@@ -247,3 +247,12 @@ def test_a_line_is_what_was_decoded_but_for_line_ends():
     assert one_line(line) == line
     for separator in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029":
         assert len(one_line(f"a{separator}b").splitlines()) == 1
+
+
+def test_scores_need_no_folder_of_their_own(tmp_path):
+    """A home that cannot be written to, as in many containers."""
+    (tmp_path / "file").touch()
+    scores = TranslationMetric(cache_dir=str(tmp_path / "file" / "cache")).compute(
+        predictions=["ein Satz für vier Wörter"], references=["ein Satz für vier Wörter"]
+    )
+    assert scores["bleu"] == pytest.approx(100)
