@@ -47,9 +47,10 @@ demo: $(STAMP) | $(DEMO_DATA)  ## train and evaluate a small model on generated 
 $(DEMO_DATA): | $(STAMP)
 	@$(RUN) -m training.embedded_data $(@D)
 
-# One thread in each of the two workers: more would only wait for each other.
+# One thread in each of the two workers: more would only wait for each other. Files in their order, since with those of
+# most tests first, which pytest-xdist would do, slow ones of few tests come last, when the other worker has nothing to do.
 test: $(STAMP)  ## run all the tests
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP)  ## measure what can be measured here, and make docs/performance.md
 	@$(RUN) -m benchmarks

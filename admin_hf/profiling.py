@@ -96,6 +96,10 @@ class ResidualProfile:
         try:
             stacks = json.loads(Path(path).read_text(encoding="utf-8"))
             profile = cls({name: StackProfile(**stack) for name, stack in stacks.items()})
+            if missing := {
+                column for stack in stacks.values() for column in asdict(StackProfile()).keys() - stack.keys()
+            }:
+                raise TypeError(f"it lacks {', '.join(sorted(missing))}")
         except (TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path} is not a residual profile as ResidualProfile.save writes it: {error}."

@@ -322,7 +322,8 @@ def _check_numbers(group: Any) -> None:
             continue
         if value < (least := 1 if name in AT_LEAST_1 else 2 if name in AT_LEAST_2 else value):
             raise InputError(f"--{name} {value} must be at least {least}.")
-        if name in ABOVE_0 and value <= 0 and getattr(group, name.replace("steps", "strategy"), "steps") == "steps":
+        strategy = getattr(group, f"{name.removesuffix('_steps')}_strategy", "steps")
+        if name in ABOVE_0 and value <= 0 and strategy == "steps":
             raise InputError(f"--{name} {value} must be above 0.")
         if value < 0 or value >= BELOW.get(name, math.inf):
             below = f" and below {BELOW[name]}" if name in BELOW else ""
