@@ -53,10 +53,10 @@ def load(name, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large():
-    """1,100 entries, of which 256 are bytes."""
+    """4,200 entries, of which 256 are bytes."""
     letters = random.Random(1)
-    words = ["".join(letters.choices("abcdefgh", k=6)) for _ in range(600)]
-    return train_tokenizer([layouts.TEXTS, words], 1100)
+    words = ["".join(letters.choices("abcdefgh", k=9)) for _ in range(1500)]
+    return train_tokenizer([layouts.TEXTS, words], 4200)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ SMALL = [
 
 
 def test_bytes_are_no_special_tokens_and_leave_the_layout_as_it_is(large):
-    assert len(large) == 1100 and sorted(large.get_vocab().values()) == list(range(1100))
+    assert len(large) == 4200 and sorted(large.get_vocab().values()) == list(range(4200))
     assert (large.eos_token_id, large.unk_token_id, large.pad_token_id) == (0, 1, 1099)
     first = large.convert_tokens_to_ids("<0x00>")
     assert large.convert_ids_to_tokens(range(first, first + 256)) == [f"<0x{i:02X}>" for i in range(256)]
