@@ -7,7 +7,7 @@ from datasets import Dataset
 from test_tokenization import bert_tokenizer
 
 from training.errors import InputError
-from training.metrics import Language, TranslationMetric, check_references, one_line
+from training.metrics import Language, TranslationMetric, as_written, check_references
 from training.tokenization import train_tokenizer
 
 
@@ -243,10 +243,10 @@ def test_targets_without_spaces_in_a_language_with_spaces_are_said(tokenizer, ca
 
 def test_a_line_is_what_was_decoded_but_for_line_ends():
     line = "10\u00a0% \u3000 groß"
-    assert one_line(f" {line}\r\n\u2028\x85 noch\x0bso\r") == f"{line}    noch so".replace("    ", " " * 4)
-    assert one_line(line) == line
+    assert as_written(f" {line}\r\n\u2028\x85 noch\x0bso\r") == f"{line}    noch so"
+    assert as_written(line) == line
     for separator in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029":
-        assert len(one_line(f"a{separator}b").splitlines()) == 1
+        assert len(as_written(f"a{separator}b").splitlines()) == 1
 
 
 def test_scores_need_no_folder_of_their_own(tmp_path):

@@ -307,8 +307,8 @@ def _report(dataset: Dataset, split: str) -> dict[str, float]:
         tokens, unknown, notes = (columns[f"{side}_{name}"][:] for name in ("tokens", "unknown", "notes"))
         shares[side] = unknown.sum() / max(1, tokens.sum())
         if shares[side] > _MANY_UNKNOWN:
-            what = f"hold tokens that are unknown, {shares[side]:.1%} of all tokens: is the tokenizer one of this "
-            _warn(unknown > 0, f"{split} {side}s", f"{what}language, script and case?")
+            what = f"hold tokens that are unknown, {shares[side]:.1%} of all tokens"
+            _warn(unknown > 0, f"{split} {side}s", f"{what}: see whether the tokenizer fits language, script and case")
         for flag, what in _SAID.items():
             _warn(notes & flag > 0, f"{split} {side}s", what)
     return shares

@@ -198,7 +198,7 @@ class TranslationMetric(evaluate.Metric):
         return results
 
 
-def one_line(text: str) -> str:
+def as_written(text: str) -> str:
     """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
     return " ".join(text.splitlines()).strip(" ")
 

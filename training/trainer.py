@@ -29,7 +29,7 @@ from admin_hf.parallel_text import is_blank
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
-from .metrics import TranslationMetric, one_line
+from .metrics import TranslationMetric, as_written
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 from .signals import outlive_signals
@@ -131,7 +131,7 @@ class TranslationTrainer(ResumableTrainer):
         tokenizer: PreTrainedTokenizerBase = self.processing_class
         ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)[: len(sources)]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return ["" if is_blank(source) else one_line(text) for source, text in zip(sources, texts, strict=True)]
+        return ["" if is_blank(source) else as_written(text) for source, text in zip(sources, texts, strict=True)]
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         dataset = self._evaluated_set
