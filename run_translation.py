@@ -44,7 +44,7 @@ from admin_hf import (
 )
 from admin_hf.averaging import average_checkpoints
 from admin_hf.callback import sharding
-from admin_hf.checkpoints import one_line
+from admin_hf.checkpoints import one_line, write_whole
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
 from admin_hf.terminal import spell_out
@@ -55,7 +55,7 @@ from training.batching import TranslationCollator, round_up
 from training.checkpointing import remove_incomplete_checkpoints, writing
 from training.divergence import DIVERGENCE_NAME, Divergence
 from training.errors import InputError
-from training.files import contents, write_whole
+from training.files import contents
 from training.hub import check_access, first_line
 from training.metrics import TranslationMetric, check_references
 from training.model import config_changes, load_tokenizer, set_generation

@@ -16,9 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .checkpoints import check_weight_files, explained_errors
+from .checkpoints import check_weight_files, explained_errors, weight_files
 
 
 # What may differ between the config.json of checkpoints: it changes neither the weights nor what they compute.
@@ -167,22 +166,12 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     tensors = {}
     with explained_errors(folder):
         check_weight_files(folder)
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():
                     part = weights.get_slice(name)
                     tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype())
     return tensors
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    names = [SAFE_WEIGHTS_NAME]
-    if not (folder / SAFE_WEIGHTS_NAME).exists() and (index := folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} has no file named {name}, which its weights should be in.")
-    return [folder / name for name in names]
 
 
 def _check_same_tensors(folders: list[Path], stored: list[dict[str, _Stored]]) -> None:

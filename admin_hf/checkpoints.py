@@ -1,4 +1,4 @@
-"""Folders of weights: a stranger's is bad input until it is read, ours is written whole or not at all."""
+"""Files of models and runs: a stranger's are bad input until they are read, ours are written whole or not at all."""
 
 import json
 import os
@@ -24,6 +24,21 @@ _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file and make its folder; a crash or a full disk leaves the old file, or none, and never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 @contextmanager
@@ -146,9 +161,30 @@ def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, s
     return {name: dtype for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")}
 
 
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The safetensors files that hold the weights in a folder: one, or the shards that its index names.
+
+    Raises:
+        FileNotFoundError: there are none, or a shard is missing.
+    """
+    folder = Path(folder)
+    names = [SAFE_WEIGHTS_NAME]
+    if not (folder / SAFE_WEIGHTS_NAME).exists() and (index := folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no file named {name}, which its weights should be in.")
+    return [folder / name for name in names]
+
+
+def has_weights(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds weights as safetensors, in one file or in shards with an index."""
+    return any(Path(folder, name).is_file() for name in _WEIGHTS)
+
+
 def says_profiled(folder: str | os.PathLike) -> bool | None:
     """Whether the model in a folder was profiled; None where its weights do not say that, or there are none."""
-    for path in Path(folder).glob("*.safetensors"):
+    for path in weight_files(folder) if has_weights(folder) else []:
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():
                 if name.rpartition(".")[2] == "omega_profiled":

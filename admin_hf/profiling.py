@@ -13,7 +13,6 @@ there, padding is left out of the variances.
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers.models.marian.modeling_marian import shift_tokens_right
 
 from .architecture import STACKS
+from .checkpoints import write_whole
 from .pretrained import AdminPreTrainedModel
 from .residual import AdminConnection, residual_connections
 from .special_tokens import check_padding
@@ -78,13 +78,7 @@ class ResidualProfile:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the profile as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(asdict(self)["stacks"], file, indent=1)
-            file.write("\n")
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        write_whole(path, json.dumps(asdict(self)["stacks"], indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ResidualProfile":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from training.files import write_whole
+from admin_hf.checkpoints import write_whole
 from training.processes import processor_name
 
 from .turns import Measured

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from training.files import write_whole
+from admin_hf.checkpoints import write_whole
 
 from . import BENCHMARKS, load
 

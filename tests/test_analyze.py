@@ -10,6 +10,7 @@ from test_analysis_inputs import tokenizer
 
 from admin_hf.__main__ import main
 from admin_hf.analysis import drawing, gradient_norms, layer_dependency, load_model, random_batch, text_batch
+from admin_hf.checkpoints import write_whole
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_before_anything_is_measure
 def test_a_file_that_cannot_be_replaced_leaves_no_half_behind(tmp_path):
     (tmp_path / "x.json").mkdir()
     with pytest.raises(OSError):
-        drawing.write_file(tmp_path / "x.json", b"{}")
+        write_whole(tmp_path / "x.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

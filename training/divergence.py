@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import write_whole
+from admin_hf.checkpoints import write_whole
 
 
 DIVERGENCE_NAME = "divergence.json"

@@ -153,11 +153,3 @@ def place(paths: Sequence[Path], languages: Sequence[str], index: int) -> str:
                 return f"{path}, line {pair.line}"
             index -= 1
     raise IndexError(f"There is no pair {index} more.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name first: a crash leaves the old file, or none, and never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -11,14 +11,13 @@ from safetensors import safe_open
 
 from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
 from admin_hf.architecture import STACKS
-from admin_hf.checkpoints import says_profiled
+from admin_hf.checkpoints import has_weights, says_profiled, weight_files, write_whole
 
 from .arguments import (
     DataTrainingArguments,
     ModelArguments,
     TranslationTrainingArguments,
 )
-from .files import write_whole
 from .paths import is_hub_id, published
 from .results import table_cell
 from .runs import recorded
@@ -126,7 +125,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
 def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
     """The trained ω of a stack by the name of its sub-layer, in execution order."""
     found = {}
-    for file in run.glob("model*.safetensors"):
+    for file in weight_files(run) if has_weights(run) else []:
         with safe_open(file, framework="np") as weights:
             for name in weights.keys():
                 if match := re.fullmatch(rf"model\.{stack}\.(layers\.\d+\.\w+)\.omega", name):
@@ -149,7 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parameters(vanilla: Path) -> int:
     count = 0
-    for file in vanilla.glob("model*.safetensors"):
+    for file in weight_files(vanilla):
         with safe_open(file, framework="np") as weights:
             shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
             count += sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "final_logits_bias")

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from admin_hf.analysis.drawing import add_lines, draw_lines, new_figure, plain_axes, save_figure
+from admin_hf.checkpoints import write_whole
 from admin_hf.report.page import without_folders
 
 from .errors import InputError
@@ -199,11 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in parser.parse_args(argv).runs:
         result = collect(run)
         path = DOCS / "results" / f"{result['name']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(result, indent=1) + "\n")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((DOCS / "results").glob("*.json"))]
     draw(results, DOCS / "figures")
-    (DOCS / "results.md").write_text(page(results), encoding="utf-8")
+    write_whole(DOCS / "results.md", page(results))
     print(f"{DOCS / 'results.md'}: {len(results)} runs")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from admin_hf.averaging import complete_checkpoints
+from admin_hf.checkpoints import write_whole
 
 from .arguments import Arguments, TranslationTrainingArguments
 from .errors import InputError
-from .files import write_whole
 
 
 ARGUMENTS_NAME, DATA_NAME = "arguments.json", "data.json"

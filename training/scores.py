@@ -4,8 +4,9 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from admin_hf.checkpoints import write_whole
+
 from .arguments import Arguments
-from .files import write_whole
 from .paths import published
 from .trainer import TranslationTrainer
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ..checkpoints import write_whole
 from ..modeling_admin import AdminForConditionalGeneration
 from ..profiling import PROFILE_NAME, ResidualProfile
 from . import drawing
@@ -219,8 +220,8 @@ def _write(path: Path, figure: Any, data: Any) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=drawing.DPI)
     numbers = json.dumps(data, ensure_ascii=False, allow_nan=False)
-    drawing.write_file(path.with_name(f"{path.name}.json"), f"{numbers}\n".encode())
-    drawing.write_file(path.with_name(f"{path.name}.png"), buffer.getvalue())
+    write_whole(path.with_name(f"{path.name}.json"), f"{numbers}\n")
+    write_whole(path.with_name(f"{path.name}.png"), buffer.getvalue())
     print(f"{path}.png, {path}.json")
 
 

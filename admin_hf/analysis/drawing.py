@@ -5,7 +5,6 @@ Nothing is measured here. Colours are told apart by colour-blind readers, and li
 
 import io
 import os
-import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
@@ -13,6 +12,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints import write_whole
 from .dependency import LayerDependency
 from .gradients import GradientNorms
 from .omega import OmegaHistory
@@ -68,22 +68,7 @@ def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
     """Write a figure in the format of the path's suffix, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format=Path(path).suffix.lstrip(".") or "png")
-    write_file(path, buffer.getvalue())
-
-
-def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all, and make its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(path, buffer.getvalue())
 
 
 def add_lines(axes: "Axes", series: Series, styles: Iterable[tuple[str, Any]] = STYLES) -> None:

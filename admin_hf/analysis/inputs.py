@@ -10,11 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..architecture import STACKS
 from ..averaging import complete_checkpoints, saved_checkpoints
-from ..checkpoints import check_weight_files, explained_errors
+from ..checkpoints import check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..pretrained import AdminPreTrainedModel
@@ -215,11 +214,7 @@ def read_tensors(checkpoint: str | os.PathLike, wanted: Callable[[str], bool]) -
     folder = Path(checkpoint)
     with explained_errors(folder):
         check_weight_files(folder)
-        names = (SAFE_WEIGHTS_NAME,) if (folder / SAFE_WEIGHTS_NAME).exists() else ("model-*-of-*.safetensors",)
-        files = sorted(path for name in names for path in folder.glob(name))
-        if not files:
-            raise FileNotFoundError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
-        for path in files:
+        for path in weight_files(folder):
             with safe_open(path, framework="pt") as weights:
                 for name in weights.keys():
                     if wanted(name):

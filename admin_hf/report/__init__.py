@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..analysis.drawing import write_file
+from ..checkpoints import write_whole
 
 
 PAGE_NAME = "report.html"
@@ -53,7 +53,7 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike | None = None
         from .page import render
     except ImportError as error:
         raise ImportError(f"A report needs matplotlib and Jinja2 ({error}): install admin-hf[analysis].") from error
-    write_file(path, render(found).encode())
+    write_whole(path, render(found))
     return path
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..averaging import complete_checkpoints
-from ..checkpoints import says_profiled
+from ..checkpoints import has_weights, says_profiled
 from ..profiling import PROFILE_NAME, ResidualProfile
 
 
@@ -66,7 +65,7 @@ class Run:
     def weights(self) -> Path | None:
         """Where the newest weights are: the run's folder once its model is saved, else the newest checkpoint."""
         places = [(_step(self.read(STATE_NAME, folder)), folder) for folder in (*self.checkpoints, self.folder)]
-        whole = [(step, place, folder) for place, (step, folder) in enumerate(places) if _has_weights(folder)]
+        whole = [(step, place, folder) for place, (step, folder) in enumerate(places) if has_weights(folder)]
         return max(whole)[2] if whole else None
 
     @cached_property
@@ -148,7 +147,3 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _step(state: dict[str, Any]) -> int:
     step = state.get("global_step")
     return step if isinstance(step, int) else -1
-
-
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure, write_file
+from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure
+from admin_hf.checkpoints import write_whole
 from admin_hf.monitoring import perplexity
 
 from .claims import Cell, Claim, Table
@@ -45,10 +46,10 @@ def update(seeds: Sequence[int] = ()) -> None:
                 overview.append(f"| {link} | {scale.name} | {done} of {len(runs)} | {summary} |")
             records |= here
         if records != before:
-            write_file(path, to_json(records).encode())
+            write_whole(path, to_json(records))
     intro = (DOCS / "experiments_intro.md").read_text(encoding="utf-8").rstrip()
     header = ["| experiment | scale | runs done | the paper's claims |", "| --- | --- | ---: | --- |"]
-    write_file(DOCS / "experiments.md", "\n".join([intro, "", *header, *overview, *sections, ""]).encode())
+    write_whole(DOCS / "experiments.md", "\n".join([intro, "", *header, *overview, *sections, ""]))
 
 
 def section(

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from admin_hf.checkpoints import write_whole
+
 from .. import data as parallel
 from ..arguments import DataTrainingArguments, ModelArguments
-from ..files import write_whole
 from ..model import load_tokenizer
 from ..tokenization import save_tokenizer, text_batches, train_tokenizer
 from .records import BLIND_NAME

@@ -8,9 +8,10 @@ from pathlib import Path
 from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
+from admin_hf.checkpoints import write_whole
+
 from .. import data as parallel
 from ..errors import InputError
-from ..files import write_whole
 from ..metrics import TranslationMetric
 from .preparation import data_arguments
 from .records import Record
