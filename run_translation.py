@@ -42,18 +42,19 @@ from admin_hf import (
     map_large_buffers,
     profile_and_initialize,
 )
-from admin_hf.averaging import average_checkpoints
 from admin_hf.callback import sharding
 from admin_hf.checkpoints import one_line, write_whole
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.reparameterization import stock_architecture
+from admin_hf.run import average_checkpoints
+from admin_hf.run.folder import ARGUMENTS_NAME, DIVERGENCE_NAME, PREDICTIONS_NAME
 from admin_hf.terminal import spell_out
 from training import arguments as args
 from training import data as parallel
 from training import runs
 from training.batching import TranslationCollator, round_up
 from training.checkpointing import remove_incomplete_checkpoints, writing
-from training.divergence import DIVERGENCE_NAME, Divergence
+from training.divergence import Divergence
 from training.errors import InputError
 from training.files import contents
 from training.hub import check_access, first_line
@@ -69,8 +70,6 @@ from training.vanilla import build_vanilla_trainer, export, finish_vanilla
 
 
 logger = logging.getLogger(__name__)
-
-PREDICTIONS_NAME = "generated_predictions.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +225,7 @@ def prepare_tokenizer(arguments: args.Arguments, raw: dict[str, Dataset]) -> Pre
     output_dir, prefix = Path(training_args.output_dir), data_args.source_prefix or ""
     name = None
     # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
-    trained = training_args.local_process_index > 0 or (output_dir / runs.ARGUMENTS_NAME).exists()
+    trained = training_args.local_process_index > 0 or (output_dir / ARGUMENTS_NAME).exists()
     if (output_dir / "tokenizer_config.json").exists() and (trained or not training_args.do_train):
         name = str(output_dir)
     if not name and not training_args.do_train:

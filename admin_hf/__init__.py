@@ -7,13 +7,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .allocator import KeepFreedMemory, keep_freed_memory, map_large_buffers
 from .attention import CPU_ATTENTION
-from .averaging import average_checkpoints, last_checkpoints
 from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
 from .configuration_admin import AdminConfig
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import reparameterize
+from .run import average_checkpoints, last_checkpoints
 from .special_tokens import check_tokenizer
 
 

@@ -17,9 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer, reparameterize
 from .analysis.command import add_command as add_analyze
 from .architecture import ARCHITECTURES
-from .averaging import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .checkpoints import explained_errors, one_line, replaced_model
 from .report import add_command as add_report
+from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .terminal import spell_out
 
 

@@ -16,9 +16,10 @@ from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
 from .pretrained import AdminPreTrainedModel
-from .profiling import PROFILE_NAME, ResidualProfile, initialize_omega, profile_residuals
+from .profiling import ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import stock_architecture
 from .residual import profiled_connections
+from .run.folder import PROFILE_NAME
 from .special_tokens import check_padding, check_tokenizer, never_ends
 from .terminal import showable
 

@@ -29,8 +29,6 @@ from .residual import AdminConnection, residual_connections
 from .special_tokens import check_padding
 
 
-PROFILE_NAME = "residual_profile.json"
-
 # The paper profiles on at most this many tokens, counted as rows times the longer side.
 MAX_PROFILE_TOKENS = 8192
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, MarianMTModel
 import run_translation
 from admin_hf import AdminForConditionalGeneration
 from admin_hf.__main__ import main as admin_hf_main
-from admin_hf.averaging import average_checkpoints
+from admin_hf.run import average_checkpoints
 from training.embedded_data import write_embedded_data
 
 

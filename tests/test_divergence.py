@@ -18,7 +18,8 @@ from tiny_runs import arguments, flags, run
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training.divergence import DIVERGENCE_NAME, Divergence, first_non_finite
+from admin_hf.run.folder import DIVERGENCE_NAME
+from training.divergence import Divergence, first_non_finite
 from training.monitor import MAX_START, START, WINDOW, UpdateMonitor
 
 

@@ -15,12 +15,13 @@ from transformers import TrainerCallback, get_scheduler
 
 import run_translation
 from admin_hf.residual import AdminConnection
+from admin_hf.run.folder import ARGUMENTS_NAME
 from training.arguments import TranslationTrainingArguments, parse_arguments
 from training.divergence import MAX_OVERFLOWS, Divergence
 from training.errors import InputError
 from training.metrics import TranslationMetric
 from training.optimization import LossScaleClamp, radam
-from training.runs import ARGUMENTS_NAME, check_output_dir, record_arguments
+from training.runs import check_output_dir, record_arguments
 from training.trainer import TranslationTrainer
 
 

@@ -18,8 +18,8 @@ from transformers.debug_utils import DebugOption
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
-from admin_hf.averaging import complete_checkpoints
 from admin_hf.checkpoints import one_line
+from admin_hf.run import complete_checkpoints
 
 from .batching import MULTIPLE
 from .errors import InputError

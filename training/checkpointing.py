@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from admin_hf.averaging import complete_checkpoints, saved_checkpoints
+from admin_hf.run import complete_checkpoints, saved_checkpoints
 
 from .errors import InputError
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.run.folder import DIVERGENCE_NAME
 
 
-DIVERGENCE_NAME = "divergence.json"
 # Overflows in a row at the smallest loss scale that are divergence
 MAX_OVERFLOWS = 10
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
 from admin_hf.architecture import STACKS
 from admin_hf.checkpoints import has_weights, says_profiled, weight_files, write_whole
+from admin_hf.run.folder import PROFILE_NAME, VANILLA_NAME
 
 from .arguments import (
     DataTrainingArguments,
@@ -23,7 +24,6 @@ from .results import table_cell
 from .runs import recorded
 
 
-VANILLA_NAME = "vanilla"
 FIGURE_NAME = "omega.png"
 PAPER = "https://aclanthology.org/2020.emnlp-main.463"
 SPLITS = {"eval": ("validation", "validation_file"), "test": ("test", "test_file")}
@@ -95,7 +95,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         scores: what this model scored, before folding (`"test_bleu"`) and after (`"vanilla_test_bleu"`).
     """
     vanilla = run / VANILLA_NAME
-    config, profile = _read(run / "config.json"), _read(run / "residual_profile.json")
+    config, profile = _read(run / "config.json"), _read(run / PROFILE_NAME)
     omegas = {stack: trained_omegas(run, stack) for stack in STACKS}
     if has_omega := any(omegas.values()):
         _draw(omegas, profile, vanilla / FIGURE_NAME)

@@ -15,9 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from admin_hf.analysis.drawing import add_lines, draw_lines, new_figure, plain_axes, save_figure
 from admin_hf.checkpoints import write_whole
 from admin_hf.report.page import without_folders
+from admin_hf.run.folder import ARGUMENTS_NAME
 
 from .errors import InputError
-from .runs import ARGUMENTS_NAME
 
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,14 +9,12 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from admin_hf.averaging import complete_checkpoints
 from admin_hf.checkpoints import write_whole
+from admin_hf.run.folder import ARGUMENTS_NAME, DATA_NAME, complete_checkpoints
 
 from .arguments import Arguments, TranslationTrainingArguments
 from .errors import InputError
 
-
-ARGUMENTS_NAME, DATA_NAME = "arguments.json", "data.json"
 
 # Of the files of a split, or of a data set by name: `num_bytes` and `checksum` by path or name
 Contents = dict[str, dict[str, Any]]

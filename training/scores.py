@@ -5,14 +5,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.run.folder import DECODES_NAME, RESULTS_NAME
 
 from .arguments import Arguments
 from .paths import published
 from .trainer import TranslationTrainer
 
 
-RESULTS_NAME = "results.json"
-DECODES_NAME = "decodes.jsonl"
 SPLITS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
 
 

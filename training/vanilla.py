@@ -10,6 +10,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from admin_hf import reparameterize
 from admin_hf.checkpoints import replaced_model
+from admin_hf.run.folder import VANILLA_NAME
 
 from . import runs
 from .arguments import Arguments
@@ -17,7 +18,7 @@ from .batching import TranslationCollator
 from .checkpointing import writing
 from .errors import InputError
 from .hub import push_folder
-from .model_card import VANILLA_NAME, write_card
+from .model_card import write_card
 from .trainer import TranslationTrainer
 
 

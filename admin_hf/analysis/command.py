@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from ..checkpoints import write_whole
 from ..modeling_admin import AdminForConditionalGeneration
-from ..profiling import PROFILE_NAME, ResidualProfile
+from ..profiling import ResidualProfile
+from ..run.folder import PROFILE_NAME
 from . import drawing
 from .dependency import LayerDependency, layer_dependency
 from .gradients import GradientNorms, gradient_norms

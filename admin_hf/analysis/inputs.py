@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..architecture import STACKS
-from ..averaging import complete_checkpoints, saved_checkpoints
 from ..checkpoints import check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..pretrained import AdminPreTrainedModel
 from ..profiling import base_model_inputs, initialize_omega, profile_residuals, real_tokens
 from ..residual import residual_connections
+from ..run import complete_checkpoints, saved_checkpoints
 
 
 Batch = Mapping[str, Tensor]

@@ -11,8 +11,8 @@ from statistics import geometric_mean, median
 from typing import ClassVar
 
 from ..architecture import STACKS
-from ..averaging import is_checkpoint_name
 from ..profiling import ResidualProfile
+from ..run import is_checkpoint_name
 from .inputs import read_tensors
 
 

@@ -38,7 +38,7 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike | None = None
     write_report("runs/en-de")  # runs/en-de/report.html
     ```
     """
-    from .run import Run
+    from ..run.folder import Run
 
     folder = Path(run)
     path = Path(output) if output is not None else folder / PAGE_NAME

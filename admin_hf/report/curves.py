@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from ..monitoring import perplexity
+from ..run.folder import Run
 from .figures import Picture, bands, lines
 from .records import METRICS, Section
-from .run import Run
 
 
 def curves(run: Run) -> Section:

@@ -22,7 +22,7 @@ from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..profiling import initialize_omega
 from ..residual import profiled_connections
-from .run import STATE_NAME, Run
+from ..run.folder import STATE_NAME, Run
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
 

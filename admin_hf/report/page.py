@@ -8,10 +8,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ..run.folder import Run
 from . import records, weights
 from .curves import curves
 from .records import Section
-from .run import Run
 
 
 TEMPLATE = "page.html.jinja"

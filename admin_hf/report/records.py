@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from transformers import Seq2SeqTrainingArguments
 
 from ..monitoring import perplexity
+from ..run.folder import Run, is_number
 from .figures import Picture
-from .run import Run, is_number
 from .text import Sample
 
 

@@ -9,10 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .. import parallel_text
 from ..modeling_admin import AdminForConditionalGeneration
 from ..parallel_text import find_files, is_blank
-from .run import Run, regular_file
+from ..run.folder import PREDICTIONS_NAME, Run, regular_file
 
 
-PREDICTIONS_NAME = "generated_predictions.txt"
 # Sentences to measure with, and to translate; of at most so many tokens
 SENTENCES, MAX_LENGTH = 8, 128
 

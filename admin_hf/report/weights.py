@@ -8,10 +8,10 @@ from ..analysis.gradients import GradientNorms
 from ..analysis.omega import omega_history
 from ..architecture import STACKS
 from ..checkpoints import one_line
+from ..run.folder import Run
 from . import figures
 from .measure import Moment, batch_of, measured, newest_model, starting_model
 from .records import Section
-from .run import Run
 from .text import SENTENCES, load_tokenizer, predictions, read_pairs, translate
 
 

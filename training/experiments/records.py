@@ -99,7 +99,7 @@ def collect(run: Run) -> Record | None:
         return None
     folder = run.folder
     if how == "begun":
-        from admin_hf.averaging import complete_checkpoints  # PyTorch takes seconds to load
+        from admin_hf.run import complete_checkpoints  # PyTorch takes seconds to load
 
         if not (checkpoints := complete_checkpoints(run.folder)):
             return None

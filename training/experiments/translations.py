@@ -9,6 +9,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.run.folder import PREDICTIONS_NAME
 
 from .. import data as parallel
 from ..errors import InputError
@@ -18,7 +19,6 @@ from .records import Record
 from .scales import Run
 
 
-PREDICTIONS_NAME = "generated_predictions.txt"
 SAMPLES = 1000
 
 

@@ -1,19 +1,29 @@
-"""What a training run left in its folder: read as far as it is there, and trusted in nothing."""
+"""The folder of a training run: the names of its files, its checkpoints, and a reader that trusts none of them."""
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..averaging import complete_checkpoints
 from ..checkpoints import has_weights, says_profiled
-from ..profiling import PROFILE_NAME, ResidualProfile
+from ..profiling import ResidualProfile
 
 
-STATE_NAME = "trainer_state.json"
+# What Trainer writes: of the whole training, and of the sessions by split
+STATE_NAME, TRAIN_RESULTS_NAME, ALL_RESULTS_NAME = "trainer_state.json", "train_results.json", "all_results.json"
+# What run_translation.py adds, and the folder of its vanilla model
+ARGUMENTS_NAME, DATA_NAME = "arguments.json", "data.json"
+RESULTS_NAME, DECODES_NAME = "results.json", "decodes.jsonl"
+PREDICTIONS_NAME, DIVERGENCE_NAME = "generated_predictions.txt", "divergence.json"
+VANILLA_NAME = "vanilla"
+# What profiling writes
+PROFILE_NAME = "residual_profile.json"
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Run:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        return self.read("arguments.json")
+        return self.read(ARGUMENTS_NAME)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -86,7 +96,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return 0 < self.max_steps <= self.step or "train_runtime" in self.read("train_results.json")
+        return 0 < self.max_steps <= self.step or "train_runtime" in self.read(TRAIN_RESULTS_NAME)
 
     # --- what was measured ---
 
@@ -105,8 +115,8 @@ class Run:
     @cached_property
     def scores(self) -> dict[str, Any]:
         """The final scores and their signatures, `eval_…` of the validation and `test_…` of the test sentences."""
-        scores = self.read("results.json").get("scores")
-        return self.read("all_results.json") | (scores if isinstance(scores, dict) else {})
+        scores = self.read(RESULTS_NAME).get("scores")
+        return self.read(ALL_RESULTS_NAME) | (scores if isinstance(scores, dict) else {})
 
     @cached_property
     def profile(self) -> ResidualProfile | None:
@@ -125,7 +135,69 @@ class Run:
 
     @cached_property
     def divergence(self) -> dict[str, Any]:
-        return self.read("divergence.json")
+        return self.read(DIVERGENCE_NAME)
+
+
+# --- its checkpoints ------------------------------------------------------------------------------
+
+
+def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
+    """Find the newest complete checkpoints of a run.
+
+    Args:
+        run: the output folder of a Trainer, with folders `checkpoint-500`, `checkpoint-1000`, … in it.
+        last: how many.
+
+    Returns:
+        Their folders, the newest last.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: it has fewer complete checkpoints, or `last` is below 1.
+    """
+    if last < 1:
+        raise ValueError(f"The number of checkpoints to average is {last}; it must be at least 1.")
+    if not Path(run).is_dir():
+        raise NotADirectoryError(f"There is no folder {run}.")
+    complete = complete_checkpoints(run)
+    if not complete:
+        raise ValueError(f"{run} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+    if len(complete) < last:
+        raise ValueError(
+            f"{run} has {len(complete)} complete checkpoints, fewer than {last}: take the last {len(complete)}, or "
+            "keep more of them in training (save_total_limit)."
+        )
+    return complete[-last:]
+
+
+def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run that were written to the end, in the order of their steps.
+
+    Trainer writes trainer_state.json last; where it is missing or cut, the process was killed before.
+    """
+    return [folder for folder in saved_checkpoints(run) if _is_complete(folder)]
+
+
+def saved_checkpoints(run: str | os.PathLike) -> list[Path]:
+    """All folders `checkpoint-N` of a run, complete or not, in the order of their steps."""
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint_name(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether Trainer names a checkpoint so."""
+    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+# --- somebody's files -----------------------------------------------------------------------------
 
 
 def regular_file(path: Path) -> Path:

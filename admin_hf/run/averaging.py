@@ -4,9 +4,7 @@ Vaswani et al. (2017, section 6.1) take the last 5 or 20 checkpoints, the Admin 
 Average first and export then: ω is folded into other weights, so the mean of exports is not the export of the mean.
 """
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import check_weight_files, explained_errors, weight_files
+from ..checkpoints import check_weight_files, explained_errors, weight_files
 
 
 # What may differ between the config.json of checkpoints: it changes neither the weights nor what they compute.
@@ -29,68 +26,6 @@ _FREE = {
 
 # Entries that are summed at once: 2 MB in float64.
 _BLOCK = 2**18
-
-
-# --- which checkpoints ----------------------------------------------------------------------------
-
-
-def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
-    """Find the newest complete checkpoints of a run.
-
-    Args:
-        run: the output folder of a Trainer, with folders `checkpoint-500`, `checkpoint-1000`, … in it.
-        last: how many.
-
-    Returns:
-        Their folders, the newest last.
-
-    Raises:
-        NotADirectoryError: there is no such folder.
-        ValueError: it has fewer complete checkpoints, or `last` is below 1.
-    """
-    if last < 1:
-        raise ValueError(f"The number of checkpoints to average is {last}; it must be at least 1.")
-    if not Path(run).is_dir():
-        raise NotADirectoryError(f"There is no folder {run}.")
-    complete = complete_checkpoints(run)
-    if not complete:
-        raise ValueError(f"{run} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
-    if len(complete) < last:
-        raise ValueError(
-            f"{run} has {len(complete)} complete checkpoints, fewer than {last}: take the last {len(complete)}, or "
-            "keep more of them in training (save_total_limit)."
-        )
-    return complete[-last:]
-
-
-def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
-    """The checkpoints of a run that were written to the end, in the order of their steps.
-
-    Trainer writes trainer_state.json last; where it is missing or cut, the process was killed before.
-    """
-    return [folder for folder in saved_checkpoints(run) if _is_complete(folder)]
-
-
-def saved_checkpoints(run: str | os.PathLike) -> list[Path]:
-    """All folders `checkpoint-N` of a run, complete or not, in the order of their steps."""
-    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_checkpoint_name(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether Trainer names a checkpoint so."""
-    return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-# --- their mean -----------------------------------------------------------------------------------
 
 
 class _Stored(NamedTuple):
@@ -224,4 +159,4 @@ def _common(name: str, files: list[Path], block: slice) -> Tensor:
     return value
 
 
-__all__ = ["average_checkpoints", "complete_checkpoints", "last_checkpoints"]
+__all__ = ["average_checkpoints"]
