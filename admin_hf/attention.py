@@ -8,8 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from .casting import autocast_dtype
-from .dropout import dropout as cpu_dropout
+from .kernels import autocast_dtype
+from .kernels import dropout as cpu_dropout
 from .short_attention import fits, short_attention
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers.utils import logging
 
-from .casting import autocast_dtype
+from .kernels import autocast_dtype
 from .pretrained import AdminPreTrainedModel
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from .kernels import scaled_layer_norm
 
 
 class ScaleModule(nn.Module):
@@ -123,51 +124,9 @@ class AdminConnection(ScaleModule, PostLNConnection):
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
         omega = self.omega if self.omega.dtype == shortcut.dtype else self.omega.to(shortcut)
         if self.training and shortcut.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _ScaledLayerNorm.apply(shortcut, omega, branch, self.weight, self.bias, self.eps)
+            return scaled_layer_norm(shortcut, omega, branch, self.weight, self.bias, self.eps)
         # addcmul: the product and the sum in one pass
         return nn.LayerNorm.forward(self, torch.addcmul(branch, shortcut, omega))
-
-
-class _ScaledLayerNorm(torch.autograd.Function):
-    """``LN(x ⊙ ω + f)`` whose backward pass takes ω's gradient in one pass, where autograd takes three.
-
-    Under autocast it writes over the copies that casts make. Together this spares 26 to 56% of what ω adds to a
-    connection's forward and backward pass (two threads, widths 128 to 512).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, shortcut: Tensor, omega: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> Tensor:
-        # under autocast f is a copy, over which the sum is written
-        f = branch.to(torch.promote_types(branch.dtype, shortcut.dtype))
-        joined = torch.addcmul(f, shortcut, omega, out=_spare(f, branch))
-        output, mean, rstd = torch.native_layer_norm(joined, weight.shape, weight, bias, eps)
-        ctx.save_for_backward(shortcut, omega, joined, mean, rstd, weight, bias)
-        ctx.branch_dtype = branch.dtype
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        shortcut, omega, joined, mean, rstd, weight, bias = ctx.saved_tensors
-        _, _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-
-        def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, mask: list[bool]) -> Any:
-            return torch.ops.aten.native_layer_norm_backward(grad, x, weight.shape, mean, rstd, weight, bias, mask)
-
-        d_joined, d_weight, d_bias = layer_norm_backward(grad, joined, mean, rstd, [True, needs_weight, needs_bias])
-        # Σ d_joined ⊙ x is the gradient of the weight of a LayerNorm whose mean is 0 and whose deviation is 1
-        zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
-        _, d_omega, _ = layer_norm_backward(d_joined, shortcut, zero, one, [False, True, False])
-        d_branch = d_joined.to(ctx.branch_dtype)
-        d_shortcut = torch.mul(d_joined, omega, out=_spare(d_joined, d_branch))
-        return d_shortcut, d_omega, d_branch, d_weight, d_bias, None
-
-
-def _spare(tensor: Tensor, counterpart: Tensor) -> Tensor | None:
-    """`tensor` to write a result over it; None, for a new tensor, where a cast to another dtype had nothing to do."""
-    return None if tensor is counterpart else tensor
 
 
 class DeepNormConnection(PostLNConnection):

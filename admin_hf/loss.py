@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .casting import autocast_dtype
+from .kernels import autocast_dtype
 
 
 # Elements of the largest matrix of logits that exists at a time, whatever the vocabulary. 2^23 float32 are 32 MiB, of

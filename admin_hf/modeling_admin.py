@@ -1,7 +1,7 @@
 """Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -22,9 +22,8 @@ from transformers.models.marian.modeling_marian import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
-from .casting import autocast_dtype, cast_at_once, linear_weights
 from .configuration_admin import AdminConfig
-from .dropout import dropout, relu_dropout
+from .kernels import cast_once, dropout, relu_dropout, weights_cast_at_once
 from .loss import cross_entropy, linear_cross_entropy
 from .pretrained import AdminPreTrainedModel, embedding_init, logits_bias_init
 from .residual import ResidualSystem, profiled_connections, residual_system
@@ -32,12 +31,6 @@ from .special_tokens import MENDED, check_padding
 
 
 logger = logging.get_logger(__name__)
-
-
-def _in_autocast_dtype(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient."""
-    dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
-    return x if dtype is None else x.to(dtype)
 
 
 class _ResidualLayer(nn.Module):
@@ -51,7 +44,7 @@ class _ResidualLayer(nn.Module):
 
     def residual(self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
-        f = branch(_in_autocast_dtype(connection.branch_input(x)))
+        f = branch(cast_once(connection.branch_input(x)))
         return connection(x, dropout(f, self.dropout, self.training))
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -225,7 +218,7 @@ class AdminDecoder(_StackMixin, MarianDecoder):
             past = int(past) if past.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         self._check_input("decoder_input", input_ids, inputs_embeds, past)
         if encoder_hidden_states is not None:
-            encoder_hidden_states = _in_autocast_dtype(encoder_hidden_states)  # once, for the keys of all layers
+            encoder_hidden_states = cast_once(encoder_hidden_states)  # once, for the keys of all layers
         outputs = super().forward(
             input_ids,
             attention_mask=attention_mask,
@@ -298,7 +291,6 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
 
     _default_auto_class = "AutoModelForSeq2SeqLM"
     _keys_to_ignore_on_load_missing = [*MarianMTModel._keys_to_ignore_on_load_missing, "omega_profiled"]
-    _weights: list[tuple[dict[str, Any], str]] | None = None  # which are cast at once; found when they are
     _has_trained = False
 
     def __init__(self, config: AdminConfig) -> None:
@@ -313,25 +305,6 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             tied = self._tied_weights_keys.items()
             self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
-
-    def _cast_weights(self) -> AbstractContextManager[None]:
-        """In training on a GPU under autocast, weights that are cast at once; in compiled layers casts cost little."""
-        weight = self.model.encoder.layers[0].fc1.weight
-        dtype = autocast_dtype(weight.device.type)
-        if (
-            weight.device.type == "cpu"
-            or dtype is None
-            or torch.compiler.is_compiling()
-            or self.model.encoder.gradient_checkpointing
-            or type(weight) is not nn.Parameter  # spread over processes, as is one of another shape
-            or weight.shape != (self.config.encoder_ffn_dim, self.config.d_model)
-            or weight.dtype != torch.float32
-            or getattr(self, "_is_replica", False)  # of DataParallel, which shares what is found here
-        ):
-            return nullcontext()
-        if self._weights is None:
-            self._weights = linear_weights(self.model)
-        return cast_at_once(self._weights, dtype)
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system
@@ -424,7 +397,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             **kwargs,
         }
         if labels is not None and self.training:
-            with self._cast_weights():
+            with weights_cast_at_once(self):
                 decoded = self.model(**inputs)
             hidden, bias = decoded.last_hidden_state, self.final_logits_bias
             of_loss = labels, self.padding_id, self.config.label_smoothing, num_items_in_batch

@@ -1,14 +1,16 @@
 """What residual connections do while a model trains: the range of ω, and how large branches are beside shortcuts."""
 
 import math
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .architecture import STACKS
+from .observation import Places, observed, stack_inputs, variance
 from .pretrained import AdminPreTrainedModel
-from .profiling import base_model_inputs, real_tokens
 from .residual import AdminConnection, ResidualConnection, residual_connections
 
 
@@ -41,12 +43,12 @@ class ResidualMonitor:
     def __init__(self, model: AdminPreTrainedModel) -> None:
         self.model = model
         self._ratios: dict[str, list[Tensor]] = {}
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
 
     def watch_next_pass(self) -> None:
-        """Measure in the model's next forward pass; a GPU does not wait for it."""
-        self._remove_hooks()
-        self._handles = [self.model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        """Measure in the model's next forward pass."""
+        self._hooks.close()
+        self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
 
     def metrics(self) -> dict[str, float]:
         """Return `{encoder,decoder}_omega_{min,max}`, now, and `{encoder,decoder}_variance_ratio_{min,max}`.
@@ -68,39 +70,25 @@ class ResidualMonitor:
         return {name: value.item() for name, value in values.items()}
 
     def _begin(self, model: AdminPreTrainedModel, args: tuple, batch: dict[str, Any]) -> None:
-        self._remove_hooks()
-        self._ratios = {}
-        base, inputs = model.base_model, base_model_inputs(model, batch)
-        for name, stack in STACKS.items():
-            tokens = real_tokens(base, batch, inputs, stack.prefix).unsqueeze(-1)
-            ratios = self._ratios[name] = []
-
-            def observe(
-                connection: ResidualConnection, args: tuple[Tensor, Tensor], tokens: Any = tokens, ratios: Any = ratios
-            ) -> None:
-                with torch.no_grad():
-                    shortcut, branch = (x.float() for x in args)
-                    shortcut = shortcut * getattr(connection, "shortcut_scale", 1.0)
-                    branch = branch * getattr(connection, "branch_scale", 1.0)
-                    ratios.append(_variance(branch, tokens) / _variance(shortcut, tokens))
-
-            self._handles += [
-                connection.register_forward_pre_hook(observe)
-                for _, connection in residual_connections(getattr(base, name))
-            ]
-        self._handles.append(model.register_forward_hook(lambda *_: self._remove_hooks(), always_call=True))
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.close()
+        self._ratios = {name: [] for name in STACKS}
+        _, tokens = stack_inputs(model, batch)
+        for name, ratios in self._ratios.items():
+            observe = partial(_observe, ratios, tokens[name])
+            self._hooks.enter_context(
+                observed(residual_connections(getattr(model.base_model, name)), observe, before=True)
+            )
+        end = model.register_forward_hook(lambda *_: self._hooks.close(), always_call=True)
+        self._hooks.callback(end.remove)
 
 
-def _variance(x: Tensor, tokens: Tensor) -> Tensor:
-    """Population variance of all entries at the tokens that are True, as one pool; without selecting, which syncs."""
-    count = tokens.sum() * x.shape[-1]
-    mean = (x * tokens).sum() / count
-    return ((x - mean).square() * tokens).sum() / count
+@torch.no_grad()
+def _observe(
+    ratios: list[Tensor], tokens: Places, name: str, connection: ResidualConnection, args: tuple[Tensor, Tensor]
+) -> None:
+    shortcut, branch = args
+    branch_variance = variance(branch, tokens, getattr(connection, "branch_scale", 1.0))
+    ratios.append(branch_variance / variance(shortcut, tokens, getattr(connection, "shortcut_scale", 1.0)))
 
 
 def perplexity(nll: float) -> float:

@@ -15,15 +15,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.marian.modeling_marian import shift_tokens_right
 
 from .architecture import STACKS
 from .checkpoints import write_whole
+from .observation import Places, modes_restored, observed, stack_inputs, variance
 from .pretrained import AdminPreTrainedModel
 from .residual import AdminConnection, residual_connections
 from .special_tokens import check_padding
@@ -136,9 +137,8 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
     Args:
         model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems.
         batch: what the model's forward takes, as tensors; moved to the model's device. Of a batch of more than 8,192
-            tokens (rows times the longer side) the first rows are used. Padding is where `attention_mask` is 0 for the
-            encoder (else where the ids are padding), and for the decoder where `labels` are −100, else where
-            `decoder_attention_mask` is 0, else where the ids after the first are padding.
+            tokens (rows times the longer side) the first rows are used. Padding is left out, as
+            [`~admin_hf.observation.stack_inputs`] finds it.
 
     Returns:
         The profile: per stack the names, branch variances, shortcut variances and ω of its sub-layers.
@@ -164,12 +164,12 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
     """
     check_padding(batch, model.padding_id)
     base: Any = model.base_model
-    inputs = _first_rows(base_model_inputs(model, batch))
+    inputs, tokens = stack_inputs(model, batch, MAX_PROFILE_TOKENS)
     profile = ResidualProfile({name: StackProfile() for name in STACKS})
-    with torch.no_grad(), _restored_state(base), contextlib.ExitStack() as observers:
-        for name, stack in STACKS.items():
-            tokens = real_tokens(base, batch, inputs, stack.prefix)
-            observers.enter_context(_observed(getattr(base, name), tokens, profile.stacks[name]))
+    with torch.no_grad(), _restored_state(base), contextlib.ExitStack() as hooks:
+        for name, stack in profile.stacks.items():
+            observe = partial(_observe, stack, tokens[name])
+            hooks.enter_context(observed(residual_connections(getattr(base, name)), observe, before=True))
         base(**inputs, use_cache=False)
     return profile
 
@@ -202,113 +202,47 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
     model._set_profiled(True)
 
 
-def base_model_inputs(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the base model takes, which computes no logits and no loss."""
-    names = [
-        f"{stack.prefix}{name}"
-        for stack in STACKS.values()
-        for name in ("input_ids", "inputs_embeds", "attention_mask")
-    ]
-    inputs = {name: batch[name].to(model.device) for name in names if batch.get(name) is not None}
-    if batch.get("labels") is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
-        labels = batch["labels"].to(model.device)
-        inputs["decoder_input_ids"] = shift_tokens_right(
-            labels,
-            model.padding_id,
-            model.config.decoder_start_token_id,  # type: ignore[arg-type]
-        )
-    for side, prefix in (("source", ""), ("target", "decoder_")):
-        if not {f"{prefix}input_ids", f"{prefix}inputs_embeds"} & inputs.keys():
-            raise ValueError(
-                f"The batch has no {side}: expected {prefix}input_ids{' or labels' if prefix else ''}, "
-                f"got {', '.join(batch) or 'nothing'}."
-            )
-    return inputs
-
-
-def _first_rows(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    longest = max(tensor.shape[1] for tensor in inputs.values())
-    rows = max(1, MAX_PROFILE_TOKENS // longest)
-    return {name: tensor[:rows] for name, tensor in inputs.items()}
-
-
-def real_tokens(model: Any, batch: Mapping[str, Any], inputs: dict[str, Tensor], prefix: str) -> Tensor:
-    """True where a token of the stack is no padding, `(rows, length)`; nowhere in a row that only fills up a batch."""
-    targets = None
-    if batch.get("labels") is not None:
-        rows = next(iter(inputs.values())).shape[0]
-        targets = batch["labels"][:rows].to(model.device).ne(-100)
-    if prefix and targets is not None:
-        return targets
-    if f"{prefix}attention_mask" in inputs:
-        tokens = inputs[f"{prefix}attention_mask"].bool()
-        if targets is None:
-            return tokens
-        return tokens & (targets.any(1, keepdim=True) | ~targets.any())  # without any target, no row is a filler
-    if f"{prefix}input_ids" in inputs:
-        tokens = inputs[f"{prefix}input_ids"].ne(model.config.pad_token_id)
-        tokens[:, 0] |= bool(prefix)  # a decoder starts from padding
-        return tokens
-    embeds = inputs[f"{prefix}inputs_embeds"]
-    return embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
-
-
 @contextlib.contextmanager
 def _restored_state(model: Any) -> Iterator[None]:
     """Train mode without LayerDrop; afterwards ω, modes, LayerDrop and random states are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
     layerdrop = [(stack, stack.layerdrop) for stack in (getattr(model, name) for name in STACKS)]
     omegas = [(m.omega, m.omega.detach().clone()) for m in model.modules() if isinstance(m, AdminConnection)]
     device = next(model.parameters()).device
     devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    device_type = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices, device_type=device_type), modes_restored(model):
         try:
             model.train()
             for stack, _ in layerdrop:
                 stack.layerdrop = 0.0
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for stack, rate in layerdrop:
                 stack.layerdrop = rate
             for omega, value in omegas:
                 omega.data.copy_(value)
 
 
-@contextlib.contextmanager
-def _observed(stack: nn.Module, tokens: Tensor, profile: StackProfile) -> Iterator[None]:
-    """Fill `profile` while `stack` runs: every connection is measured, and gets its ω, right before it joins."""
-
-    def observe(name: str, connection: nn.Module, args: tuple[Tensor, Tensor]) -> None:
-        shortcut, branch = args
-        omega = 1.0
-        if isinstance(connection, AdminConnection) and connection.profiled:
-            omega = profile.next_omega()
-            connection.omega.data.fill_(omega)
-        elif isinstance(connection, AdminConnection):
-            omega = float(connection.omega.mean())
-        profile.names.append(name)
-        profile.shortcut_variances.append(_variance(shortcut, tokens, name))
-        profile.branch_variances.append(_variance(branch, tokens, name))
-        profile.omega.append(omega)
-
-    handles = [
-        connection.register_forward_pre_hook(lambda module, args, name=name: observe(name, module, args))
-        for name, connection in residual_connections(stack)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _observe(
+    profile: StackProfile, tokens: Places, name: str, connection: nn.Module, args: tuple[Tensor, Tensor]
+) -> None:
+    """Add a sub-layer to the profile, and give its connection its ω, right before it joins."""
+    omega = 1.0
+    if isinstance(connection, AdminConnection) and connection.profiled:
+        omega = profile.next_omega()
+        connection.omega.data.fill_(omega)
+    elif isinstance(connection, AdminConnection):
+        omega = float(connection.omega.mean())
+    profile.names.append(name)
+    profile.shortcut_variances.append(_variance(args[0], tokens, name))
+    profile.branch_variances.append(_variance(args[1], tokens, name))
+    profile.omega.append(omega)
 
 
-def _variance(x: Tensor, tokens: Tensor, name: str) -> float:
-    """Population variance over all entries of the real tokens as one pool, accumulated in float32."""
-    if not tokens.any():
+def _variance(x: Tensor, tokens: Places, name: str) -> float:
+    if not len(tokens[0]):
         raise ValueError("The batch holds padding only on one side: there is nothing to profile.")
-    variance = float(x[tokens].float().var(correction=0))
-    if not variance < float("inf"):
-        raise ValueError(f"The variance at {name} is {variance}: the batch or the model's weights are not finite.")
-    return variance
+    value = float(variance(x, tokens))
+    if not value < float("inf"):
+        raise ValueError(f"The variance at {name} is {value}: the batch or the model's weights are not finite.")
+    return value

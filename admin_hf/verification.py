@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .architecture import STACKS
+from .observation import observed
 from .special_tokens import BANNED
 
 
@@ -47,24 +47,20 @@ def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) ->
 def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
     """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
     ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
-    outputs: list[dict[str, Tensor]] = []
-    for either in (model, folded):
-        found: dict[str, Tensor] = {}
-        handles = [
-            module.register_forward_hook(functools.partial(_keep_output, found, name))
-            for name, module in either.named_modules()
-            if name.endswith(ends)
-        ]
-        either(**batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-        outputs.append({name: output / output.norm() for name, output in found.items()})
-    differing = (name for name, output in outputs[0].items() if not output.allclose(outputs[1][name], 1e-5, 1e-7))
+    expected, found = (_branch_outputs(either, ends, batch) for either in (model, folded))
+    differing = (name for name, output in expected.items() if not output.allclose(found[name], 1e-5, 1e-7))
     return next(differing, "the output layer")
 
 
-def _keep_output(found: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-    found[name] = output
+def _branch_outputs(model: PreTrainedModel, ends: tuple[str, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[name] = output / output.norm()
+
+    with observed(((name, module) for name, module in model.named_modules() if name.endswith(ends)), keep):
+        model(**batch, use_cache=False)
+    return outputs
 
 
 def _random_batch(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from admin_hf import allocator, dropout, modeling_admin, pretrained
+from admin_hf import allocator, kernels, modeling_admin, pretrained
 
 from . import systems
 from .record import Settings, conditions, cost
@@ -64,7 +64,7 @@ def plain_cross_entropy(
 
 
 def plain_relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return dropout.dropout(nn.functional.relu(x), p, training)
+    return kernels.dropout(nn.functional.relu(x), p, training)
 
 
 def never(x: Tensor, p: float) -> bool:
@@ -77,10 +77,10 @@ def nothing(*args: Any) -> Any:
 
 LEVERS: dict[str, tuple[Any, str, Any]] = {
     "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
-    "`dropout` and `relu_dropout`": (dropout, "_draws_bits", never),
+    "`dropout` and `relu_dropout`": (kernels, "_draws_bits", never),
     "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
     "`keep_freed_memory`": (allocator, "_has_glibc", nothing),
     "`admin_attention`": (pretrained, "ADMIN_ATTENTION", "sdpa"),
-    "one cast for q, k and v": (modeling_admin, "_in_autocast_dtype", nothing),
+    "one cast for q, k and v": (modeling_admin, "cast_once", nothing),
 }
 BFLOAT16_ONLY = ("one cast for q, k and v",)

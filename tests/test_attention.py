@@ -143,7 +143,7 @@ def test_a_mask_elsewhere_is_made_without_a_look_at_the_padding(mask_function, p
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_pass_elsewhere_looks_at_no_padding(batch, training, monkeypatch):
-    monkeypatch.setattr("admin_hf.modeling_admin._in_autocast_dtype", lambda x: x)  # "meta" has no autocast
+    monkeypatch.setattr("admin_hf.modeling_admin.cast_once", lambda x: x)  # "meta" has no autocast
     model = AdminModel(tiny_config()).to(META).train(training)
     inputs = {name: batch[name].to(META) for name in ("input_ids", "attention_mask")}
     assert model(**inputs, decoder_input_ids=inputs["input_ids"]).last_hidden_state.device == META
@@ -161,7 +161,7 @@ def test_a_mask_elsewhere_is_the_same_while_a_graph_is_recorded(capturing, monke
 
 
 def test_a_compiled_pass_elsewhere_is_one_graph(batch, monkeypatch):
-    monkeypatch.setattr("admin_hf.modeling_admin._in_autocast_dtype", lambda x: x)
+    monkeypatch.setattr("admin_hf.modeling_admin.cast_once", lambda x: x)
     model = AdminModel(tiny_config()).to(META).train()
     inputs = {name: batch[name].to(META) for name in ("input_ids", "attention_mask")}
     torch._dynamo.reset()

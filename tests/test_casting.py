@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import padded_batch, randomize, tiny_model, without_dropout
 
-from admin_hf.casting import cast_at_once, linear_weights
+from admin_hf.kernels import cast_at_once, linear_weights
 
 
 @pytest.fixture

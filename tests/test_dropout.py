@@ -3,7 +3,7 @@ import torch
 from conftest import padded_batch, tiny_model
 from torch.nn.functional import dropout as stock_dropout
 
-from admin_hf.dropout import dropout, relu_dropout
+from admin_hf.kernels import dropout, relu_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5])

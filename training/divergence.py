@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.observation import observed
 from admin_hf.run.folder import DIVERGENCE_NAME
 
 
@@ -59,22 +60,15 @@ def first_non_finite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """
     found: list[str] = []
 
-    def look(name: str, output: Any) -> None:
+    def look(name: str, module: nn.Module, args: tuple, output: Any) -> None:
         tensors = output if isinstance(output, tuple) else output.values() if isinstance(output, Mapping) else [output]
         if any(isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all() for x in tensors):
             found.append(name or type(model).__name__)
 
-    handles = [
-        module.register_forward_hook(lambda module, args, output, name=name: look(name, output))
-        for name, module in model.named_modules()
-    ]
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     with torch.random.fork_rng():
-        try:
+        with observed(model.named_modules(), look):
             loss = model(**inputs).loss
-        finally:
-            for handle in handles:
-                handle.remove()
         # Also where an output is not finite: sharded models need all processes to do the same
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     if found:

@@ -13,7 +13,7 @@ tokens as one pool. In Pre-LN that is the paper's sqrt(Var a_j) / sqrt(Var Σ_k 
 read x_i belongs to the branch. What the biases ν bring into x_i is a component of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import linear_regression
 from typing import ClassVar
@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..observation import Places
 from ..pretrained import AdminPreTrainedModel
 from ..residual import PostLNConnection, residual_connections
-from .inputs import Batch, Observer, observe_connections
+from .inputs import Batch, observe_connections
 
 
 # Cost is quadratic in sub-layers, and linear in tokens; β hardly depends on how many there are.
@@ -122,11 +123,11 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
     """
     stacks: dict[str, _Components] = {}
 
-    def observer(stack: str, tokens: Tensor) -> Observer:
-        if not tokens.any():
+    def observer(stack: str, tokens: Places) -> Callable[..., None]:
+        if not len(tokens[0]):
             raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
         names = [name for name, _ in residual_connections(getattr(model.base_model, stack))]
-        stacks[stack] = _Components(names, tokens.nonzero()[:MAX_TOKENS].T)
+        stacks[stack] = _Components(names, tuple(places[:MAX_TOKENS] for places in tokens))
         return stacks[stack].observe
 
     observe_connections(model, batch, observer)
@@ -137,13 +138,13 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
 class _Components:
     """x_i of one stack as a sum: component 0 is that of the biases ν, 1 the embedding's, j + 1 that of branch j."""
 
-    def __init__(self, names: list[str], tokens: Tensor) -> None:
-        self.names, self.tokens = names, tuple(tokens)
+    def __init__(self, names: list[str], tokens: Places) -> None:
+        self.names, self.tokens = names, tokens
         self.values = torch.empty(0)  # components × tokens × d_model, while the stack runs
         self.rows: list[list[float]] = []
         self.error = 0.0
 
-    def observe(self, connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def observe(self, name: str, connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
         shortcut, branch, output = (_at_least_float32(x[self.tokens]) for x in (*args, output))
         if not self.rows:
             self.values = shortcut.new_zeros(len(self.names) + 2, *shortcut.shape)

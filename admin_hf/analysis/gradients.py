@@ -1,8 +1,9 @@
 """Gradient norms at sub-layer outputs (section 3.1, Fig. 3): in which stack gradients vanish, and where."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import exp, log
 from statistics import fmean
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architecture import STACKS, Stack
 from ..modeling_admin import AdminForConditionalGeneration
+from ..observation import observed
 from ..residual import residual_connections
 from .inputs import Batch, training_loss
 
@@ -111,7 +113,9 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
     base: Any = model.base_model
     embeddings = [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
     measured: dict[str, dict[str, float]] = {name: {} for name in STACKS}
-    with _only_needs_gradient(model, embeddings), _observed(base, measured), torch.enable_grad():
+    with _only_needs_gradient(model, embeddings), ExitStack() as hooks, torch.enable_grad():
+        for name, norms in measured.items():
+            hooks.enter_context(observed(residual_connections(getattr(base, name)), partial(_observe, norms)))
         loss = training_loss(model, batch)
         if not bool(loss.isfinite()):
             raise ValueError(f"The training loss is {loss.item()}: the model or the batch is not usable.")
@@ -131,25 +135,9 @@ def _stack_gradients(system: str, stack: Stack, module: nn.Module, norms: dict[s
     return StackGradients(system, names, kinds, [norms[name] / (largest or 1.0) for name in names], largest)
 
 
-@contextmanager
-def _observed(base: Any, measured: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Note the norm of the gradient at each connection's output when it is computed."""
-
-    def watch(norms: dict[str, float], name: str, output: Tensor) -> None:
-        output.register_hook(lambda gradient: norms.__setitem__(name, float(gradient.float().norm())))
-
-    handles = [
-        connection.register_forward_hook(
-            lambda module, args, output, norms=norms, name=name: watch(norms, name, output)
-        )
-        for stack, norms in measured.items()
-        for name, connection in residual_connections(getattr(base, stack))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _observe(norms: dict[str, float], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    """Note the norm of the gradient at a connection's output when it is computed."""
+    output.register_hook(lambda gradient: norms.__setitem__(name, float(gradient.float().norm())))
 
 
 @contextmanager

@@ -2,27 +2,27 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..architecture import STACKS
 from ..checkpoints import check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
+from ..observation import Places, modes_restored, observed, stack_inputs
 from ..pretrained import AdminPreTrainedModel
-from ..profiling import base_model_inputs, initialize_omega, profile_residuals, real_tokens
+from ..profiling import initialize_omega, profile_residuals
 from ..residual import residual_connections
 from ..run import complete_checkpoints, saved_checkpoints
 
 
 Batch = Mapping[str, Tensor]
-Observer = Callable[[nn.Module, tuple[Tensor, Tensor], Tensor], None]
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -99,38 +99,21 @@ def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def observe_connections(
-    model: AdminPreTrainedModel, batch: Batch, observer: Callable[[str, Tensor], Observer]
+    model: AdminPreTrainedModel, batch: Batch, observer: Callable[[str, Places], Callable[..., None]]
 ) -> None:
     """Run both stacks once without dropout, seen by observers of their residual connections.
 
     Args:
-        observer: makes the observer of a stack, from its name, `"encoder"` or `"decoder"`, and where its tokens are
-            real, `(rows, length)`. It is called behind each connection with the connection, its inputs and its output.
+        observer: makes the observer of a stack (see [`~admin_hf.observation.observed`]) from its name, `"encoder"` or
+            `"decoder"`, and the places of its real tokens.
     """
     base: Any = model.base_model
-    inputs = base_model_inputs(model, batch)
-    handles = []
-    try:
-        for name, stack in STACKS.items():
-            observe = observer(name, real_tokens(base, batch, inputs, stack.prefix))
-            handles += [c.register_forward_hook(observe) for _, c in residual_connections(getattr(base, name))]
-        with modes_restored(model):
-            model.eval()
-            base(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in train or evaluation mode as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    inputs, tokens = stack_inputs(model, batch)
+    with modes_restored(model), ExitStack() as hooks:
+        for name in STACKS:
+            hooks.enter_context(observed(residual_connections(getattr(base, name)), observer(name, tokens[name])))
+        model.eval()
+        base(**inputs, use_cache=False)
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
-from ..profiling import base_model_inputs, real_tokens
-from .inputs import Batch, initialized_model, modes_restored, training_loss
+from ..observation import modes_restored, stack_inputs
+from .inputs import Batch, initialized_model, training_loss
 
 
 # Numbers of sub-layers, two to a layer, and the systems that Fig. 4 has
@@ -87,11 +87,11 @@ def model_changes(model: AdminForConditionalGeneration, batch: Batch, seed: int 
 
 def _encode(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
     """F(x_0, W) at the real tokens, `(tokens, d_model)`."""
-    inputs = base_model_inputs(model, batch)
+    inputs, tokens = stack_inputs(model, batch)
     source = {name: tensor for name, tensor in inputs.items() if not name.startswith("decoder_")}
     with torch.no_grad(), modes_restored(model):
         output = model.eval().model.encoder(**source).last_hidden_state
-    return output[real_tokens(model.model, batch, inputs, "")].double()
+    return output[tokens["encoder"]].double()
 
 
 # --- by depth -------------------------------------------------------------------------------------

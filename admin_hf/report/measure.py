@@ -1,5 +1,6 @@
 """What the page measures anew: the run's model as it started and as it is, on the same sentences."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from ..analysis.dependency import LayerDependency, layer_dependency
 from ..analysis.gradients import GradientNorms, gradient_norms
 from ..analysis.inputs import (
     Batch,
-    Observer,
     initialized_model,
     load_model,
     observe_connections,
@@ -20,6 +20,7 @@ from ..analysis.inputs import (
 from ..checkpoints import one_line
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
+from ..observation import Places, variance
 from ..profiling import initialize_omega
 from ..residual import profiled_connections
 from ..run.folder import STATE_NAME, Run
@@ -131,13 +132,12 @@ def residual_variances(model: AdminForConditionalGeneration, batch: Batch) -> di
     """Var[f_i] and Var[ω_i ⊙ x_{i-1}] of all sub-layers, by stack: at real tokens, scaled as they are added."""
     variances: dict[str, tuple[list[float], list[float]]] = {}
 
-    def observer(stack: str, tokens: Tensor) -> Observer:
+    def observer(stack: str, tokens: Places) -> Callable[..., None]:
         branches, shortcuts = variances[stack] = ([], [])
 
-        def observe(connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
-            shortcut, branch = (x[tokens].float() for x in args)
-            branches.append(float((branch * getattr(connection, "branch_scale", 1.0)).var(correction=0)))
-            shortcuts.append(float((shortcut * getattr(connection, "shortcut_scale", 1.0)).var(correction=0)))
+        def observe(name: str, connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+            branches.append(float(variance(args[1], tokens, getattr(connection, "branch_scale", 1.0))))
+            shortcuts.append(float(variance(args[0], tokens, getattr(connection, "shortcut_scale", 1.0))))
 
         return observe
 

@@ -1,0 +1,117 @@
+"""Looking at a model from outside, while it runs: hooks on its residual connections, at the tokens that are real."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.marian.modeling_marian import shift_tokens_right
+
+from .architecture import STACKS, Stack
+
+
+# Where the tokens of a stack are real: their rows, and their places in them
+Places = tuple[Tensor, ...]
+
+
+def observed(
+    modules: Iterable[tuple[str, nn.Module]], observe: Callable[..., None], before: bool = False
+) -> ExitStack:
+    """Watch modules in forward passes, until what is returned is left as a context or closed.
+
+    Args:
+        modules: names and modules, such as [`residual_connections`] of a stack.
+        observe: called with a module's name, the module, its positional inputs as a tuple and its output.
+        before: call it before the module computes, and so without an output.
+    """
+    hooks = ExitStack()
+    for name, module in modules:
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        hooks.callback(register(partial(observe, name)).remove)
+    return hooks
+
+
+def variance(x: Tensor, tokens: Places, scale: Tensor | float = 1.0) -> Tensor:
+    """Population variance of `scale · x` over all entries of the real tokens as one pool, in float32.
+
+    Args:
+        x: `(rows, length, d_model)`.
+        tokens: of [`stack_inputs`].
+        scale: a number, or of shape `(1,)` or `(d_model,)`.
+    """
+    return (x[tokens].float() * scale).var(correction=0)
+
+
+def stack_inputs(
+    model: PreTrainedModel, batch: Mapping[str, Any], max_tokens: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Places]]:
+    """What the base model takes of a batch, which computes no logits and no loss, and where tokens are real.
+
+    Args:
+        model: the bare model; tensors are moved to its device.
+        batch: what its forward takes. Padding is where `attention_mask` is 0 for the encoder (else where the ids are
+            padding), and for the decoder where `labels` are −100, else where `decoder_attention_mask` is 0, else where
+            the ids after the first are padding. A row without labels only fills up a batch.
+        max_tokens: rows times the longer side, above which only the first rows are taken.
+
+    Returns:
+        The inputs, and by stack the places of its real tokens.
+
+    Raises:
+        ValueError: the batch lacks the input of a stack.
+    """
+    sides = [f"{stack.prefix}{name}" for stack in STACKS.values() for name in ("input_ids", "inputs_embeds")]
+    masks = [f"{stack.prefix}attention_mask" for stack in STACKS.values()]
+    inputs = {name: batch[name].to(model.device) for name in (*sides, *masks) if batch.get(name) is not None}
+    if batch.get("labels") is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        labels, config = batch["labels"].to(model.device), model.config
+        inputs["decoder_input_ids"] = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    for side, stack in zip(("source", "target"), STACKS.values(), strict=True):
+        if not {f"{stack.prefix}input_ids", f"{stack.prefix}inputs_embeds"} & inputs.keys():
+            raise ValueError(
+                f"The batch has no {side}: expected {stack.prefix}input_ids{' or labels' if stack.prefix else ''}, "
+                f"got {', '.join(batch) or 'nothing'}."
+            )
+    if max_tokens is not None:
+        rows = max(1, max_tokens // max(tensor.shape[1] for tensor in inputs.values()))
+        inputs = {name: tensor[:rows] for name, tensor in inputs.items()}
+    targets = None
+    if batch.get("labels") is not None:
+        targets = batch["labels"][: len(next(iter(inputs.values())))].to(model.device).ne(-100)
+    return inputs, {
+        name: _real_tokens(stack, inputs, targets, model.config.pad_token_id).nonzero(as_tuple=True)
+        for name, stack in STACKS.items()
+    }
+
+
+def _real_tokens(stack: Stack, inputs: dict[str, Tensor], targets: Tensor | None, padding_id: int) -> Tensor:
+    """True where a token of the stack is no padding, `(rows, length)`; nowhere in a row that only fills up a batch."""
+    if stack.prefix and targets is not None:
+        return targets
+    if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:
+        if targets is None:
+            return mask.bool()
+        return mask.bool() & (targets.any(1, keepdim=True) | ~targets.any())  # without any target, no row is a filler
+    if (ids := inputs.get(f"{stack.prefix}input_ids")) is not None:
+        tokens = ids.ne(padding_id)
+        tokens[:, 0] |= bool(stack.prefix)  # a decoder starts from padding
+        return tokens
+    embeds = inputs[f"{stack.prefix}inputs_embeds"]
+    return embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in train or evaluation mode as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+__all__ = ["modes_restored", "observed", "stack_inputs", "variance"]
