@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer, reparameterize
+from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer
 from .analysis.command import add_command as add_analyze
 from .architecture import ARCHITECTURES
 from .checkpoints import explained_errors, one_line, replaced_model
+from .publishing import write_vanilla
 from .report import add_command as add_report
 from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .terminal import spell_out
@@ -109,13 +110,12 @@ def export(arguments: argparse.Namespace) -> None:
             check_tokenizer(model, tokenizer)
         except ValueError as error:
             problem = str(error)
-    folded = reparameterize(model, dtype, tokenizer if not problem else None)
     with replaced_model(out) as folder:
-        folded.save_pretrained(folder)
-        if tokenizer is not None:
+        vanilla = write_vanilla(model, folder, tokenizer if not problem else None, dtype)
+        if tokenizer is not None and problem:
             tokenizer.save_pretrained(folder)
-    size, kind = folded.num_parameters(only_trainable=True) / 1e6, str(folded.dtype).removeprefix("torch.")
-    print(f"{out}: {type(folded).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
+    size, kind = vanilla.num_parameters(only_trainable=True) / 1e6, str(vanilla.dtype).removeprefix("torch.")
+    print(f"{out}: {type(vanilla).__name__}, {size:.2f} M parameters in {kind}, verified against {checkpoint}")
     if tokenizer is None:
         print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
     if problem:

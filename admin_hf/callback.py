@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, extract_model_from_parallel, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,9 +17,11 @@ from transformers.utils.hub import hf_api
 
 from .pretrained import AdminPreTrainedModel
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
+from .publishing import Publication
 from .reparameterization import stock_architecture
 from .residual import profiled_connections
 from .run.folder import PROFILE_NAME
+from .sharding import make_embedding_one_module, sharding
 from .special_tokens import check_padding, check_tokenizer, never_ends
 from .terminal import showable
 
@@ -27,7 +29,24 @@ from .terminal import showable
 logger = logging.get_logger(__name__)
 
 
-class AdminProfilingCallback(TrainerCallback):
+class _AdminCallback(TrainerCallback):
+    """What all callbacks here do when the Trainer is made: check model and tokenizer, and make the former fit FSDP."""
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_processing_class(_unwrapped(model), processing_class)
+        if sharding(args) == "FSDP":
+            make_embedding_one_module(_unwrapped(model))
+
+
+class AdminProfilingCallback(_AdminCallback):
     """Profiles the model on the first batch of training and initialises ω, before step 1 computes anything.
 
     Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch that step 1 is given, on the
@@ -58,20 +77,6 @@ class AdminProfilingCallback(TrainerCallback):
         self.verbose = verbose
         self._hook: Any = None
         self._trials = 0
-
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        model = _unwrapped(model)
-        _check_processing_class(model, processing_class)
-        if sharding(args) == "FSDP":
-            _make_embedding_one_module(model)
 
     def on_train_begin(
         self,
@@ -188,43 +193,6 @@ def profile_and_initialize(
     return profile
 
 
-def sharding(args: TrainingArguments) -> str | None:
-    """What spreads the model's weights over the processes when training begins: "FSDP", "DeepSpeed" or None.
-
-    It is asked for by a training argument or by `accelerate launch`.
-    """
-    for kind, argument in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
-        launched = parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}")
-        # On a CPU, Trainer turns both into DistributedDataParallel
-        if (argument or launched) and not args.use_cpu:
-            return kind
-    return None
-
-
-def _make_embedding_one_module(model: AdminPreTrainedModel) -> None:
-    """Hold the embedding in one module, under one name, where Marian has three modules that share its weight.
-
-    accelerate shards the one it knows of, and PyTorch then refuses the others. Nor does a checkpoint of FSDP2 load
-    again in which the weight of one module has several names.
-    """
-    base: Any = model.base_model
-    if not base.config.share_encoder_decoder_embeddings:
-        return
-    base.set_input_embeddings(base.get_input_embeddings())
-    aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-
-    def leave_out_aliases(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for alias in aliases:
-            state_dict.pop(prefix + alias)
-
-    def add_aliases(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if (name := f"{prefix}shared.weight") in state_dict:
-            state_dict.update({prefix + alias: state_dict[name] for alias in aliases})
-
-    base.register_state_dict_post_hook(leave_out_aliases)
-    base.register_load_state_dict_pre_hook(add_aliases)
-
-
 def _check_writable(args: TrainingArguments) -> None:
     by_hand = (
         "profile before the Trainer is built: `profile_and_initialize(model, batch, args.output_dir)`, which calls "
@@ -282,10 +250,9 @@ class AdminPublishingCallback(TrainerCallback):
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
         model = _unwrapped(model)
         stock_architecture(model)
-        model.vanilla_folder = Path(str(args.output_dir)).resolve()
-        if isinstance(processing_class, PreTrainedTokenizerBase):
-            check_tokenizer(model, processing_class)
-            model.vanilla_tokenizer = processing_class
+        _check_processing_class(model, processing_class)
+        tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
+        model.publication = Publication(Path(str(args.output_dir)).resolve(), tokenizer)
 
     on_train_begin = on_init_end  # of a callback that is added later
 

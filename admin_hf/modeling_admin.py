@@ -330,14 +330,15 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             return
         if self._has_trained and self.device.type != "cpu":
             return
-        check_padding(batch, self.padding_id)
+        padding_id: Any = self.config.pad_token_id
+        check_padding(batch, padding_id)
         if self._has_trained:
             return
         self._has_trained = True
         padding_idx = getattr(self.get_input_embeddings(), "padding_idx", None)
-        if padding_idx not in (None, self.padding_id):
+        if padding_idx not in (None, padding_id):
             raise ValueError(
-                f"config.pad_token_id is {self.padding_id} now, but the model was made with {padding_idx}, which it "
+                f"config.pad_token_id is {padding_id} now, but the model was made with {padding_idx}, which it "
                 f"takes for padding and never predicts. {MENDED}"
             )
         self.warn_unprofiled()
@@ -376,6 +377,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
                 on the left (on a GPU looked for in the first pass only).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        padding_id: Any = self.config.pad_token_id
         if self.training and torch.is_grad_enabled():
             self._check_training({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
         _check_ids("labels", labels, self.lm_head.weight.shape[0])
@@ -400,7 +402,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             with weights_cast_at_once(self):
                 decoded = self.model(**inputs)
             hidden, bias = decoded.last_hidden_state, self.final_logits_bias
-            of_loss = labels, self.padding_id, self.config.label_smoothing, num_items_in_batch
+            of_loss = labels, padding_id, self.config.label_smoothing, num_items_in_batch
             if type(self.lm_head).forward is nn.Linear.forward:
                 loss, nll = linear_cross_entropy(hidden, self.lm_head.weight, bias, *of_loss)
             else:  # an adapter's
@@ -411,7 +413,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         outputs = super().forward(**inputs)
         if torch.is_grad_enabled():
             # Under a loss of the caller's the output layer's padding row gets no gradient either, and stays zero
-            is_pad = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device).eq(self.padding_id)
+            is_pad = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device).eq(padding_id)
             outputs.logits = torch.where(is_pad, outputs.logits.detach(), outputs.logits)
         if labels is None:
             return outputs

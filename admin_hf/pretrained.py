@@ -1,21 +1,18 @@
-"""What all Admin models share beside the network: initialisation, loading, saving and publishing."""
+"""What all Admin models share beside the network: initialisation, loading, and what is known of their ω."""
 
-import copy
 import os
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.models.marian.modeling_marian import MarianPreTrainedModel, MarianSinusoidalPositionalEmbedding
 from transformers.utils import logging
 
 from .attention import ADMIN_ATTENTION
-from .checkpoints import check_finite, check_weight_files, explained_errors, replaced_model
+from .checkpoints import check_finite, check_weight_files, explained_errors
 from .configuration_admin import AdminConfig
-from .reparameterization import reparameterize as fold
+from .publishing import PublishableModel
 from .residual import ScaleModule, profiled_connections
 from .special_tokens import BANNING_BIAS
 
@@ -38,20 +35,11 @@ def logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
     init.copy_(bias, value)
 
 
-class AdminPreTrainedModel(MarianPreTrainedModel):
-    """The base of all Admin models.
-
-    Attributes:
-        vanilla_folder: the folder into which `save_pretrained` writes the vanilla model by default, where a Trainer
-            uploads it from ([`AdminPublishingCallback`] sets it).
-        vanilla_tokenizer: whose entries the vanilla model is fitted to (as for [`reparameterize`]; it sets it, too).
-    """
+class AdminPreTrainedModel(PublishableModel, MarianPreTrainedModel):
+    """The base of all Admin models."""
 
     config: AdminConfig
-    vanilla_folder: Path | None = None
-    vanilla_tokenizer: PreTrainedTokenizerBase | None = None
     _said_unprofiled = False
-    _default_auto_class = "AutoModel"
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -190,99 +178,6 @@ class AdminPreTrainedModel(MarianPreTrainedModel):
             raise OSError(f"{source} holds {name} as {odd[name]}; expected a floating-point tensor.")
         check_finite(model, f"The checkpoint {source}")
         return (model, info) if output_loading_info else model
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        *,
-        reparameterize: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save the model to a folder: with ω, to train on, or as the vanilla checkpoint that needs none of this code.
-
-        As [`~transformers.PreTrainedModel.save_pretrained`], and with `push_to_hub=True` as [`push_to_hub`] after it.
-
-        Args:
-            reparameterize: save what [`reparameterize`] makes of the model. It is folded and verified before anything
-                is written, and takes the place of what the folder holds only when it is complete. Where unset, a
-                folder gets the model with ω (unless it is `vanilla_folder`), and the Hub the vanilla one.
-
-        Raises:
-            ValueError: the model cannot be folded (see [`reparameterize`]).
-            NotADirectoryError: `save_directory` is a file.
-        """
-        saved = state_dict
-        if saved is not None:  # gathered from shards, where tied weights are copies that would be saved twice
-            saved = {name: tensor for name, tensor in saved.items() if name not in self.all_tied_weights_keys}
-        if not is_main_process:
-            if not reparameterize:
-                super().save_pretrained(save_directory, is_main_process, saved, **kwargs)
-            return
-        fold_by_default = reparameterize is None and Path(save_directory).resolve() == self.vanilla_folder
-        folded = None
-        if reparameterize or fold_by_default or (push_to_hub and reparameterize is None):
-            try:
-                folded = self._reparameterized(state_dict)
-            except ValueError as error:
-                if not fold_by_default or push_to_hub:
-                    raise
-                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
-        if folded is not None and (reparameterize or fold_by_default):
-            with replaced_model(save_directory) as folder:
-                folded.save_pretrained(folder, **kwargs)
-        else:
-            super().save_pretrained(save_directory, is_main_process, saved, **kwargs)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            kwargs.pop("variant", None)
-            if folded is not None:
-                folded.push_to_hub(repo_id, **kwargs)
-            else:
-                self.push_to_hub(repo_id, reparameterize=False, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *, reparameterize: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
-        """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.
-
-        Args:
-            repo_id: the repository, such as `"me/en-de"`; made if there is none.
-            reparameterize: set to False to upload the model with its ω. It needs `admin_hf` to be loaded then, or its
-                code beside it: call `register_for_auto_class` first.
-            kwargs: as [`~transformers.PreTrainedModel.push_to_hub`].
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
-        """
-        if reparameterize:
-            return self._reparameterized().push_to_hub(repo_id, **kwargs)
-        return cast(Any, super()).push_to_hub(repo_id, **kwargs)
-
-    def _reparameterized(self, state_dict: dict[str, Tensor] | None = None) -> Any:
-        model: Any = self
-        if state_dict is not None:  # of a model whose weights are spread over processes
-            model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
-            model.load_state_dict(state_dict)
-            model.generation_config = self.generation_config
-        return fold(model, tokenizer=self.vanilla_tokenizer)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """Let `save_pretrained` put the code of the model beside its weights.
-
-        Such a folder is loaded by `AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)` where
-        `admin_hf` is not installed.
-
-        Args:
-            auto_class: the class that loads it, where another than `AutoModelForSeq2SeqLM` (for
-                [`AdminForConditionalGeneration`]) or `AutoModel` (for [`AdminModel`]) is wanted.
-        """
-        AdminConfig.register_for_auto_class()
-        super().register_for_auto_class(auto_class or cls._default_auto_class)
 
 
 def _and_others(items: Any) -> str:

@@ -1,15 +1,20 @@
 """The names that the architecture writes down are those of the models, and its stock classes are what it says."""
 
 import ast
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import FrameType
 
 import pytest
-from conftest import SYSTEM_PAIRS, tiny_model
+from conftest import PAD, SYSTEM_PAIRS, tiny_model
+from test_optimization import tiny_trainer
 from torch import nn
 
 from admin_hf.architecture import ARCHITECTURES, STACKS
 from admin_hf.residual import residual_connections
+from benchmarks.systems import word_tokenizer
+from training.batching import TranslationCollator
 
 
 REPO = Path(__file__).parents[1]
@@ -50,6 +55,27 @@ def test_no_module_imports_itself_through_others(package):
     """Imports within functions and for types count as well."""
     graph = TopologicalSorter({name: imports(package, name) for name in modules(package)})
     graph.prepare()  # or it raises a CycleError that names them
+
+
+def test_a_batch_passes_at_most_eight_files_to_the_loss(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model(), max_tokens=64)
+    trainer.data_collator = TranslationCollator(word_tokenizer(PAD + 1), trainer.model)
+    trainer.model.train()
+    batches = iter(trainer.get_train_dataloader())
+    trainer.compute_loss(trainer.model, next(batches))  # in the first pass the model is checked as a whole
+    passed: set[str] = set()
+
+    def watch(frame: FrameType, event: str, arg: object) -> None:
+        file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+        if {REPO / "admin_hf", REPO / "training"} & set(file.parents):
+            passed.add(str(file.relative_to(REPO)))
+        if event == "return" and function == "linear_cross_entropy":
+            sys.setprofile(before)
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    trainer.compute_loss(trainer.model, next(batches))
+    assert {"training/batching.py", "admin_hf/modeling_admin.py", "admin_hf/loss.py"} <= passed and len(passed) <= 8
 
 
 def modules(package: str) -> dict[str, Path]:

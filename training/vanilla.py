@@ -8,8 +8,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list
 from transformers import AutoModelForSeq2SeqLM
 
-from admin_hf import reparameterize
-from admin_hf.checkpoints import replaced_model
+from admin_hf.publishing import write_vanilla
 from admin_hf.run.folder import VANILLA_NAME
 
 from . import runs
@@ -35,9 +34,8 @@ def export(trainer: TranslationTrainer) -> str | None:
     problems: list[str | None] = [None, None]
     if trainer.is_world_process_zero():
         try:
-            with writing(f"The vanilla model in {folder}"), replaced_model(folder) as staging:
-                reparameterize(trainer.model, tokenizer=trainer.processing_class).save_pretrained(staging)
-                trainer.processing_class.save_pretrained(staging)
+            with writing(f"The vanilla model in {folder}"):
+                write_vanilla(trainer.model, folder, trainer.processing_class)
         except InputError as error:
             problems[1] = str(error)
         except ValueError as error:

@@ -1,0 +1,160 @@
+"""Publishing: what of a model is written where, with its ω or as the vanilla model that needs no code of ours."""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .checkpoints import replaced_model
+from .reparameterization import reparameterize as fold
+
+
+logger = logging.get_logger(__name__)
+
+
+def write_vanilla(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Write what [`reparameterize`] makes of a model, and its tokenizer, in place of the model in a folder.
+
+    It is folded and verified before anything is written, and takes its place only when it is complete.
+
+    Returns:
+        The vanilla model.
+
+    Raises:
+        ValueError: as [`reparameterize`].
+        OSError: it cannot be written; the folder is as it was.
+    """
+    vanilla = fold(model, dtype, tokenizer)
+    with replaced_model(folder) as staging:
+        vanilla.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    return vanilla
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The choice that a folder gets the vanilla model of a model that is saved to it, whoever saves it.
+
+    A Trainer calls `save_pretrained(folder)` alike for its checkpoints and for the folder that it uploads.
+
+    Attributes:
+        folder: as an absolute path.
+        tokenizer: whose entries the vanilla model is fitted to.
+    """
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class PublishableModel(PreTrainedModel):
+    """A model that is saved with its ω, and published without.
+
+    Attributes:
+        publication: which folder gets the vanilla model, if any ([`AdminPublishingCallback`] says so).
+    """
+
+    publication: Publication | None = None
+    _default_auto_class = "AutoModel"
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *,
+        reparameterize: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model to a folder: with ω, to train on, or as the vanilla checkpoint that needs none of this code.
+
+        As [`~transformers.PreTrainedModel.save_pretrained`], and with `push_to_hub=True` as [`push_to_hub`] after it.
+
+        Args:
+            reparameterize: save what [`reparameterize`] makes of the model. It is folded and verified before anything
+                is written, and takes the place of what the folder holds only when it is complete. Where unset, a
+                folder gets the model with ω (unless it is that of `publication`), and the Hub the vanilla one.
+
+        Raises:
+            ValueError: the model cannot be folded (see [`reparameterize`]).
+            NotADirectoryError: `save_directory` is a file.
+        """
+        published = self.publication is not None and self.publication.folder == Path(save_directory).resolve()
+        vanilla = None
+        if is_main_process and reparameterize is not False and (reparameterize or published or push_to_hub):
+            try:
+                vanilla = self._vanilla(state_dict)
+            except ValueError as error:
+                if reparameterize or push_to_hub:
+                    raise
+                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
+        if vanilla is not None and (reparameterize or published):
+            with replaced_model(save_directory) as folder:
+                vanilla.save_pretrained(folder, **kwargs)
+        elif is_main_process or not reparameterize:
+            if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
+                state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process and push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            kwargs.pop("variant", None)
+            if vanilla is not None:
+                vanilla.push_to_hub(repo_id, **kwargs)
+            else:
+                self.push_to_hub(repo_id, reparameterize=False, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, reparameterize: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.
+
+        Args:
+            repo_id: the repository, such as `"me/en-de"`; made if there is none.
+            reparameterize: set to False to upload the model with its ω. It needs `admin_hf` to be loaded then, or its
+                code beside it: call `register_for_auto_class` first.
+            kwargs: as [`~transformers.PreTrainedModel.push_to_hub`].
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
+        """
+        if reparameterize:
+            return self._vanilla().push_to_hub(repo_id, **kwargs)
+        return cast(Any, super()).push_to_hub(repo_id, **kwargs)
+
+    def _vanilla(self, state_dict: dict[str, Tensor] | None = None) -> Any:
+        model: Any = self
+        if state_dict is not None:  # of a model whose weights are spread over processes
+            model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
+            model.load_state_dict(state_dict)
+            model.generation_config = self.generation_config
+        return fold(model, tokenizer=self.publication.tokenizer if self.publication else None)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
+        """Let `save_pretrained` put the code of the model beside its weights.
+
+        Such a folder is loaded by `AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)` where
+        `admin_hf` is not installed.
+
+        Args:
+            auto_class: the class that loads it, where another than `AutoModelForSeq2SeqLM` (for
+                [`AdminForConditionalGeneration`]) or `AutoModel` (for [`AdminModel`]) is wanted.
+        """
+        cast(Any, cls.config_class).register_for_auto_class()
+        super().register_for_auto_class(auto_class or cls._default_auto_class)
+
+
+__all__ = ["Publication", "PublishableModel", "write_vanilla"]
