@@ -33,7 +33,7 @@ from training.experiments.plan import (
 from training.experiments.preparation import blind_loss, prepare
 from training.experiments.records import BLIND_NAME, SESSIONS_NAME, Record, collect, from_json, known, state, to_json
 from training.experiments.runner import Runner, flags, log_path
-from training.experiments.scales import REPO, SCALES, Run
+from training.experiments.scales import REPO, SCALES, PlannedRun
 from training.metrics import TranslationMetric
 from training.model import config_changes
 from training.runs import recorded
@@ -98,7 +98,7 @@ def test_sizes_at_cpu_scale():
     assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 5}
 
 
-def chosen(monkeypatch, choice: dict[int, float]) -> list[Run]:
+def chosen(monkeypatch, choice: dict[int, float]) -> list[PlannedRun]:
     """The runs of `converged` with this choice."""
     monkeypatch.setattr("training.experiments.plan.choose_dropout", lambda scale, records: choice)
     return planned("converged", TINY)
@@ -311,7 +311,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write_run(run: Run, loss: float | None) -> None:
+def write_run(run: PlannedRun, loss: float | None) -> None:
     """The files that a run leaves: finished with this loss, or diverged at update 123."""
     files: dict[str, object] = {"arguments.json": run.arguments | {"data_seed": None}}
     if loss is None:
@@ -358,7 +358,7 @@ def test_the_page_is_made_of_what_the_runs_recorded(here):
     assert {path: path.stat().st_mtime_ns for path in figures.iterdir()} == times
 
 
-def write_scored(run: Run, loss: float, bleu: float, translations: list[str]) -> None:
+def write_scored(run: PlannedRun, loss: float, bleu: float, translations: list[str]) -> None:
     write_run(run, loss)
     scores = {"eval_loss": loss, "eval_bleu": bleu + 1, "test_bleu": bleu, "test_bleu_signature": "nrefs:1|x"}
     (run.folder / "results.json").write_text(json.dumps({"parameters": 10, "scores": scores}))
@@ -514,9 +514,9 @@ def test_cells_and_records_in_text():
 START = """
 import json, sys
 from training.experiments.runner import Runner
-from training.experiments.scales import Run
+from training.experiments.scales import PlannedRun
 runner = Runner(jobs=3)
-runner.run([Run(**values) for values in json.load(open(sys.argv[1]))])
+runner.run([PlannedRun(**values) for values in json.load(open(sys.argv[1]))])
 print(json.dumps(runner.failures))
 sys.exit(128 + runner.stopped if runner.stopped else 0)
 """
@@ -557,11 +557,11 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
     runs = []
     for name, change in changes.items():
         folder = {"output_dir": str(tmp_path / "runs" / name)}
-        runs.append(Run(name, name, "", base | change | folder, 10, TRANSLATE if name == "stopped" else {}))
+        runs.append(PlannedRun(name, name, "", base | change | folder, 10, TRANSLATE if name == "stopped" else {}))
     stopped, diverging, impossible = runs
     plan = tmp_path / "plan.json"
 
-    def start(*wanted: Run) -> subprocess.Popen:
+    def start(*wanted: PlannedRun) -> subprocess.Popen:
         plan.write_text(json.dumps([asdict(run) for run in wanted]))
         return subprocess.Popen([sys.executable, "-c", START, str(plan)], cwd=REPO, stdout=-1, stderr=-1, text=True)
 

@@ -10,7 +10,7 @@ from ..errors import InputError
 from .plan import EXPERIMENTS, planned
 from .records import kept, state
 from .runner import TO_DO, Runner
-from .scales import SCALES, Run, Scale, settings
+from .scales import SCALES, PlannedRun, Scale, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     scales = {name: SCALES[arguments.scale or EXPERIMENTS[name].scales[0]] for name in arguments.names}
 
-    def plan() -> dict[str, Run]:
+    def plan() -> dict[str, PlannedRun]:
         """The runs in the order in which they start. Those of `converged` are known when `dropout` is done."""
-        runs: dict[str, Run] = {}
+        runs: dict[str, PlannedRun] = {}
         for name, scale in scales.items():
             done = {run for run, record in kept(name).items() if not record.begun} if arguments.missing else set()
             runs |= {run.name: run for run in planned(name, scale, arguments.seeds) if run.name not in done}
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     seeds = arguments.seeds or ()
 
-    def after(run: Run) -> Iterable[Run]:
+    def after(run: PlannedRun) -> Iterable[PlannedRun]:
         update(seeds)
         return plan().values()
 
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def announce(name: str, scale: Scale, runs: Sequence[Run]) -> str:
+def announce(name: str, scale: Scale, runs: Sequence[PlannedRun]) -> str:
     """What an experiment is, in two lines: runs, sizes and expected time, done or not."""
     if not runs:
         return f"{name} ({EXPERIMENTS[name].title}), scale {scale.name}: its runs are known when dropout is chosen"
@@ -116,7 +116,7 @@ def announce(name: str, scale: Scale, runs: Sequence[Run]) -> str:
     )
 
 
-def state_of(run: Run) -> str:
+def state_of(run: PlannedRun) -> str:
     """The state of a run; "other" where its folder holds a run of other arguments."""
     try:
         return state(run)

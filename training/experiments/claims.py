@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import inf, isfinite, isnan, nan, sqrt
-from operator import lt
+from operator import eq, lt
 from statistics import mean, stdev
 
 from .records import Record
@@ -44,43 +44,33 @@ class Claim:
 Groups = Sequence[Sequence[Record]]  # the records of each cell
 
 
-def _failures(groups: Groups) -> tuple[int, int, str]:
-    records = [record for group in groups for record in group]
-    failed, diverged = (sum(map(test, records)) for test in (lambda r: r.failed, lambda r: r.loss is None))
-    losses = [record.loss for record in records if record.loss is not None]
-    numbers = f"{failed} of {len(records)} runs failed"
-    numbers += f", {diverged} by divergence" if diverged else ""
-    if losses:
-        numbers += f"; losses {min(losses):.2f} to {max(losses):.2f}, blind {records[0].blind_loss:.2f}"
-    return failed, len(records), numbers
-
-
 def fail(text: str, cells: Cell) -> Claim:
     """All runs fail."""
-
-    def check(groups: Groups) -> tuple[bool, str]:
-        failed, count, numbers = _failures(groups)
-        return failed == count, numbers
-
-    return Claim(text, (cells,), check)
+    return _failing(text, cells, eq)
 
 
 def train(text: str, cells: Cell) -> Claim:
     """No run fails."""
-
-    def check(groups: Groups) -> tuple[bool, str]:
-        failed, _, numbers = _failures(groups)
-        return failed == 0, numbers
-
-    return Claim(text, (cells,), check)
+    return _failing(text, cells, lambda failed, _: failed == 0)
 
 
 def fail_somewhere(text: str, cells: Cell) -> Claim:
     """At least one run fails."""
+    return _failing(text, cells, lambda failed, _: failed > 0)
+
+
+def _failing(text: str, cells: Cell, holds: Callable[[int, int], bool]) -> Claim:
+    """A claim on how many runs fail, of how many."""
 
     def check(groups: Groups) -> tuple[bool, str]:
-        failed, _, numbers = _failures(groups)
-        return failed > 0, numbers
+        records = [record for group in groups for record in group]
+        failed, diverged = (sum(map(test, records)) for test in (lambda r: r.failed, lambda r: r.loss is None))
+        losses = [record.loss for record in records if record.loss is not None]
+        numbers = f"{failed} of {len(records)} runs failed"
+        numbers += f", {diverged} by divergence" if diverged else ""
+        if losses:
+            numbers += f"; losses {min(losses):.2f} to {max(losses):.2f}, blind {records[0].blind_loss:.2f}"
+        return holds(failed, len(records)), numbers
 
     return Claim(text, (cells,), check)
 

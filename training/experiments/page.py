@@ -10,8 +10,8 @@ from admin_hf.monitoring import perplexity
 
 from .claims import Cell, Claim, Table
 from .plan import EXPERIMENTS, planned
-from .records import Record, from_json, known, to_json
-from .scales import REPO, SCALES, Run, Scale, settings
+from .records import Record, kept, known, to_json
+from .scales import REPO, SCALES, PlannedRun, Scale, settings
 from .translations import SAMPLES, Comparison
 from .translations import update as update_comparisons
 
@@ -28,7 +28,7 @@ def update(seeds: Sequence[int] = ()) -> None:
     sections, overview = [], []
     for name, experiment in EXPERIMENTS.items():
         path = DOCS / "experiments" / f"{name}.json"
-        before = from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+        before = kept(name)
         records: dict[str, Record] = {}
         sections += ["", f"## {experiment.title}", "", experiment.paper]
         for scale in (SCALES[name] for name in experiment.scales):
@@ -53,7 +53,7 @@ def update(seeds: Sequence[int] = ()) -> None:
 
 
 def section(
-    name: str, scale: Scale, runs: Sequence[Run], records: dict[str, Record], redraw: bool
+    name: str, scale: Scale, runs: Sequence[PlannedRun], records: dict[str, Record], redraw: bool
 ) -> tuple[list[str], str]:
     """The text on an experiment at a scale, and its outcome in a few words; draws its figure."""
     experiment = EXPERIMENTS[name]
@@ -91,11 +91,11 @@ def section(
     return lines, summary
 
 
-def seed_of(run: Run) -> int:
+def seed_of(run: PlannedRun) -> int:
     return run.arguments["seed"]
 
 
-def make_table(runs: Iterable[Run], records: dict[str, Record]) -> Table:
+def make_table(runs: Iterable[PlannedRun], records: dict[str, Record]) -> Table:
     """Put the records of all seeds into the cells of the table, and count what is planned."""
     table: dict[Cell, tuple[list[Record], int]] = {}
     for run in runs:
@@ -120,7 +120,7 @@ def _verdicts(claims: Sequence[Claim], verdicts: Sequence[tuple[bool | None, str
 
 
 def _comparisons(
-    runs: Sequence[Run], records: Mapping[str, Record], comparisons: Mapping[str, Comparison], reference: str
+    runs: Sequence[PlannedRun], records: Mapping[str, Record], comparisons: Mapping[str, Comparison], reference: str
 ) -> list[str]:
     """How BLEU was computed, and the test of each seed's difference to the reference's."""
     scores = [record.scores for record in records.values() if "test_bleu_signature" in record.scores]
@@ -141,7 +141,7 @@ def _comparisons(
     return lines
 
 
-def _under_way(runs: Sequence[Run], records: Mapping[str, Record]) -> list[str]:
+def _under_way(runs: Sequence[PlannedRun], records: Mapping[str, Record]) -> list[str]:
     lines = []
     for run in runs:
         if (record := records.get(run.name)) and record.begun and record.eval_loss:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .claims import Claim, fail, fail_somewhere, lower, lower_in_most, score_higher, train
 from .records import Record, kept, known
-from .scales import Run, Scale, make_run
+from .scales import PlannedRun, Scale, make_run
 
 
 TITLES = {
@@ -43,7 +43,7 @@ class Experiment:
 
     title: str
     paper: str
-    runs: Callable[[Scale, int], list[Run]]
+    runs: Callable[[Scale, int], list[PlannedRun]]
     claims: Sequence[Claim]
     seeds: int = 3
     is_grid: bool = False
@@ -52,7 +52,7 @@ class Experiment:
     reference: str | None = None
 
 
-def depth_runs(scale: Scale, seed: int) -> list[Run]:
+def depth_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         make_run(scale, scale.large, layers, system, seed, TITLES[system], f"{layers}-{layers}")
         for layers in (6, 12, 18)
@@ -60,7 +60,7 @@ def depth_runs(scale: Scale, seed: int) -> list[Run]:
     ]
 
 
-def hybrid_runs(scale: Scale, seed: int) -> list[Run]:
+def hybrid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     pairs = [("post_ln", "post_ln"), ("post_ln", "pre_ln"), ("pre_ln", "post_ln"), ("pre_ln", "pre_ln")]
     pairs.append(("admin", "admin"))
     return [
@@ -69,7 +69,7 @@ def hybrid_runs(scale: Scale, seed: int) -> list[Run]:
     ]
 
 
-def warmup_runs(scale: Scale, seed: int) -> list[Run]:
+def warmup_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     warmup = scale.recipe(scale.large, 18)["warmup_steps"]
     longer = [
         make_run(
@@ -88,7 +88,7 @@ def warmup_runs(scale: Scale, seed: int) -> list[Run]:
     return [*longer, make_run(scale, scale.large, 18, "admin", seed, "Admin, warm-up × 1", "18-18")]
 
 
-def grid_runs(scale: Scale, seed: int) -> list[Run]:
+def grid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         make_run(
             scale,
@@ -109,14 +109,14 @@ def grid_runs(scale: Scale, seed: int) -> list[Run]:
     ]
 
 
-def rezero_runs(scale: Scale, seed: int) -> list[Run]:
+def rezero_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         make_run(scale, scale.small, 6, system, seed, TITLES[system], "6-6")
         for system in ("admin", "post_ln", "pre_ln", "rezero", "rezero_post_ln")
     ]
 
 
-def batch_runs(scale: Scale, seed: int) -> list[Run]:
+def batch_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         make_run(
             scale,
@@ -134,7 +134,7 @@ def batch_runs(scale: Scale, seed: int) -> list[Run]:
     ]
 
 
-def deep_runs(scale: Scale, seed: int) -> list[Run]:
+def deep_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     first = min(scale.deep)
     rates = {"": 1.0, "quarter_rate": 0.25}
     return [
@@ -156,7 +156,9 @@ def deep_runs(scale: Scale, seed: int) -> list[Run]:
     ]
 
 
-def dropout_run(scale: Scale, layers: int, dropout: float, system: str, seed: int, row: str, **others: Any) -> Run:
+def dropout_run(
+    scale: Scale, layers: int, dropout: float, system: str, seed: int, row: str, **others: Any
+) -> PlannedRun:
     """A run with a dropout of its own; `others` as for [`make_run`]."""
     return make_run(
         scale,
@@ -172,7 +174,7 @@ def dropout_run(scale: Scale, layers: int, dropout: float, system: str, seed: in
     )
 
 
-def dropout_runs(scale: Scale, seed: int) -> list[Run]:
+def dropout_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         dropout_run(scale, layers, dropout, system, seed, f"{TITLES[system]}, dropout {dropout}", order=order)
         for order, (layers, dropouts) in enumerate(DROPOUTS.items())
@@ -216,7 +218,7 @@ def dropout_outcome(scale: Scale, records: Mapping[str, Record]) -> list[str]:
     return lines
 
 
-def converged_runs(scale: Scale, seed: int) -> list[Run]:
+def converged_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     """Those of the depths whose dropout is chosen."""
     first = scale.seeds[0]
     runs = []
@@ -374,7 +376,7 @@ EXPERIMENTS = {
 }
 
 
-def planned(name: str, scale: Scale, seeds: Sequence[int] | None = None) -> list[Run]:
+def planned(name: str, scale: Scale, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
     """The runs of an experiment, all of one seed before those of the next: with the seeds given, or its own."""
     experiment = EXPERIMENTS[name]
     return [run for seed in seeds or scale.seeds[: experiment.seeds] for run in experiment.runs(scale, seed)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .scales import REPO, Run
+from .scales import REPO, PlannedRun
 
 
 BLIND_NAME = "blind_loss.json"
@@ -62,7 +62,7 @@ class Record:
         return math.inf if self.loss is None else self.loss
 
 
-def state(run: Run) -> str:
+def state(run: PlannedRun) -> str:
     """How far a run is: "new", "begun", "trained" (and still to be scored), "finished" or "diverged".
 
     Raises:
@@ -89,7 +89,7 @@ def state(run: Run) -> str:
     return "trained" if run.scoring and "test_bleu" not in _read(results).get("scores", {}) else "finished"
 
 
-def collect(run: Run) -> Record | None:
+def collect(run: PlannedRun) -> Record | None:
     """What a run recorded, or None where it has saved nothing yet.
 
     Raises:
@@ -110,7 +110,7 @@ def collect(run: Run) -> Record | None:
         raise InputError(f"The files in {run.folder} are damaged ({error!r}).") from error
 
 
-def _record(run: Run, how: str, history: list[dict[str, Any]]) -> Record:
+def _record(run: PlannedRun, how: str, history: list[dict[str, Any]]) -> Record:
     folder = run.folder
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
     results = _read(folder / "results.json") if how in ("trained", "finished") else {}
@@ -141,7 +141,7 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in dict.fromkeys(lines)]
 
 
-def known(runs: Iterable[Run], before: dict[str, Record]) -> dict[str, Record]:
+def known(runs: Iterable[PlannedRun], before: dict[str, Record]) -> dict[str, Record]:
     """What is recorded of runs: in their folders, or else before, with the same arguments.
 
     Where either says how a run ended, that is taken before what says how far it is.

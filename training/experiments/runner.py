@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ..errors import InputError
 from .records import SESSIONS_NAME, state
-from .scales import REPO, Run
+from .scales import REPO, PlannedRun
 
 
 # What does not change a result. A second `--tokenizer_name` would; these say how to run and what to show.
@@ -37,17 +37,17 @@ class Runner:
         stopped: the signal that ended it all, if one did.
     """
 
-    def __init__(self, jobs: int = 1, after: Callable[[Run], Iterable[Run]] = lambda run: ()) -> None:
+    def __init__(self, jobs: int = 1, after: Callable[[PlannedRun], Iterable[PlannedRun]] = lambda run: ()) -> None:
         self.jobs = jobs
         self.after = after
         self.failures: dict[str, str] = {}
         self.stopped: signal.Signals | None = None
-        self._waiting: list[Run] = []
+        self._waiting: list[PlannedRun] = []
         self._queued: set[tuple[str, bool]] = set()  # names, and whether to translate too
-        self._running: dict[int, tuple[subprocess.Popen, Run, str]] = {}  # by slot, with the state before
+        self._running: dict[int, tuple[subprocess.Popen, PlannedRun, str]] = {}  # by slot, with the state before
         self._gpus = _gpus()
 
-    def run(self, runs: Iterable[Run]) -> None:
+    def run(self, runs: Iterable[PlannedRun]) -> None:
         """Start the runs in their order and wait for them; a signal goes on to them, and they save checkpoints."""
         self._queue(runs)
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,20 +65,20 @@ class Runner:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _queue(self, runs: Iterable[Run]) -> None:
+    def _queue(self, runs: Iterable[PlannedRun]) -> None:
         new = [run for run in runs if (run.name, bool(run.scoring)) not in self._queued]
         self._queued |= {(run.name, bool(run.scoring)) for run in new}
         self._waiting += filter(self._is_to_do, new)
         self._waiting.sort(key=lambda run: run.order)
 
-    def _is_to_do(self, run: Run) -> bool:
+    def _is_to_do(self, run: PlannedRun) -> bool:
         try:
             return state(run) in TO_DO
         except InputError as error:
             self._fail(run, str(error))
             return False
 
-    def _start(self, run: Run, slot: int) -> None:
+    def _start(self, run: PlannedRun, slot: int) -> None:
         log = _locked(log_path(run))
         if log is None:
             self._fail(run, "another process is at it")
@@ -127,7 +127,7 @@ class Runner:
                 lines = log_path(run).read_text(encoding="utf-8", errors="replace").splitlines()
                 self._fail(run, "\n".join([f"exit code {code}; {log_path(run)} ends:", *lines[-LOG_LINES:]]))
 
-    def _fail(self, run: Run, why: str) -> None:
+    def _fail(self, run: PlannedRun, why: str) -> None:
         self.failures[run.name] = why
         print(f"{_clock()} {run.name} failed: {why}", file=sys.stderr, flush=True)
 
@@ -143,12 +143,12 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     return [text for name, value in arguments.items() if value is not None for text in (f"--{name}", str(value))]
 
 
-def log_path(run: Run) -> Path:
+def log_path(run: PlannedRun) -> Path:
     """What a run prints, all its sessions, beside its folder."""
     return run.folder.parent / f"{run.folder.name}.log"
 
 
-def _note_session(run: Run, environment: dict[str, str]) -> None:
+def _note_session(run: PlannedRun, environment: dict[str, str]) -> None:
     """Add what computes a session of a run to its folder: commit, processor, threads, PyTorch."""
     from ..processes import processor_name  # its package takes seconds, and only running needs it
 

@@ -21,7 +21,7 @@ SHOWN += ("early_stopping_patience", "average_last", "num_beams", "bf16", "seed"
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A training, and its place in the table of an experiment.
 
     Attributes:
@@ -221,7 +221,7 @@ def make_run(
     scoring: Mapping[str, Any] | None = None,
     order: int = 0,
     **changes: Any,
-) -> Run:
+) -> PlannedRun:
     """A run of a scale.
 
     Args:
@@ -229,7 +229,7 @@ def make_run(
         residual: the system, or those of encoder and decoder.
         tag: what else tells the run from others, for its name.
         overrides: what differs in the model's configuration.
-        scoring, order: of the [`Run`].
+        scoring, order: of the [`PlannedRun`].
         changes: arguments that differ from the recipe's.
     """
     encoder, decoder = (residual, residual) if isinstance(residual, str) else residual
@@ -246,10 +246,10 @@ def make_run(
         "seed": seed,
     }
     seconds = scale.seconds(data_set, layers, arguments)
-    return Run(f"{scale.name}/{name}", row, column, arguments, seconds, dict(scoring or {}), order)
+    return PlannedRun(f"{scale.name}/{name}", row, column, arguments, seconds, dict(scoring or {}), order)
 
 
-def settings(runs: Sequence[Run]) -> str:
+def settings(runs: Sequence[PlannedRun]) -> str:
     """What a reader compares of the runs' arguments: one value, or all that there are."""
     parts = []
     models = [_model(run) for run in runs]
@@ -261,7 +261,7 @@ def settings(runs: Sequence[Run]) -> str:
     return f"Settings: {'; '.join(parts)}."
 
 
-def _model(run: Run) -> dict[str, Any]:
+def _model(run: PlannedRun) -> dict[str, Any]:
     model = dict(item.split("=") for item in run.arguments["config_overrides"].split(","))
     if config := run.arguments.get("config_name"):
         model = json.loads((REPO / config / "config.json").read_text(encoding="utf-8")) | model

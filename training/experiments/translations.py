@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..metrics import TranslationMetric
 from .preparation import data_arguments
 from .records import Record
-from .scales import Run
+from .scales import PlannedRun
 
 
 SAMPLES = 1000
@@ -53,7 +53,7 @@ def compare(
     return Comparison(round(one.score - other.score, 3), round(one.p_value, 4), str(signatures["BLEU"]))
 
 
-def keep(run: Run, folder: Path) -> bool:
+def keep(run: PlannedRun, folder: Path) -> bool:
     """Copy what a run has translated; returns whether it was not there before."""
     path, copy = run.folder / PREDICTIONS_NAME, kept_path(run, folder)
     if not path.exists():
@@ -65,12 +65,12 @@ def keep(run: Run, folder: Path) -> bool:
     return True
 
 
-def kept_path(run: Run, folder: Path) -> Path:
+def kept_path(run: PlannedRun, folder: Path) -> Path:
     return folder / f"{run.name.replace('/', '-')}.txt"
 
 
 def update(
-    path: Path, folder: Path, runs: Iterable[Run], records: Mapping[str, Record], reference: str
+    path: Path, folder: Path, runs: Iterable[PlannedRun], records: Mapping[str, Record], reference: str
 ) -> dict[str, Comparison]:
     """Keep the translations of runs that trained, and compare those of each with the reference's of the same seed.
 
@@ -106,7 +106,7 @@ def update(
     return comparisons
 
 
-def _match(one: Run, other: Run) -> bool:
+def _match(one: PlannedRun, other: PlannedRun) -> bool:
     return (one.column, one.arguments["seed"]) == (other.column, other.arguments["seed"])
 
 
@@ -114,7 +114,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
-def _references(run: Run) -> list[str] | None:
+def _references(run: PlannedRun) -> list[str] | None:
     model, data = data_arguments(run.arguments)
     try:
         return list(parallel.load_pairs("test", data, model)["target"])
