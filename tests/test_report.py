@@ -23,7 +23,7 @@ from admin_hf.report import write_report
 from admin_hf.report.figures import MAX_POINTS, thinned
 from admin_hf.report.measure import newest_model, residual_variances, starting_model
 from admin_hf.report.page import formulas, without_folders
-from admin_hf.report.records import model_line
+from admin_hf.report.sections import model_line
 from admin_hf.report.text import predictions, read_pairs
 from admin_hf.report.weights import omega
 from admin_hf.residual import residual_connections

@@ -5,14 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
-from admin_hf.analysis.drawing import STYLES, new_figure, save_figure
-from admin_hf.architecture import STACKS
-from admin_hf.checkpoints import has_weights, says_profiled, weight_files, write_whole
-from admin_hf.run.folder import PROFILE_NAME, VANILLA_NAME
+from admin_hf.analysis import read_tensors
+from admin_hf.analysis.drawing import add_omega, new_figure, plain_axes, save_figure
+from admin_hf.analysis.omega import StackOmega, trained_omega
+from admin_hf.checkpoints import has_weights, write_whole
+from admin_hf.run.folder import METRICS, SPLITS, VANILLA_NAME, Run
 
 from .arguments import (
     DataTrainingArguments,
@@ -26,8 +25,7 @@ from .runs import recorded
 
 FIGURE_NAME = "omega.png"
 PAPER = "https://aclanthology.org/2020.emnlp-main.463"
-SPLITS = {"eval": ("validation", "validation_file"), "test": ("test", "test_file")}
-METRICS = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
+SHOWN_METRICS = ("bleu", "chrf", "ter")
 # What says where a run was, not what it was
 PRIVATE = ("output_dir", "logging_dir", "hub_", "push_to_hub", "cache_dir", "resume_from_checkpoint", "project")
 PRIVATE += ("run_name", "report_to", "trackio", "use_cpu", "disable_tqdm", "local_rank", "do_", "logging_", "save_")
@@ -39,7 +37,7 @@ TEMPLATE = """---
 # {title}
 
 Translates **{source} → {target}**. A Transformer with {depth} layers, width {width} and {parameters:.1f} M parameters.
-{admin}This is a plain {architecture} checkpoint: it needs nothing but 🤗 Transformers.
+{admin}This is a vanilla {architecture} checkpoint: it needs nothing but 🤗 Transformers.
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -94,12 +92,13 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         arguments: all arguments that the scores were computed with.
         scores: what this model scored, before folding (`"test_bleu"`) and after (`"vanilla_test_bleu"`).
     """
-    vanilla = run / VANILLA_NAME
-    config, profile = _read(run / "config.json"), _read(run / PROFILE_NAME)
-    omegas = {stack: trained_omegas(run, stack) for stack in STACKS}
-    if has_omega := any(omegas.values()):
-        _draw(omegas, profile, vanilla / FIGURE_NAME)
-    is_admin = has_omega and says_profiled(run) is not False
+    found, vanilla = Run(run), run / VANILLA_NAME
+    config = found.config
+    omega = trained_omega(run, found.profile) if has_weights(run) else {}
+    if has_omega := any(stack.names for stack in omega.values()):
+        _draw(omega, vanilla / FIGURE_NAME)
+    weights = read_tensors(vanilla, lambda name: name != "final_logits_bias")
+    is_admin = has_omega and found.is_profiled is not False
     text = TEMPLATE.format(
         metadata=_metadata(arguments, scores, repo_id, is_admin).to_yaml(),
         title=repo_id.rpartition("/")[2],
@@ -107,9 +106,9 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         target=arguments["target_lang"],
         depth=f"{config['encoder_layers']}+{config['decoder_layers']}",
         width=config["d_model"],
-        parameters=_parameters(vanilla) / 1e6,
+        parameters=sum(tensor.numel() for _, tensor in weights) / 1e6,
         admin=ADMIN if is_admin else UNPROFILED if has_omega else "",
-        architecture=_read(vanilla / "config.json")["model_type"].capitalize(),
+        architecture=Run(vanilla).config["model_type"].capitalize(),
         repo_id=repo_id,
         example=_literal((arguments["source_prefix"] or "") + _sentence(arguments["source_lang"])),
         scores=_scores(scores),
@@ -117,20 +116,9 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         encoder_residual=config["encoder_residual"],
         decoder_residual=config["decoder_residual"],
         arguments=json.dumps(_changed(arguments), indent=1, ensure_ascii=False),
-        figure=FIGURE.format(profiled=PROFILED if profile else "") if has_omega else "",
+        figure=FIGURE.format(profiled=PROFILED if found.profile else "") if has_omega else "",
     )
     write_whole(vanilla / "README.md", str(ModelCard(text)))
-
-
-def trained_omegas(run: Path, stack: str) -> dict[str, np.ndarray]:
-    """The trained ω of a stack by the name of its sub-layer, in execution order."""
-    found = {}
-    for file in weight_files(run) if has_weights(run) else []:
-        with safe_open(file, framework="np") as weights:
-            for name in weights.keys():
-                if match := re.fullmatch(rf"model\.{stack}\.(layers\.\d+\.\w+)\.omega", name):
-                    found[match[1]] = weights.get_tensor(name).astype(np.float32)
-    return {name: found[name] for name in sorted(found, key=STACKS[stack].index)}
 
 
 def _sentence(language: str) -> str:
@@ -142,24 +130,11 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _parameters(vanilla: Path) -> int:
-    count = 0
-    for file in weight_files(vanilla):
-        with safe_open(file, framework="np") as weights:
-            shapes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}
-            count += sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "final_logits_bias")
-    return count
-
-
 def _dataset(arguments: dict[str, Any], split: str) -> str:
     if arguments["dataset_name"]:
         name = published(arguments["dataset_name"])
         return " ".join(filter(None, (name, arguments["dataset_config_name"])))
-    return published(arguments[SPLITS[split][1]], "_file") or split
+    return published(arguments[f"{SPLITS[split]}_file"], "_file") or split
 
 
 def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, is_admin: bool) -> ModelCardData:
@@ -171,7 +146,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, i
             task_type="translation",
             dataset_type=datasets[0] if datasets else "text",
             dataset_name=_dataset(arguments, split),
-            dataset_split=SPLITS[split][0],
+            dataset_split=SPLITS[split],
             metric_type="bleu",
             metric_name=f"BLEU ({scores.get(f'{split}_bleu_signature', '')})",
             metric_value=round(scores[f"vanilla_{split}_bleu"], 2),
@@ -185,7 +160,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, i
         pipeline_tag="translation",
         tags=["translation", "admin"] if is_admin else ["translation"],
         datasets=datasets,
-        metrics=["bleu", "chrf", "ter"] if results else None,
+        metrics=list(SHOWN_METRICS) if results else None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=results or None,
     )
@@ -193,12 +168,12 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str, i
 
 def _scores(scores: dict[str, Any]) -> str:
     rows = []
-    for split, (name, _) in SPLITS.items():
-        for metric, label in METRICS.items():
+    for split, name in SPLITS.items():
+        for metric in SHOWN_METRICS:
             if f"vanilla_{split}_{metric}" in scores:
                 both = (f"{scores[key]:.2f}" for key in (f"vanilla_{split}_{metric}", f"{split}_{metric}"))
                 signature = table_cell(scores[f"{split}_{metric}_signature"])
-                rows.append(f"| {name} | {label} | {' | '.join(both)} | `{signature}` |")
+                rows.append(f"| {name} | {METRICS[metric]} | {' | '.join(both)} | `{signature}` |")
     if not rows:
         return "This model was not evaluated."
     head = ["| set | metric | this model | before folding | sacreBLEU signature |", "| --- | --- | --- | --- | --- |"]
@@ -227,20 +202,12 @@ def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
     return published(changed)
 
 
-def _draw(omegas: dict[str, dict[str, np.ndarray]], profile: dict[str, Any], path: Path) -> None:
-    (after, _), (before, dashed), *_ = STYLES
+def _draw(omega: dict[str, StackOmega], path: Path) -> None:
     figure = new_figure(8, 3)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, (stack, values) in zip(axes, omegas.items(), strict=True):
-        names = profile.get(stack, {}).get("names", list(values))
-        where = [index for index, name in enumerate(names, start=1) if name in values]
-        trained = [values[names[index - 1]] for index in where]
-        axis.fill_between(where, [v.min() for v in trained], [v.max() for v in trained], color=after, alpha=0.2)
-        axis.plot(where, [v.mean() for v in trained], "o-", color=after, markersize=3, label="after training")
-        if profile:
-            start = [profile[stack]["omega"][index - 1] for index in where]
-            axis.plot(where, start, dashed, color=before, label="profiled")
-        axis.set(title=stack, xlabel="sub-layer")
-    axes[0].set_ylabel("ω")
-    axes[0].legend(frameon=False)
+    panels = figure.subplots(1, len(omega), sharey=True)
+    for axes, (name, stack) in zip(panels, omega.items(), strict=True):
+        add_omega(axes, name, stack, "profiled", "after training")
+        plain_axes(axes, title=name, xlabel="sub-layer")
+    panels[0].set_ylabel("ω")
+    panels[0].legend(frameon=False)
     save_figure(figure, path)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
 
-from admin_hf.analysis.drawing import add_lines, draw_lines, new_figure, plain_axes, save_figure
+from admin_hf.analysis.drawing import add_lines, by_sublayer, draw_lines, new_figure, plain_axes, save_figure
+from admin_hf.architecture import STACKS
 from admin_hf.checkpoints import write_whole
 from admin_hf.report.page import without_folders
-from admin_hf.run.folder import ARGUMENTS_NAME
+from admin_hf.run.folder import ARGUMENTS_NAME, DECODES_NAME, PROFILE_NAME, SPLITS, STATE_NAME, Run, curve
 
 from .errors import InputError
 
@@ -34,39 +35,25 @@ def collect(run: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder holds no run of run_translation.py.
     """
-    folder = run if (run / "trainer_state.json").exists() else Path(str(get_last_checkpoint(str(run))))
-    try:
-        arguments, config, state = map(
-            _read, (run / ARGUMENTS_NAME, folder / "config.json", folder / "trainer_state.json")
-        )
-    except OSError as error:
-        raise InputError(f"{run} holds no run of run_translation.py with a checkpoint: {error}") from error
-    scores, results, profile = (
-        _read(path) if (path := run / name).exists() else {}
-        for name in ("all_results.json", "results.json", "residual_profile.json")
-    )
-    decodes = run / "decodes.jsonl"
+    found = Run(run)
+    for name, content in {ARGUMENTS_NAME: found.arguments, CONFIG_NAME: found.config, STATE_NAME: found.log}.items():
+        if not content:
+            raise InputError(
+                f"{run} holds no run of run_translation.py with a checkpoint: {name} is missing or damaged."
+            )
+    decodes = run / DECODES_NAME
     shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")
     return {
         "name": run.name if run.parent.name == "runs" else f"{run.parent.name}-{run.name}",
-        "arguments": {name: without_folders(arguments.get(name)) for name in (*SHOWN, *OTHER_ARGUMENTS)},
-        "model": {name: config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
-        "weights": [Path(folder).name for folder in results.get("weights", [])],
-        "scores": scores | results.get("scores", {}),
+        # not `published`, for commands with paths in a clone are made of them
+        "arguments": {name: without_folders(found.arguments.get(name)) for name in (*SHOWN, *OTHER_ARGUMENTS)},
+        "model": {name: found.config[name] for name in (*shape, "encoder_attention_heads", "dropout", "vocab_size")},
+        "weights": found.scored,
+        "scores": found.scores,
         "test_decodes": len(decodes.read_text(encoding="utf-8").splitlines()) if decodes.exists() else None,
-        "profile": profile,
-        "curves": [{k: v for k, v in entry.items() if k != "total_flos"} for entry in state["log_history"]],
+        "profile": found.read(PROFILE_NAME),
+        "curves": [{k: v for k, v in entry.items() if k != "total_flos"} for entry in found.log],
     }
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def curve(result: dict[str, Any], name: str) -> tuple[list[int], list[float]]:
-    """Updates and values of a logged quantity."""
-    points = [(entry["step"], float(entry[name])) for entry in result["curves"] if name in entry]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 # --- the page -----------------------------------------------------------------------------------------
@@ -85,15 +72,15 @@ def page(results: list[dict[str, Any]]) -> str:
 
 
 def _scores(results: list[dict[str, Any]]) -> list[str]:
-    header = "| run | split | tokenised BLEU | BLEU | folded | chrF2 | TER | loss | signatures |"
+    header = "| run | split | tokenised BLEU | BLEU | vanilla | chrF2 | TER | loss | signatures |"
     rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
     for result in results:
-        for prefix, split in (("eval", "validation"), ("test", "test")):
+        for prefix, split in SPLITS.items():
             scores = result["scores"]
             if f"{prefix}_loss" in scores:
-                values = [_number(scores.get(f"{prefix}_{name}")) for name in ("bleu", "chrf", "ter", "loss")]
-                values.insert(1, _number(scores.get(f"vanilla_{prefix}_bleu")))
-                values.insert(0, _number(scores.get(f"{prefix}_moses_bleu")))
+                names = [f"{prefix}_{name}" for name in ("moses_bleu", "bleu", "chrf", "ter", "loss")]
+                names.insert(2, f"vanilla_{prefix}_bleu")
+                values = [_number(scores.get(name)) for name in names]
                 signatures = (scores.get(f"{prefix}_{name}_signature") for name in ("moses_bleu", "bleu"))
                 cell = " ".join(f"`{table_cell(signature)}`" for signature in signatures if signature)
                 rows.append(f"| {result['name']} | {split} | {' | '.join(values)} | {cell} |")
@@ -139,14 +126,16 @@ def _description(result: dict[str, Any]) -> str:
 
 
 def _evaluations(result: dict[str, Any]) -> list[str]:
-    names = [name for name in ("eval_loss", "eval_bleu") if curve(result, name)[0]]
+    log = result["curves"]
+    names = [name for name in ("eval_loss", "eval_bleu") if curve(log, name)[0]]
     if not names:
         return []
-    steps = curve(result, names[0])[0]
-    columns = [curve(result, name)[1] for name in names]
-    rows = [f"| update | {' | '.join(names)} |", f"| ---: |{' ---: |' * len(names)}"]
-    rows += [f"| {s:,} | {' | '.join(_number(column[i]) for column in columns)} |" for i, s in enumerate(steps)]
-    return rows
+    lines = [(entry["step"], *(_number(entry.get(name)) for name in names)) for entry in log if names[0] in entry]
+    return [
+        f"| update | {' | '.join(names)} |",
+        f"| ---: |{' ---: |' * len(names)}",
+        *(f"| {step:,} | {' | '.join(values)} |" for step, *values in lines),
+    ]
 
 
 def _comparison(results: list[dict[str, Any]]) -> list[str]:
@@ -155,7 +144,7 @@ def _comparison(results: list[dict[str, Any]]) -> list[str]:
         "| --- | ---: | ---: | ---: |",
     ]
     for result in _deep(results):
-        loss, evaluated = curve(result, "loss")[1], curve(result, "eval_loss")[1]
+        loss, evaluated = (curve(result["curves"], name)[1] for name in ("loss", "eval_loss"))
         rows.append(
             f"| {result['name']} | {loss[0]:.2f} | {loss[-1]:.2f} | {_number(evaluated[-1] if evaluated else None)} |"
         )
@@ -174,9 +163,10 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     """Draw the curves of every run, the deep ones together, and ω by sub-layer."""
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
-        series = {"training, smoothed labels": curve(result, "loss"), "validation, nll": curve(result, "eval_loss")}
+        labels = {"training, smoothed labels": "loss", "validation, nll": "eval_loss"}
+        series = {label: curve(result["curves"], name) for label, name in labels.items()}
         draw_lines(folder / f"{result['name']}.png", result["name"], "updates", "loss per target token", series)
-    deep = {result["model"]["encoder_residual"]: curve(result, "loss") for result in _deep(results)}
+    deep = {result["model"]["encoder_residual"]: curve(result["curves"], "loss") for result in _deep(results)}
     title = "The deepest runs: same seed, data and learning rate"
     draw_lines(folder / "depth.png", title, "updates", "training loss", deep)
     draw_omega(results, folder / "omega.png")
@@ -186,9 +176,9 @@ def draw_omega(results: list[dict[str, Any]], path: Path) -> None:
     """ω by sub-layer, encoders and decoders side by side, with a line for each run."""
     profiled = [result for result in results if result["profile"]]
     figure = new_figure(10, 4.4)
-    for axes, stack in zip(figure.subplots(1, 2, sharey=True), ("encoder", "decoder"), strict=True):
+    for axes, stack in zip(figure.subplots(1, 2, sharey=True), STACKS, strict=True):
         omega = {result["name"]: result["profile"][stack]["omega"] for result in profiled}
-        add_lines(axes, {name: (list(range(1, len(values) + 1)), values) for name, values in omega.items()})
+        add_lines(axes, by_sublayer(omega))
         plain_axes(axes, title=f"ω that profiling found, {stack}", xlabel="sub-layer", ylabel="ω")
         axes.legend(frameon=False)
     save_figure(figure, path)

@@ -12,10 +12,11 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architecture import STACKS
 from ..checkpoints import write_whole
 from .dependency import LayerDependency
 from .gradients import GradientNorms
-from .omega import OmegaHistory
+from .omega import OmegaHistory, StackOmega
 from .output_change import PERTURBATIONS, OutputChange
 from .updates import MATRICES, UpdateNorms
 
@@ -76,6 +77,28 @@ def add_lines(axes: "Axes", series: Series, styles: Iterable[tuple[str, Any]] = 
     for (label, (x, y)), (colour, style) in zip(series.items(), cycle(styles), strict=False):
         if len(x):
             axes.plot(x, y, color=colour, linestyle=style, label=label)
+
+
+def by_sublayer(values: Mapping[str, Sequence[float]]) -> Series:
+    """Values of all sub-layers of a stack as lines over them, which are counted from 1."""
+    return {label: (range(1, len(column) + 1), column) for label, column in values.items()}
+
+
+def add_omega(axes: "Axes", stack: str, omega: StackOmega, first: str, last: str) -> None:
+    """Draw ω by sub-layer: the first and the last of its means, those between in grey, and the range of the last one.
+
+    Args:
+        stack: its name.
+        first, last: labels; where there is one mean, it is the last.
+    """
+    x = [STACKS[stack].index(name) + 1 for name in omega.names]
+    (colour, style), (earlier, dashed) = STYLES[:2]
+    for mean in omega.mean[1:-1]:
+        axes.plot(x, mean, color=axes.xaxis.label.get_color(), alpha=0.25, linewidth=0.8)
+    axes.fill_between(x, omega.min[-1], omega.max[-1], color=colour, alpha=0.15, linewidth=0)
+    if len(omega.mean) > 1:
+        axes.plot(x, omega.mean[0], color=earlier, linestyle=dashed, label=first)
+    axes.plot(x, omega.mean[-1], color=colour, linestyle=style, marker=".", label=last)
 
 
 def plain_axes(axes: "Axes", **labels: Any) -> None:
@@ -158,11 +181,8 @@ def draw_gradients(
     panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("encoder", "decoder"), strict=True):
         stacks = {label: getattr(result, name) for label, result in results.items()}
-        lines = {
-            f"{label} ({stack.system})".strip(): (range(1, len(stack.names) + 1), stack.relative_norms)
-            for label, stack in stacks.items()
-        }
-        add_lines(axes, lines)
+        norms = {f"{label} ({stack.system})".strip(): stack.relative_norms for label, stack in stacks.items()}
+        add_lines(axes, by_sublayer(norms))
         plain_axes(axes, title=name.capitalize(), xlabel="sub-layer i", yscale="log")
     if len(results) > 1:
         panels[0].legend(frameon=False)

@@ -1,6 +1,5 @@
 """ω by sub-layer over a training run, from its checkpoints."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import ClassVar
 
 from ..architecture import STACKS
 from ..profiling import ResidualProfile
-from ..run import is_checkpoint_name
+from ..run.folder import STATE_NAME, saved_step
 from .inputs import read_tensors
 
 
@@ -96,17 +95,30 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
     for update, omegas in saved.items():
         if wrong := sorted(names ^ omegas.keys()):
             raise ValueError(f"Not all have the same sub-layers: see {wrong[0]} after {update} updates.")
-    return OmegaHistory(list(saved), *(_stack(stack, saved) for stack in STACKS))
+    return OmegaHistory(list(saved), **_stacks(*saved.values()))
+
+
+def trained_omega(folder: str | os.PathLike, profile: ResidualProfile | None = None) -> dict[str, StackOmega]:
+    """Read ω of one model by stack, whenever it was saved: its last row; the first is that of `profile`, if any.
+
+    Raises:
+        OSError, ValueError: its weights, as for [`omega_history`].
+    """
+    trained = _omegas(Path(folder))
+    return _stacks(_profiled(profile, trained), trained) if profile is not None else _stacks(trained)
 
 
 # Mean, minimum and maximum of each ω, by names such as encoder.layers.0.final_layer_norm in execution order.
 _Omegas = dict[str, tuple[float, float, float]]
 
 
-def _stack(stack: str, saved: dict[int, _Omegas]) -> StackOmega:
-    names = [name for name in next(iter(saved.values())) if name.startswith(f"{stack}.")]
-    mean, low, high = ([[omegas[name][k] for name in names] for omegas in saved.values()] for k in range(3))
-    return StackOmega([name.removeprefix(f"{stack}.") for name in names], mean, low, high)
+def _stacks(*rows: _Omegas) -> dict[str, StackOmega]:
+    stacks = {}
+    for stack in STACKS:
+        names = [name for name in rows[-1] if name.startswith(f"{stack}.")]
+        mean, low, high = ([[omegas[name][k] for name in names] for omegas in rows] for k in range(3))
+        stacks[stack] = StackOmega([name.removeprefix(f"{stack}.") for name in names], mean, low, high)
+    return stacks
 
 
 def _profiled(profile: ResidualProfile, names: Iterable[str]) -> _Omegas:
@@ -131,16 +143,12 @@ def _omegas(folder: Path) -> _Omegas:
 
 
 def _update(folder: Path) -> int:
-    """After how many updates a checkpoint was saved."""
-    if is_checkpoint_name(folder.name):
-        return int(folder.name.rpartition("-")[2])
-    try:
-        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if (step := saved_step(folder)) is None:
         raise ValueError(
             f"{folder} does not say after how many updates it was saved: expected a name such as checkpoint-500, or "
-            "a trainer_state.json in it."
-        ) from error
+            f"a {STATE_NAME} in it."
+        )
+    return step
 
 
-__all__ = ["OmegaHistory", "StackOmega", "omega_history"]
+__all__ = ["OmegaHistory", "StackOmega", "omega_history", "trained_omega"]

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
+from ..architecture import STACKS
 from ..monitoring import perplexity
-from ..run.folder import Run
+from ..run.folder import METRICS, STATE_NAME, Run
 from .figures import Picture, bands, lines
-from .records import METRICS, Section
+from .sections import Section
 
 
 def curves(run: Run) -> Section:
     """What was logged, over the updates."""
     section = Section("curves", "Curves")
     if not run.log:
-        section.notes.append("There is no log: trainer_state.json is written with the first checkpoint.")
+        section.notes.append(f"There is no log: {STATE_NAME} is written with the first checkpoint.")
         return section
     if not run.curve("eval_loss")[0]:
         section.notes.append("No validation curve: the log holds no evaluation (--eval_strategy).")
@@ -41,7 +42,7 @@ def _lines(run: Run, caption: str, names: dict[str, str], label: str, log: bool 
 
 def _bands(run: Run, caption: str, name: str, label: str, log: bool = False) -> list[Picture]:
     series: dict[str, tuple[Sequence[float], ...]] = {}
-    for stack in ("encoder", "decoder"):
+    for stack in STACKS:
         (steps, low), (_, high) = (run.curve(f"{stack}_{name}_{end}") for end in ("min", "max"))
         if steps and len(low) == len(high):
             series[stack] = (steps, low, high)

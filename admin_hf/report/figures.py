@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from ..analysis.drawing import STYLES, Series, add_heat_map, add_lines, new_figure, plain_axes
+from ..analysis.drawing import STYLES, Series, add_heat_map, add_lines, add_omega, new_figure, plain_axes
 from ..analysis.omega import StackOmega
 
 
@@ -71,21 +71,15 @@ def bands(caption: str, series: dict[str, tuple[Sequence[float], ...]], label: s
         return _picture(figure, caption)
 
 
-def history(caption: str, x: Sequence[int], updates: Sequence[int], omega: StackOmega) -> Picture:
-    """Draw ω by sub-layer, `x`, over time: first and last of its means, those between in grey, the last one's range.
+def history(caption: str, stack: str, updates: Sequence[int], omega: StackOmega) -> Picture:
+    """Draw ω by sub-layer over time: first and last of its means, those between in grey, the last one's range.
 
     Args:
         updates: of the rows of `omega`.
     """
     with matplotlib.rc_context(_PARAMETERS):
         figure, axes = _panel()
-        (colour, style), (earlier, dashed) = STYLES[:2]
-        for mean in omega.mean[1:-1]:
-            axes.plot(x, mean, color=_INK, alpha=0.25, linewidth=0.8)
-        axes.fill_between(x, omega.min[-1], omega.max[-1], color=colour, alpha=0.15, linewidth=0)
-        if len(updates) > 1:
-            axes.plot(x, omega.mean[0], color=earlier, linestyle=dashed, label=f"update {updates[0]:,}")
-        axes.plot(x, omega.mean[-1], color=colour, linestyle=style, label=f"update {updates[-1]:,}")
+        add_omega(axes, stack, omega, f"update {updates[0]:,}", f"update {updates[-1]:,}")
         _finish(axes, "ω", "sub-layer", log=False, legend=True)
         return _picture(figure, caption)
 

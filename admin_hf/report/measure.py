@@ -23,7 +23,7 @@ from ..modeling_admin import AdminForConditionalGeneration
 from ..observation import Places, variance
 from ..profiling import initialize_omega
 from ..residual import profiled_connections
-from ..run.folder import STATE_NAME, Run
+from ..run.folder import Run, saved_step
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
 
@@ -57,18 +57,22 @@ def newest_model(run: Run) -> tuple[AdminForConditionalGeneration, str]:
     Raises:
         OSError, ValueError: it has none, or they cannot be read.
     """
+    folder = _weights(run)
+    return load_model(folder), _name(run, folder)
+
+
+def _weights(run: Run) -> Path:
     if (folder := run.weights) is None:
         raise FileNotFoundError("The run has saved no weights.")
-    return load_model(folder), _name(run, folder)
+    return folder
 
 
 def _name(run: Run, weights: Path) -> str:
     """Which weights of the run they are."""
-    averaged = run.read("results.json").get("weights")
-    if weights == run.folder and isinstance(averaged, list) and len(averaged) > 1:
-        return f"mean of {len(averaged)} checkpoints"
-    step = run.read(STATE_NAME, weights).get("global_step")
-    return f"update {step:,}" if isinstance(step, int) else "saved model"
+    if weights == run.folder and len(run.scored) > 1:
+        return f"mean of {len(run.scored)} checkpoints"
+    step = saved_step(weights)
+    return "saved model" if step is None else f"update {step:,}"
 
 
 def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneration, str]:
@@ -81,15 +85,14 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
         The model, and a sentence that says how near to the run's it is.
 
     Raises:
-        OSError, ValueError: the run started from other weights or as a stock model, or has no config.json yet.
+        OSError, ValueError: the run started from other weights or as a stock model, or has saved none yet.
     """
     if source := run.arguments.get("model_name_or_path"):
         raise ValueError(f"The run went on from the weights of {source}, which are not part of it.")
-    if run.weights is None:
-        raise FileNotFoundError("The run has no config.json yet, which comes with its first checkpoint.")
+    weights = _weights(run)
     if (kind := run.config.get("model_type")) != AdminConfig.model_type:
         raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts otherwise.")
-    config = AdminConfig.from_pretrained(run.weights)
+    config = AdminConfig.from_pretrained(weights)
     seed = run.arguments.get("seed")
     if isinstance(seed, int):
         how = f"initialised anew from the run's seed, {seed}"
@@ -111,11 +114,9 @@ def batch_of(run: Run) -> tuple[Batch, str]:
     """Sentences of the validation set as a batch, else random tokens, and a sentence that says which.
 
     Raises:
-        OSError, ValueError: the run has no usable config.json.
+        OSError, ValueError: the run has no weights, or no usable config.json.
     """
-    if run.weights is None:
-        raise FileNotFoundError("The run has saved no weights.")
-    config = AdminConfig.from_pretrained(run.weights)
+    config = AdminConfig.from_pretrained(_weights(run))
     try:
         if (tokenizer := load_tokenizer(run)) is None:
             raise ValueError("it has no tokenizer that can be loaded.")

@@ -9,9 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..run.folder import Run
-from . import records, weights
+from . import weights
 from .curves import curves
-from .records import Section
+from .sections import Section, arguments, divergence, facts, model_line, scores, status
 
 
 TEMPLATE = "page.html.jinja"
@@ -25,9 +25,9 @@ _FOLDERS = re.compile(
 
 def render(run: Run) -> str:
     """The HTML of a run's page."""
-    sections = [records.divergence(run)] if run.divergence else []
-    sections += [records.scores(run), curves(run), weights.translations(run), weights.omega(run)]
-    sections += [*weights.measurements(run), records.arguments(run)]
+    sections = [divergence(run)] if run.divergence else []
+    sections += [scores(run), curves(run), weights.translations(run), weights.omega(run)]
+    sections += [*weights.measurements(run), arguments(run)]
     environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -38,9 +38,9 @@ def render(run: Run) -> str:
     environment.filters["formulas"] = formulas
     page = environment.get_template(TEMPLATE).render(
         name=str(run.arguments.get("run_name") or run.folder.resolve().name),
-        status=records.status(run),
-        model=records.model_line(run),
-        facts=records.facts(run),
+        status=status(run),
+        model=model_line(run),
+        facts=facts(run),
         sections=[section for section in sections if not _is_empty(section)],
         made=f"Made by admin-hf {version('admin-hf')} on {datetime.now(UTC):%Y-%m-%d} from the run's own files.",
     )

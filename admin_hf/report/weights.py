@@ -4,14 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..analysis.dependency import LayerDependency
+from ..analysis.drawing import by_sublayer
 from ..analysis.gradients import GradientNorms
 from ..analysis.omega import omega_history
 from ..architecture import STACKS
 from ..checkpoints import one_line
-from ..run.folder import Run
+from ..run.folder import PREDICTIONS_NAME, Run
 from . import figures
 from .measure import Moment, batch_of, measured, newest_model, starting_model
-from .records import Section
+from .sections import Section
 from .text import SENTENCES, load_tokenizer, predictions, read_pairs, translate
 
 
@@ -19,7 +20,7 @@ def translations(run: Run) -> Section:
     """The first lines of generated_predictions.txt, else translations of validation sentences."""
     section = Section("translations", "Translations")
     if samples := predictions(run, SENTENCES):
-        section.text.append("The first sentences of the test set, as generated_predictions.txt has them.")
+        section.text.append(f"The first sentences of the test set, as {PREDICTIONS_NAME} has them.")
         section.samples = samples
         return section
     with _explained(section):
@@ -51,9 +52,8 @@ def omega(run: Run) -> Section:
             section.findings[0] = ("expected", "The model was not profiled, so Admin's start of ω is not what it had.")
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
-                where = [STACKS[stack].index(name) + 1 for name in part.names]
                 caption = f"Mean of each ω, {stack}; grey: between, band: range of the entries at the end"
-                section.pictures.append(figures.history(caption, where, history.updates, part))
+                section.pictures.append(figures.history(caption, stack, history.updates, part))
     return section
 
 
@@ -107,8 +107,7 @@ def _draw_layers(section: Section, moments: list[Moment]) -> None:
 
 
 def _by_sublayer(caption: str, values: dict[str, list[float]], label: str, log: bool = True) -> figures.Picture:
-    series = {name: (list(range(1, len(column) + 1)), column) for name, column in values.items()}
-    return figures.lines(caption, series, label, "sub-layer", log)
+    return figures.lines(caption, by_sublayer(values), label, "sub-layer", log)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from ..checkpoints import has_weights, says_profiled
 from ..profiling import ResidualProfile
@@ -25,6 +27,16 @@ VANILLA_NAME = "vanilla"
 # What profiling writes
 PROFILE_NAME = "residual_profile.json"
 
+# The names of scores, `eval_bleu` and so on, and what people call their parts
+SPLITS = {"eval": "validation", "test": "test"}
+METRICS = {
+    "bleu": "BLEU",
+    "moses_bleu": "BLEU of Moses' tokens",
+    "chrf": "chrF2",
+    "ter": "TER",
+    "loss": "loss in nats per token",
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,13 +50,9 @@ class Run:
 
     folder: Path
 
-    def read(self, name: str, folder: Path | None = None) -> dict[str, Any]:
-        """A JSON object in the run's folder, or in `folder`."""
-        try:
-            value = json.loads(regular_file((folder or self.folder) / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON object in the run's folder."""
+        return read_object(self.folder / name)
 
     def lacks(self, name: str) -> str:
         """Why `read(name)` is empty, as a sentence."""
@@ -60,11 +68,11 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return self.read("config.json", self.weights)
+        return read_object((self.weights or self.folder) / CONFIG_NAME)
 
     # --- how far it is ---
 
-    # These two are looked up anew: a run that is going on deletes checkpoints while the page is made
+    # These are looked up anew: a run that is going on deletes checkpoints while the page is made
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -74,25 +82,26 @@ class Run:
     @property
     def weights(self) -> Path | None:
         """Where the newest weights are: the run's folder once its model is saved, else the newest checkpoint."""
-        places = [(_step(self.read(STATE_NAME, folder)), folder) for folder in (*self.checkpoints, self.folder)]
-        whole = [(step, place, folder) for place, (step, folder) in enumerate(places) if has_weights(folder)]
-        return max(whole)[2] if whole else None
+        return next(filter(has_weights, reversed(self._saved)), None)
+
+    @property
+    def _saved(self) -> list[Path]:
+        """What may hold weights and a state, the newest last."""
+        return sorted((*self.checkpoints, self.folder), key=lambda folder: saved_step(folder) or 0)
 
     @cached_property
     def state(self) -> dict[str, Any]:
         """The newest trainer_state.json: `global_step`, `max_steps`, `log_history`, …"""
-        states = [self.read(STATE_NAME, folder) for folder in (*self.checkpoints, self.folder)]
-        return max(reversed(states), key=_step)
+        return read_object(self._saved[-1] / STATE_NAME)
 
     @property
     def step(self) -> int:
         """Updates done when the newest state was written."""
-        return max(_step(self.state), 0)
+        return _integer(self.state.get("global_step")) or 0
 
     @property
     def max_steps(self) -> int:
-        steps = self.state.get("max_steps")
-        return steps if isinstance(steps, int) else 0
+        return _integer(self.state.get("max_steps")) or 0
 
     @property
     def finished(self) -> bool:
@@ -109,13 +118,23 @@ class Run:
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Updates and values of a logged quantity, where it is a finite number."""
-        points = [(entry["step"], entry[name]) for entry in self.log if is_number(entry.get(name))]
-        return [step for step, _ in points], [value for _, value in points]
+        return curve(self.log, name)
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """Which weights were scored, the number of parameters, and the scores."""
+        return self.read(RESULTS_NAME)
+
+    @property
+    def scored(self) -> list[str]:
+        """The names of the folders with the weights that were scored: of the checkpoints, if it was their mean."""
+        weights = self.results.get("weights")
+        return [Path(str(folder)).name for folder in weights] if isinstance(weights, list) else []
 
     @cached_property
     def scores(self) -> dict[str, Any]:
         """The final scores and their signatures, `eval_…` of the validation and `test_…` of the test sentences."""
-        scores = self.read(RESULTS_NAME).get("scores")
+        scores = self.results.get("scores")
         return self.read(ALL_RESULTS_NAME) | (scores if isinstance(scores, dict) else {})
 
     @cached_property
@@ -189,6 +208,13 @@ def is_checkpoint_name(name: str) -> bool:
     return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
 
 
+def saved_step(folder: Path) -> int | None:
+    """After how many updates a model was saved, by the checkpoint's name or the folder's state; None if unknown."""
+    if is_checkpoint_name(folder.name):
+        return int(folder.name.rpartition("-")[2])
+    return _integer(read_object(folder / STATE_NAME).get("global_step"))
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
@@ -198,6 +224,21 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 # --- somebody's files -----------------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing, half-written or damaged, or has no end."""
+    try:
+        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def curve(log: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Updates and values of a quantity in the entries of a log, where it is a finite number."""
+    points = [(entry["step"], entry[name]) for entry in log if is_number(entry.get(name))]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def regular_file(path: Path) -> Path:
@@ -216,6 +257,5 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _step(state: dict[str, Any]) -> int:
-    step = state.get("global_step")
-    return step if isinstance(step, int) else -1
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,15 +1,18 @@
-"""The parts of the page that come from what a run wrote down: how far it is, its scores, its arguments."""
+"""Sections, of which the page is made, and those that a run wrote down: how far it is, its scores, its arguments."""
 
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import Seq2SeqTrainingArguments
+from transformers.utils import CONFIG_NAME
 
+from ..architecture import STACKS
 from ..monitoring import perplexity
-from ..run.folder import Run, is_number
+from ..run.folder import ARGUMENTS_NAME, METRICS, SPLITS, Run, is_number
 from .figures import Picture
 from .text import Sample
 
@@ -64,10 +67,10 @@ def model_line(run: Run) -> str:
     """What the model is, as a sentence."""
     config = run.config
     if not config:
-        return "No config.json, which comes with the first checkpoint, says what the model is."
+        return f"No {CONFIG_NAME}, which comes with the first checkpoint, says what the model is."
     names = ("encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim", "encoder_attention_heads")
     sizes = {name: _text(config.get(name)) for name in (*names, "dropout", "vocab_size")}
-    systems = [str(config.get(f"{stack}_residual", config.get("model_type"))) for stack in ("encoder", "decoder")]
+    systems = [str(config.get(f"{stack}_residual", config.get("model_type"))) for stack in STACKS]
     system = systems[0] if systems[0] == systems[1] else f"{systems[0]} encoder, {systems[1]} decoder"
     if run.is_profiled is False:
         system += " (ω not profiled)"
@@ -81,7 +84,7 @@ def model_line(run: Run) -> str:
 def facts(run: Run) -> list[Fact]:
     """The scores and sizes at the top of the page."""
     found = []
-    for prefix, split in (("test", "test"), ("eval", "validation")):
+    for prefix, split in reversed(SPLITS.items()):
         if is_number(score := run.scores.get(f"{prefix}_bleu")):
             found.append(Fact(f"BLEU, {split}", f"{score:.2f}"))
     steps, bleu = run.curve("eval_bleu")
@@ -93,7 +96,7 @@ def facts(run: Run) -> list[Fact]:
     steps, loss = run.curve("loss")
     if loss:
         found.append(Fact("training loss", f"{loss[-1]:.3f}", f"at update {steps[-1]:,}"))
-    if is_number(parameters := run.read("results.json").get("parameters")):
+    if is_number(parameters := run.results.get("parameters")):
         found.append(Fact("parameters", f"{parameters / 1e6:.2f} M"))
     if run.state:
         epoch = run.state.get("epoch")
@@ -108,7 +111,9 @@ def divergence(run: Run) -> Section:
     """The record of a run that stopped by itself."""
     record = run.divergence
     layer, checkpoint = record.get("first_non_finite"), record.get("last_checkpoint")
-    kept = f"The weights of {_name(checkpoint)} are from before it." if checkpoint else "There is no checkpoint."
+    kept = (
+        f"The weights of {Path(str(checkpoint)).name} are from before it." if checkpoint else "There is no checkpoint."
+    )
     return Section(
         "divergence",
         "Divergence",
@@ -134,15 +139,6 @@ def divergence(run: Run) -> Section:
 
 # --- scores ---------------------------------------------------------------------------------------
 
-SPLITS = {"eval": "validation", "test": "test"}
-METRICS = {
-    "bleu": "BLEU",
-    "moses_bleu": "BLEU of Moses' tokens",
-    "chrf": "chrF2",
-    "ter": "TER",
-    "loss": "loss in nats per token",
-}
-
 
 def scores(run: Run) -> Section:
     """The final scores with their signatures, and the evaluations on the way."""
@@ -152,15 +148,13 @@ def scores(run: Run) -> Section:
         for metric, label in METRICS.items():
             name = f"{prefix}_{metric}"
             if is_number(score := run.scores.get(name)):
-                folded = run.scores.get(f"vanilla_{name}")
+                vanilla = run.scores.get(f"vanilla_{name}")
                 signature = run.scores.get(f"{name}_signature", "")
-                rows.append((f"{label}, {split}", f"{score:.2f}", _score(folded), str(signature)))
+                rows.append((f"{label}, {split}", f"{score:.2f}", _score(vanilla), str(signature)))
     if rows:
-        weights = run.read("results.json").get("weights")
-        if isinstance(weights, list) and len(weights) > 1:
-            first, last = _name(weights[0]), _name(weights[-1])
-            section.text.append(f"Scored: the mean of {len(weights)} checkpoints, {first} to {last}.")
-        head = ("score", "model", "folded", "signature of sacreBLEU")
+        if len(names := run.scored) > 1:
+            section.text.append(f"Scored: the mean of {len(names)} checkpoints, {names[0]} to {names[-1]}.")
+        head = ("score", "model", "vanilla", "signature of sacreBLEU")
         filled = [k for k in range(len(head)) if any(row[k] for row in rows)]
         section.tables.append(Table([head[k] for k in filled], [[row[k] for k in filled] for row in rows]))
     elif run.divergence:
@@ -186,7 +180,7 @@ def arguments(run: Run) -> Section:
     """The arguments of run_translation.py, those that say something first. Secrets are left out."""
     section = Section("arguments", "Arguments")
     if not run.arguments:
-        section.notes.append(f"{run.lacks('arguments.json')} run_translation.py writes it; other scripts do not.")
+        section.notes.append(f"{run.lacks(ARGUMENTS_NAME)} run_translation.py writes it; other scripts do not.")
         return section
     shown = {name: value for name, value in sorted(run.arguments.items()) if not _is_secret(name)}
     defaults = json.loads(json.dumps(Seq2SeqTrainingArguments(output_dir="-", use_cpu=True).to_dict()))
@@ -216,10 +210,6 @@ def _text(value: Any) -> str:
     if not is_number(value):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _name(path: Any) -> str:
-    return str(path).rstrip("/").rpartition("/")[2]
 
 
 def _score(value: Any) -> str:
