@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -89,12 +89,12 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
     if not checkpoints:
         raise ValueError("There are no checkpoints to read ω from: name at least one.")
     saved = {update: _omegas(folder) for update, folder in sorted((_update(Path(f)), Path(f)) for f in checkpoints)}
-    names = next(iter(saved.values())).keys()
+    first = next(iter(saved.values()))
     if profile is not None:
-        saved = {0: _profiled(profile, names)} | saved
+        saved = {0: _profiled(profile, first)} | saved
     for update, omegas in saved.items():
-        if wrong := sorted(names ^ omegas.keys()):
-            raise ValueError(f"Not all have the same sub-layers: see {wrong[0]} after {update} updates.")
+        if wrong := sorted(first.keys() ^ omegas.keys()):
+            raise ValueError(f"Not all have the same sub-layers: see {'.'.join(wrong[0])} after {update} updates.")
     return OmegaHistory(list(saved), **_stacks(*saved.values()))
 
 
@@ -108,38 +108,38 @@ def trained_omega(folder: str | os.PathLike, profile: ResidualProfile | None = N
     return _stacks(_profiled(profile, trained), trained) if profile is not None else _stacks(trained)
 
 
-# Mean, minimum and maximum of each ω, by names such as encoder.layers.0.final_layer_norm in execution order.
-_Omegas = dict[str, tuple[float, float, float]]
+# Mean, minimum and maximum of each ω, by stack and name such as layers.0.final_layer_norm in execution order.
+_Omegas = dict[tuple[str, str], tuple[float, float, float]]
 
 
 def _stacks(*rows: _Omegas) -> dict[str, StackOmega]:
     stacks = {}
     for stack in STACKS:
-        names = [name for name in rows[-1] if name.startswith(f"{stack}.")]
-        mean, low, high = ([[omegas[name][k] for name in names] for omegas in rows] for k in range(3))
-        stacks[stack] = StackOmega([name.removeprefix(f"{stack}.") for name in names], mean, low, high)
+        keys = [key for key in rows[-1] if key[0] == stack]
+        mean, low, high = ([[omegas[key][k] for key in keys] for omegas in rows] for k in range(3))
+        stacks[stack] = StackOmega([name for _, name in keys], mean, low, high)
     return stacks
 
 
-def _profiled(profile: ResidualProfile, names: Iterable[str]) -> _Omegas:
-    omega = {
-        f"{stack}.{name}": value
+def _profiled(profile: ResidualProfile, omegas: _Omegas) -> _Omegas:
+    """ω of the profile where the model has one."""
+    return {
+        (stack, name): (value,) * 3
         for stack, measured in profile.stacks.items()
         for name, value in zip(measured.names, measured.omega, strict=True)
+        if (stack, name) in omegas
     }
-    return {name: (omega[name],) * 3 for name in names if name in omega}
 
 
 def _omegas(folder: Path) -> _Omegas:
     found = {}
     for name, omega in read_tensors(folder, lambda name: _OMEGA.search(name) is not None):
         stack, connection = _OMEGA.findall(name)[0]
-        place = ([*STACKS].index(stack), STACKS[stack].index(connection))
         values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
         if not all(map(isfinite, values)):
             raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
-        found[place] = (f"{stack}.{connection}", values)
-    return {name: values for _, (name, values) in sorted(found.items())}
+        found[stack, connection] = values
+    return dict(sorted(found.items(), key=lambda item: STACKS[item[0][0]].index(item[0][1])))
 
 
 def _update(folder: Path) -> int:

@@ -110,10 +110,8 @@ def facts(run: Run) -> list[Fact]:
 def divergence(run: Run) -> Section:
     """The record of a run that stopped by itself."""
     record = run.divergence
-    layer, checkpoint = record.get("first_non_finite"), record.get("last_checkpoint")
-    kept = (
-        f"The weights of {Path(str(checkpoint)).name} are from before it." if checkpoint else "There is no checkpoint."
-    )
+    layer, checkpoint = record.get("first_non_finite"), Path(str(record.get("last_checkpoint") or "")).name
+    kept = f"The weights of {checkpoint} are from before it." if checkpoint else "There is no checkpoint."
     return Section(
         "divergence",
         "Divergence",
