@@ -104,24 +104,20 @@ def _description(result: dict[str, Any]) -> str:
     command = f"python run_translation.py {arguments['config_name']}/recipe.json"
     command += f" --config_overrides {overrides}" if overrides else ""
     command += f" --output_dir {arguments['output_dir']}"
-    return "\n".join(
-        [
-            f"`{command}`",
-            "",
-            f"{model['encoder_layers']}+{model['decoder_layers']} layers, encoder `{model['encoder_residual']}`, "
-            f"decoder `{model['decoder_residual']}`, D {model['d_model']}, FFN {model['encoder_ffn_dim']}, "
-            f"{model['encoder_attention_heads']} heads, dropout {model['dropout']}, vocabulary "
-            f"{model['vocab_size']:,}. {steps:,} updates; "
-            + ", ".join(
-                f"{name} {value}"
-                for name in SHOWN
-                if (value := arguments.get(name)) is not None
-                and not (name == "per_device_train_batch_size" and arguments.get("max_tokens"))
-            )
-            + "."
-            + (f" Scored: the mean of {', '.join(weights)}." if len(weights) > 1 else "")
-            + (f" Decodings of the test set: {decodes}." if decodes else ""),
-        ]
+    settings = ", ".join(
+        f"{name} {value}"
+        for name in SHOWN
+        if (value := arguments.get(name)) is not None
+        and not (name == "per_device_train_batch_size" and arguments.get("max_tokens"))
+    )
+    return (
+        f"`{command}`\n\n"
+        f"{model['encoder_layers']}+{model['decoder_layers']} layers, encoder `{model['encoder_residual']}`, "
+        f"decoder `{model['decoder_residual']}`, D {model['d_model']}, FFN {model['encoder_ffn_dim']}, "
+        f"{model['encoder_attention_heads']} heads, dropout {model['dropout']}, vocabulary "
+        f"{model['vocab_size']:,}. {steps:,} updates; {settings}."
+        + (f" Scored: the mean of {', '.join(weights)}." if len(weights) > 1 else "")
+        + (f" Decodings of the test set: {decodes}." if decodes else "")
     )
 
 
@@ -130,24 +126,19 @@ def _evaluations(result: dict[str, Any]) -> list[str]:
     names = [name for name in ("eval_loss", "eval_bleu") if curve(log, name)[0]]
     if not names:
         return []
-    lines = [(entry["step"], *(_number(entry.get(name)) for name in names)) for entry in log if names[0] in entry]
-    return [
-        f"| update | {' | '.join(names)} |",
-        f"| ---: |{' ---: |' * len(names)}",
-        *(f"| {step:,} | {' | '.join(values)} |" for step, *values in lines),
-    ]
+    rows = [f"| update | {' | '.join(names)} |", f"| ---: |{' ---: |' * len(names)}"]
+    for entry in (entry for entry in log if names[0] in entry):
+        rows.append(f"| {entry['step']:,} | {' | '.join(_number(entry.get(name)) for name in names)} |")
+    return rows
 
 
 def _comparison(results: list[dict[str, Any]]) -> list[str]:
-    rows = [
-        "| run | first training loss | last training loss | last validation loss (nll) |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    rows = ["| run | first training loss | last training loss | last validation loss (nll) |"]
+    rows.append("| --- | ---: | ---: | ---: |")
     for result in _deep(results):
         loss, evaluated = (curve(result["curves"], name)[1] for name in ("loss", "eval_loss"))
-        rows.append(
-            f"| {result['name']} | {loss[0]:.2f} | {loss[-1]:.2f} | {_number(evaluated[-1] if evaluated else None)} |"
-        )
+        ends = (loss[0], loss[-1], evaluated[-1] if evaluated else None)
+        rows.append(f"| {result['name']} | {' | '.join(map(_number, ends))} |")
     return rows
 
 

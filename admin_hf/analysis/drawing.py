@@ -85,12 +85,7 @@ def by_sublayer(values: Mapping[str, Sequence[float]]) -> Series:
 
 
 def add_omega(axes: "Axes", stack: str, omega: StackOmega, first: str, last: str) -> None:
-    """Draw ω by sub-layer: the first and the last of its means, those between in grey, and the range of the last one.
-
-    Args:
-        stack: its name.
-        first, last: labels; where there is one mean, it is the last.
-    """
+    """Draw ω by sub-layer: its `first` and `last` means, labelled so, those between in grey, and the last's range."""
     x = [STACKS[stack].index(name) + 1 for name in omega.names]
     (colour, style), (earlier, dashed) = STYLES[:2]
     for mean in omega.mean[1:-1]:

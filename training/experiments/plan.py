@@ -54,7 +54,7 @@ class Experiment:
 
 def depth_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
-        make_run(scale, scale.large, layers, system, seed, TITLES[system], f"{layers}-{layers}")
+        make_run(scale, scale.large, layers, system, seed, TITLES[system])
         for layers in (6, 12, 18)
         for system in COMPARED
     ]
@@ -64,8 +64,7 @@ def hybrid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     pairs = [("post_ln", "post_ln"), ("post_ln", "pre_ln"), ("pre_ln", "post_ln"), ("pre_ln", "pre_ln")]
     pairs.append(("admin", "admin"))
     return [
-        make_run(scale, scale.large, 18, pair, seed, " / ".join(TITLES[system] for system in pair), "18-18")
-        for pair in pairs
+        make_run(scale, scale.large, 18, pair, seed, " / ".join(TITLES[system] for system in pair)) for pair in pairs
     ]
 
 
@@ -79,13 +78,12 @@ def warmup_runs(scale: Scale, seed: int) -> list[PlannedRun]:
             "post_ln",
             seed,
             f"Post-LN, warm-up × {factor}",
-            "18-18",
             tag=f"warmup{factor * warmup}" if factor > 1 else "",
             warmup_steps=factor * warmup,
         )
         for factor in (1, 2, 3, 4)
     ]
-    return [*longer, make_run(scale, scale.large, 18, "admin", seed, "Admin, warm-up × 1", "18-18")]
+    return [*longer, make_run(scale, scale.large, 18, "admin", seed, "Admin, warm-up × 1")]
 
 
 def grid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
@@ -111,7 +109,7 @@ def grid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
 
 def rezero_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
-        make_run(scale, scale.small, 6, system, seed, TITLES[system], "6-6")
+        make_run(scale, scale.small, 6, system, seed, TITLES[system])
         for system in ("admin", "post_ln", "pre_ln", "rezero", "rezero_post_ln")
     ]
 
@@ -119,15 +117,7 @@ def rezero_runs(scale: Scale, seed: int) -> list[PlannedRun]:
 def batch_runs(scale: Scale, seed: int) -> list[PlannedRun]:
     return [
         make_run(
-            scale,
-            scale.large,
-            18,
-            system,
-            seed,
-            TITLES[system],
-            f"{size} batch: {label}",
-            tag=f"{size}_batch",
-            **changes,
+            scale, scale.large, 18, system, seed, TITLES[system], f"{size} batch: {label}", f"{size}_batch", **changes
         )
         for size, (label, changes) in zip(("small", "large"), scale.batches.items(), strict=True)
         for system in ("admin", "admin_uniform", "deepnorm")
@@ -160,18 +150,8 @@ def dropout_run(
     scale: Scale, layers: int, dropout: float, system: str, seed: int, row: str, **others: Any
 ) -> PlannedRun:
     """A run with a dropout of its own; `others` as for [`make_run`]."""
-    return make_run(
-        scale,
-        scale.large,
-        layers,
-        system,
-        seed,
-        row,
-        f"{layers}-{layers}",
-        tag=f"dropout{dropout}",
-        overrides={"dropout": dropout},
-        **others,
-    )
+    options = {"tag": f"dropout{dropout}", "overrides": {"dropout": dropout}}
+    return make_run(scale, scale.large, layers, system, seed, row, **options, **others)
 
 
 def dropout_runs(scale: Scale, seed: int) -> list[PlannedRun]:

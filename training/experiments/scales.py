@@ -215,7 +215,7 @@ def make_run(
     residual: str | tuple[str, str],
     seed: int,
     row: str,
-    column: str,
+    column: str = "",
     tag: str = "",
     overrides: Mapping[str, Any] | None = None,
     scoring: Mapping[str, Any] | None = None,
@@ -227,6 +227,7 @@ def make_run(
     Args:
         layers: in each stack.
         residual: the system, or those of encoder and decoder.
+        column: of the [`PlannedRun`]; the layers of both stacks where unset.
         tag: what else tells the run from others, for its name.
         overrides: what differs in the model's configuration.
         scoring, order: of the [`PlannedRun`].
@@ -234,7 +235,8 @@ def make_run(
     """
     encoder, decoder = (residual, residual) if isinstance(residual, str) else residual
     system = encoder if encoder == decoder else f"{encoder}-{decoder}"
-    name = "-".join(filter(None, (data_set, f"{layers}-{layers}", system, tag, f"seed{seed}")))
+    depth = f"{layers}-{layers}"
+    name = "-".join(filter(None, (data_set, depth, system, tag, f"seed{seed}")))
     recipe = scale.recipe(data_set, layers)
     systems = {"encoder_residual": encoder, "decoder_residual": decoder}
     model = recipe["config_overrides"] | systems | dict(overrides or {})
@@ -246,7 +248,7 @@ def make_run(
         "seed": seed,
     }
     seconds = scale.seconds(data_set, layers, arguments)
-    return PlannedRun(f"{scale.name}/{name}", row, column, arguments, seconds, dict(scoring or {}), order)
+    return PlannedRun(f"{scale.name}/{name}", row, column or depth, arguments, seconds, dict(scoring or {}), order)
 
 
 def settings(runs: Sequence[PlannedRun]) -> str:
