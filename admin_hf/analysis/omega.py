@@ -99,13 +99,14 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
 
 
 def trained_omega(folder: str | os.PathLike, profile: ResidualProfile | None = None) -> dict[str, StackOmega]:
-    """Read ω of one model by stack, whenever it was saved: its last row; the first is that of `profile`, if any.
+    """Read ω of one model by stack, whenever it was saved: its last row; the first is that of a `profile` of it.
 
     Raises:
         OSError, ValueError: its weights, as for [`omega_history`].
     """
     trained = _omegas(Path(folder))
-    return _stacks(_profiled(profile, trained), trained) if profile is not None else _stacks(trained)
+    start = _profiled(profile, trained) if profile is not None else {}
+    return _stacks(start, trained) if start.keys() == trained.keys() else _stacks(trained)
 
 
 # Mean, minimum and maximum of each ω, by stack and name such as layers.0.final_layer_norm in execution order.
