@@ -17,7 +17,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer
 from .analysis.command import add_command as add_analyze
 from .architecture import ARCHITECTURES
-from .checkpoints import explained_errors, one_line, replaced_model
+from .checkpoints import check_source, explained_errors, one_line, replaced_model
+from .pretrained import load_complete
 from .publishing import write_vanilla
 from .report import add_command as add_report
 from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
@@ -92,17 +93,13 @@ def export(arguments: argparse.Namespace) -> None:
         OSError, ValueError, RuntimeError: the checkpoint cannot be read or folded, or OUT not be written.
     """
     checkpoint, out = arguments.checkpoint, arguments.out
-    if not Path(checkpoint).is_dir() and (checkpoint.count("/") > 1 or checkpoint.startswith((".", "/"))):
-        raise NotADirectoryError(f"There is no folder {checkpoint}.")
+    check_source(checkpoint)
     _check_out(Path(checkpoint), out)
     with explained_errors(checkpoint):
         config = AdminConfig.from_pretrained(checkpoint)
     is_base = config.architectures in (["AdminModel"], ["MarianModel"], ["PegasusModel"])
     model_class = AdminModel if is_base else AdminForConditionalGeneration
-    model, info = model_class.from_pretrained(checkpoint, config=config, output_loading_info=True)
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-        kind = "lacks" if info["missing_keys"] else "has no place for"
-        raise ValueError(f"{checkpoint} {kind} {min(wrong)}: config.json and weights do not belong together.")
+    model = load_complete(model_class, checkpoint, config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     tokenizer, problem = _load_tokenizer(checkpoint), ""
     if tokenizer is not None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
@@ -33,13 +33,7 @@ class _AdminCallback(TrainerCallback):
     """What all callbacks here do when the Trainer is made: check model and tokenizer, and make the former fit FSDP."""
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, *others: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
         _check_processing_class(_unwrapped(model), processing_class)
         if sharding(args) == "FSDP":
@@ -82,8 +76,8 @@ class AdminProfilingCallback(_AdminCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
+        *others: Any,
+        model: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -233,13 +227,7 @@ class AdminPublishingCallback(TrainerCallback):
     """
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, *others: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
         if kind := sharding(args):
             raise ValueError(
@@ -257,12 +245,7 @@ class AdminPublishingCallback(TrainerCallback):
     on_train_begin = on_init_end  # of a callback that is added later
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, *others: Any, model: Any = None, **kwargs: Any
     ) -> None:
         if not (args.push_to_hub and state.is_world_process_zero):
             return

@@ -121,6 +121,12 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
         raise OSError(f"{source} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
+def check_source(source: str | os.PathLike) -> None:
+    """Raise a FileNotFoundError for a path where nothing is, before it is looked for on the Hub."""
+    if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/"))):
+        raise FileNotFoundError(f"There is no {source}: expected a checkpoint, or a config.json or its folder.")
+
+
 def one_line(error: Exception) -> str:
     """What the error says, as one sentence for people."""
     return " ".join(str(error).split())

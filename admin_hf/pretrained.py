@@ -180,8 +180,21 @@ class AdminPreTrainedModel(PublishableModel, MarianPreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
+def load_complete(model_class: type[AdminPreTrainedModel], source: str | os.PathLike, config: AdminConfig) -> Any:
+    """Load a model whose checkpoint holds all of its weights, and no others.
+
+    Raises:
+        OSError, ValueError, RuntimeError: as `from_pretrained`, or weights are missing or too many.
+    """
+    model, info = model_class.from_pretrained(source, config=config, output_loading_info=True)
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        kind = "lacks" if info["missing_keys"] else "has no place for"
+        raise ValueError(f"{source} {kind} {min(wrong)}: config.json and weights do not belong together.")
+    return model
+
+
 def _and_others(items: Any) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
 
-__all__ = ["AdminPreTrainedModel"]
+__all__ = ["AdminPreTrainedModel", "load_complete"]

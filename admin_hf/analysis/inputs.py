@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..architecture import STACKS
-from ..checkpoints import check_weight_files, explained_errors, weight_files
+from ..checkpoints import check_source, check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..observation import Places, modes_restored, observed, stack_inputs
-from ..pretrained import AdminPreTrainedModel
+from ..pretrained import AdminPreTrainedModel, load_complete
 from ..profiling import initialize_omega, profile_residuals
 from ..residual import residual_connections
 from ..run import complete_checkpoints, saved_checkpoints
@@ -52,10 +52,7 @@ def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = N
             )
         return initialized_model(config, seed, batch)
     with torch.random.fork_rng([]):
-        model, info = AdminForConditionalGeneration.from_pretrained(source, config=config, output_loading_info=True)
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
-        kind = "lacks" if info["missing_keys"] else "has no place for"
-        raise ValueError(f"{source} {kind} {min(wrong)}: config.json and weights do not belong together.")
+        model = load_complete(AdminForConditionalGeneration, source, config)
     return cast(AdminForConditionalGeneration, model.float().eval())
 
 
@@ -66,8 +63,7 @@ def load_config(source: str | os.PathLike) -> AdminConfig:
         OSError: `source` is not there or cannot be read.
         ValueError: the configuration has wrong values.
     """
-    if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/"))):
-        raise FileNotFoundError(f"There is no {source}: expected a checkpoint, or a config.json or its folder.")
+    check_source(source)
     with explained_errors(source):
         config = AdminConfig.from_pretrained(source)
         if PreTrainedConfig.get_config_dict(source)[0].get("model_type") == "marian":
