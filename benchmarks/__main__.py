@@ -13,7 +13,7 @@ from typing import Any
 
 from admin_hf.terminal import spell_out
 
-from . import BENCHMARKS, load, report
+from . import BENCHMARKS, load, page
 from .record import Missing, Settings, write
 from .systems import quiet
 
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, docs: Path = report.DOCS) -> int:
+def main(argv: Sequence[str] | None = None, docs: Path = page.DOCS) -> int:
     """Run benchmarks, write to `docs`, and return the exit code, not 0 if one cannot run that was asked for."""
     spell_out()
     parser = build_parser()
@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None, docs: Path = report.DOCS) -> int:
             code = max(code, error.code)
     if arguments.output is None:
         try:
-            report.main(docs)
+            page.main(docs)
         except ImportError as error:  # a machine with a GPU need not have all that the others measure
-            print(f"The page is left as it is: {error}. Make it by `python -m benchmarks.report`.", file=sys.stderr)
+            print(f"The page is left as it is: {error}. Make it by `python -m benchmarks.page`.", file=sys.stderr)
     return code if arguments.names else 0
 
 

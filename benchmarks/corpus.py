@@ -10,7 +10,10 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-import run_translation
+from training.data import load_data
+from training.model import build_model
+from training.tokenization import prepare_tokenizer
+from training.tokenized_data import tokenize
 
 from .record import Settings, conditions, need, own_bytes, speed
 from .systems import (
@@ -119,11 +122,11 @@ def prepare(settings: Settings, shape: Shape, folder: Path, pairs: int | None) -
     options = training_options(folder, DTYPE, train_file=settings.data / "train", cache_dir=folder / "cache")
     few = {"max_train_samples": pairs} if pairs else {}
     arguments = our_arguments(shape, options, max_tokens=shape.max_tokens, **few)
-    raw = run_translation.load_data(arguments)
-    tokenizer = run_translation.prepare_tokenizer(arguments, raw)
+    raw = load_data(arguments)
+    tokenizer = prepare_tokenizer(arguments, raw)
     tokenizer.save_pretrained(folder / "tokenizer")
-    run_translation.tokenize(raw, tokenizer, arguments)["train"].save_to_disk(folder / "train")
-    model = run_translation.build_model(arguments, tokenizer)
+    tokenize(raw, tokenizer, arguments)["train"].save_to_disk(folder / "train")
+    model = build_model(arguments, tokenizer)
     model.save_pretrained(folder / "stock", reparameterize=True)
 
 

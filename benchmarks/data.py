@@ -11,7 +11,8 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoTokenizer
 
-import run_translation
+from training.data import load_data
+from training.tokenized_data import tokenize
 
 from . import corpus
 from .record import Settings, conditions, cost
@@ -69,12 +70,12 @@ def tokenise(turns: Turns, shape: Shape, folder: Path, data: Path, pairs: int | 
     options = training_options(folder, corpus.DTYPE, train_file=data / "train", cache_dir=folder / "cache")
     options |= {"overwrite_cache": True, "max_tokens": shape.max_tokens}
     arguments = our_arguments(shape, options, **({"max_train_samples": pairs} if pairs else {}))
-    raw, tokenizer = run_translation.load_data(arguments), AutoTokenizer.from_pretrained(folder / "tokenizer")
-    trainer = our_trainer(arguments, tokenizer, run_translation.tokenize(raw, tokenizer, arguments)["train"])
+    raw, tokenizer = load_data(arguments), AutoTokenizer.from_pretrained(folder / "tokenizer")
+    trainer = our_trainer(arguments, tokenizer, tokenize(raw, tokenizer, arguments)["train"])
     updates = len(trainer.batch_sampler)
     turns.next()
     while True:
-        tokenised = run_translation.tokenize(raw, tokenizer, arguments)["train"]
+        tokenised = tokenize(raw, tokenizer, arguments)["train"]
         turns.next(updates=updates, pairs=len(tokenised))
 
 

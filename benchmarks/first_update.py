@@ -14,24 +14,24 @@ REPO = Path(__file__).parents[1]
 
 def ours(folder: Path) -> None:
     """The steps of run_translation.py, up to the first update."""
-    import run_translation as script
     from training.arguments import parse_arguments
+    from training.model import build_model, check_model
+    from training.rehearsal import rehearse
+    from training.session import build_trainer, train
     from training.signals import StopOnSignal
+    from training.tokenized_data import prepare_data
 
     values = {"train_file": folder / "train.json", "tokenizer_name": folder / "tokenizer", "do_predict": False}
     values |= {"output_dir": folder / "ours", "cache_dir": folder / "cache", "disable_tqdm": True, "report_to": "none"}
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     recipe = REPO / "hub_configs" / "demo" / "recipe.json"
     arguments = parse_arguments([str(recipe), "--config_name", str(recipe.parent), *flags])
-    script.check_model(arguments)
-    script.rehearse(arguments[2])
-    tokenizer = script.named_tokenizer(arguments)
-    raw = script.load_data(arguments)
-    data = script.tokenize(raw, tokenizer, arguments)
-    model = script.build_model(arguments, tokenizer)
-    trainer = script.build_trainer(arguments, model, tokenizer, data, StopOnSignal())
+    check_model(arguments)
+    rehearse(arguments.training)
+    raw, tokenizer, data = prepare_data(arguments)
+    trainer = build_trainer(arguments, build_model(arguments, tokenizer), tokenizer, data, StopOnSignal())
     leave_after_first_update(trainer)
-    script.train(trainer, arguments, raw)
+    train(trainer, arguments, raw)
 
 
 def stock(folder: Path) -> None:

@@ -5,10 +5,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from admin_hf import allocator, kernels, modeling_admin, pretrained
+from admin_hf import kernels, modeling_admin
 
 from . import systems
 from .record import Settings, conditions, cost
@@ -27,21 +28,24 @@ def measure(settings: Settings, shape: Shape = SHAPES["tiny"]) -> dict[str, Any]
     figures, measured = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for dtype in DTYPES:
-            step = partial(systems.ours, shape=shape, dtype=dtype, folder=Path(folder))
-            levers = [lever for lever in LEVERS if dtype == "bfloat16" or lever not in BFLOAT16_ONLY]
-            turns: dict[str, Any] = {"all levers": step}
-            turns |= {f"without {lever}": partial(without, lever=lever, step=step) for lever in levers}
+            options: dict[str, Any] = {"shape": shape, "dtype": dtype, "folder": Path(folder)}
+            turns = {"all levers": partial(systems.ours, **options)}
+            turns |= {f"without {lever}": partial(without, lever=lever, **options) for lever in LEVERS}
             measured[dtype] = take_turns(turns, settings.rounds, settings.threads, f"levers, {dtype}")
-            pairs = [(f"without {lever}", "all levers") for lever in levers]
+            pairs = [(f"without {lever}", "all levers") for lever in LEVERS]
             figures += [cost(dtype, measured[dtype], *pair, "updates") for pair in pairs]
     return conditions(settings) | {"shape": asdict(shape), "measured": measured, "figures": figures}
 
 
-def without(turns: Turns, lever: str, step: Any) -> None:
+def without(turns: Turns, lever: str, shape: Shape, dtype: str, folder: Path) -> None:
     """Train with the plain computation in place of a lever."""
-    module, name, plain = LEVERS[lever]
-    setattr(module, name, plain)
-    step(turns)
+    if lever in REPLACED:
+        patch.object(*REPLACED[lever]).start()
+    changes = {"keep_freed_memory": False} if lever == MEMORY else {}
+    trainer = systems.our_batch_trainer(shape, dtype, folder, **changes)
+    if lever == ATTENTION:
+        trainer.model.set_attn_implementation("sdpa")
+    systems.train_on_random_batches(turns, trainer, shape)
 
 
 # --- the plain computations -----------------------------------------------------------------------
@@ -71,16 +75,11 @@ def never(x: Tensor, p: float) -> bool:
     return False
 
 
-def nothing(*args: Any) -> Any:
-    return args[0] if args else None
-
-
-LEVERS: dict[str, tuple[Any, str, Any]] = {
+MEMORY, ATTENTION = "`keep_freed_memory`", "`admin_attention`"
+# The product has no options for these, which would choose what is slower; each process replaces one in itself
+REPLACED: dict[str, tuple[Any, str, Any]] = {
     "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
     "`dropout` and `relu_dropout`": (kernels, "_draws_bits", never),
     "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
-    "`keep_freed_memory`": (allocator, "_has_glibc", nothing),
-    "`admin_attention`": (pretrained, "ADMIN_ATTENTION", "sdpa"),
-    "one cast for q, k and v": (modeling_admin, "cast_once", nothing),
 }
-BFLOAT16_ONLY = ("one cast for q, k and v",)
+LEVERS = (*REPLACED, MEMORY, ATTENTION)

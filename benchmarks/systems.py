@@ -25,10 +25,11 @@ from transformers import (
     set_seed,
 )
 
-import run_translation
 from admin_hf import AdminForConditionalGeneration
 from training.arguments import Arguments, parse_arguments
 from training.batching import TokenBatchSampler
+from training.model import build_model
+from training.session import build_trainer
 from training.signals import StopOnSignal
 from training.tokenization import EOS, PAD, UNK
 from training.trainer import TranslationTrainer
@@ -111,9 +112,9 @@ def our_arguments(shape: Shape, options: dict[str, Any], **changes: Any) -> Argu
 def our_trainer(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, dataset: Any) -> TranslationTrainer:
     """What run_translation.py makes of the arguments."""
     quiet()
-    set_seed(arguments[2].seed)
-    model = run_translation.build_model(arguments, tokenizer)
-    return run_translation.build_trainer(arguments, model, tokenizer, {"train": dataset}, StopOnSignal())
+    set_seed(arguments.training.seed)
+    model = build_model(arguments, tokenizer)
+    return build_trainer(arguments, model, tokenizer, {"train": dataset}, StopOnSignal())
 
 
 def stock_trainer(
@@ -144,7 +145,7 @@ def export_stock(shape: Shape, folder: Path) -> Path:
     """Write the stock form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
     arguments = our_arguments(shape, training_options(folder, "float32"))
     set_seed(SEED)
-    model = run_translation.build_model(arguments, word_tokenizer(shape.vocab_size))
+    model = build_model(arguments, word_tokenizer(shape.vocab_size))
     model.save_pretrained(folder / "stock", reparameterize=True)
     return folder / "stock"
 
@@ -232,9 +233,10 @@ def ours(turns: Turns, shape: Shape, dtype: str, folder: Path) -> None:
     train_on_random_batches(turns, our_batch_trainer(shape, dtype, folder), shape)
 
 
-def our_batch_trainer(shape: Shape, dtype: str, folder: Path) -> TranslationTrainer:
-    """The trainer of `ours`."""
-    return our_trainer(our_arguments(shape, _batch_options(folder, dtype)), word_tokenizer(shape.vocab_size), [])
+def our_batch_trainer(shape: Shape, dtype: str, folder: Path, **changes: Any) -> TranslationTrainer:
+    """The trainer of `ours`; `changes` are to its arguments."""
+    arguments = our_arguments(shape, _batch_options(folder, dtype), **changes)
+    return our_trainer(arguments, word_tokenizer(shape.vocab_size), [])
 
 
 def stock(turns: Turns, shape: Shape, dtype: str, folder: Path) -> None:

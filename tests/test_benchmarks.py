@@ -15,7 +15,7 @@ from conftest import randomize, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 
 from admin_hf.residual import profiled_connections
-from benchmarks import BENCHMARKS, corpus, decoding, gpu, load, record, report, systems, training_step, turns
+from benchmarks import BENCHMARKS, corpus, decoding, gpu, load, page, record, systems, training_step, turns
 from benchmarks.__main__ import main
 from benchmarks.gpu import Part, checks, updates
 from benchmarks.gpu.decoding import compiled_steps
@@ -172,7 +172,7 @@ def test_a_benchmark_gives_a_file_and_a_section_of_the_page(name, folder, tmp_pa
     settings = Settings(THREADS, ROUNDS, data=folder)
     results = load(name).measure(settings, **SIZES[name])
 
-    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    shutil.copy(page.DOCS / "performance_intro.md", tmp_path)
     path = tmp_path / "performance" / f"{name}.json"
     record.write(path, results)
     recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -185,10 +185,10 @@ def test_a_benchmark_gives_a_file_and_a_section_of_the_page(name, folder, tmp_pa
     for figure in recorded["figures"]:
         assert len(figure["ratios"]) in (1, rounds) and all(ratio > 0 for ratio in figure["ratios"])
 
-    report.main(tmp_path)
-    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
-    assert f"## {load(name).TITLE}" in page
-    assert all(f"| {figure['what']} | {figure['a']} | {figure['b']} | **" in page for figure in recorded["figures"])
+    page.main(tmp_path)
+    text = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert f"## {load(name).TITLE}" in text
+    assert all(f"| {figure['what']} | {figure['a']} | {figure['b']} | **" in text for figure in recorded["figures"])
     assert (tmp_path / "performance" / "growth.png").exists() == (name == "growth")
 
 
@@ -227,7 +227,7 @@ def test_every_benchmark_is_tried():
 
 
 def test_what_cannot_run_is_left_out(tmp_path, capsys):
-    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    shutil.copy(page.DOCS / "performance_intro.md", tmp_path)
     assert main(["corpus", "decoding", "--data", str(tmp_path), "--checkpoint", str(tmp_path)], docs=tmp_path) == 1
     error = capsys.readouterr().err
     assert "corpus is left out: Multi30k (--data) is needed" in error and "train.en" in error
@@ -285,14 +285,14 @@ def test_all_that_a_gpu_would_do_is_tried(tmp_path, capsys):
     for figure in results["figures"]:
         assert len(figure["ratios"]) == ROUNDS and all(ratio > 0 for ratio in figure["ratios"])
 
-    shutil.copy(report.DOCS / "performance_intro.md", tmp_path)
+    shutil.copy(page.DOCS / "performance_intro.md", tmp_path)
     record.write(tmp_path / "performance" / "gpu.json", results)
-    report.main(tmp_path)
-    page = (tmp_path / "performance.md").read_text(encoding="utf-8")
-    assert f"## {gpu.TITLE}" in page and gpu.more(results) in page and gpu.more(results) in printed
-    assert f"| base, bfloat16 | {COMPILED} |" in page and "| 5 beams | static cache, compiled steps | 4 |" in page
-    assert "| loss in float32 against float64 | yes |" in page and "memory: base (needs a GPU)" in page
-    assert "none (a dry run), " in page.splitlines()[-1]
+    page.main(tmp_path)
+    text = (tmp_path / "performance.md").read_text(encoding="utf-8")
+    assert f"## {gpu.TITLE}" in text and gpu.more(results) in text and gpu.more(results) in printed
+    assert f"| base, bfloat16 | {COMPILED} |" in text and "| 5 beams | static cache, compiled steps | 4 |" in text
+    assert "| loss in float32 against float64 | yes |" in text and "memory: base (needs a GPU)" in text
+    assert "none (a dry run), " in text.splitlines()[-1]
 
 
 def test_without_a_gpu_the_command_says_so(tmp_path, capsys, monkeypatch):
@@ -493,7 +493,7 @@ def test_the_table_shows_median_spread_and_target():
         record.figure("little", "A", "B", [0.9, 1.01749, 1.2], at_most=1.02),
         record.figure("alone", "A", "B", [0.25]),
     ]
-    assert report.table(figures)[2:] == [
+    assert page.table(figures)[2:] == [
         "| fast | A | B | **1.5** (1–3) | ≥ 1.5 | yes |",
         "| cheap | A | B | **1.5** (1–3) | ≤ 1.4 | no |",
         "| little | A | B | **1.017** (0.9–1.2) | ≤ 1.02 | yes |",
@@ -554,7 +554,7 @@ def test_decoding_is_measured_for_every_system(folder, tmp_path):
     )
     assert results["figures"][-1]["ratios"] == pytest.approx([b / a for a, b in zip(int8, exported, strict=True)])
     assert [f.get("at_least") for f in results["figures"]] == [None] * 5 + [4.0]
-    assert decoding.table(results) in "\n".join(report.section("decoding", results))
+    assert decoding.table(results) in "\n".join(page.section("decoding", results))
 
 
 def test_translations_are_scored_in_the_order_of_the_file(folder, tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from layouts import save_layout
 
 from training.arguments import DataTrainingArguments, ModelArguments
-from training.data import check_cache, load_pairs, resolve_files, tokenize_for_evaluation, tokenize_for_training
+from training.data import check_cache, load_pairs, resolve_files
 from training.errors import InputError
 from training.files import check_text
-from training.model import load_tokenizer
-from training.tokenization import train_tokenizer
+from training.tokenization import load_tokenizer, train_tokenizer
+from training.tokenized_data import tokenize_for_evaluation, tokenize_for_training
 
 
 PAIRS = [

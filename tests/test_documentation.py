@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import admin_hf
-import run_translation
 from admin_hf.__main__ import build_parser
 from admin_hf.residual import SYSTEMS
-from benchmarks import BENCHMARKS, decoding, report
+from benchmarks import BENCHMARKS, decoding
 from benchmarks.__main__ import build_parser as build_benchmarks_parser
+from benchmarks.page import markdown
 from training import arguments
 from training.model import config_changes
 
@@ -70,7 +70,7 @@ def test_the_readmes_commands_are_understood(tmp_path, capsys):
     assert len(commands) >= 3
     for command in commands:
         parsed = arguments.parse_arguments(command.replace("\\\n", " ").split())
-        config_changes(parsed[0], run_translation.AdminConfig)
+        config_changes(parsed.model, admin_hf.AdminConfig)
 
 
 def test_make_targets_of_the_documentation_exist():
@@ -91,7 +91,7 @@ def test_the_commands_of_the_benchmarks_are_understood():
 def test_measured_tables_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
     assert decoding.table(measured) in README
-    assert report.page() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
+    assert markdown() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_speeds_are_those_of_the_recorded_numbers():

@@ -65,12 +65,13 @@ def test_equal_runs_and_only_they_share_a_folder():
 @pytest.mark.parametrize(("name", "scale"), PLANS)
 def test_run_translation_takes_the_arguments(name, scale):
     for run in {run.row: run for run in planned(name, SCALES[scale])}.values():
-        model, data, training = parse_arguments(flags(run.arguments))
-        config = AdminConfig(**config_changes(model, AdminConfig), vocab_size=model.vocab_size)
+        given = parse_arguments(flags(run.arguments))
+        changes = config_changes(given.model, AdminConfig)
+        config = AdminConfig(**changes, vocab_size=given.model.vocab_size)
         assert config.encoder_layers == config.decoder_layers > (3 if scale == "tiny" else 5)
         assert {config.encoder_residual, config.decoder_residual} <= set(SYSTEMS)
         # By these a run is recognised
-        there = recorded((model, data, training))
+        there = recorded(given)
         assert {name: there[name] for name in run.arguments} == run.arguments
 
 

@@ -7,8 +7,9 @@ from datasets import Dataset
 from test_tokenization import bert_tokenizer
 
 from training.errors import InputError
-from training.metrics import Language, TranslationMetric, as_written, check_references
+from training.metrics import Language, TranslationMetric, as_written
 from training.tokenization import train_tokenizer
+from training.tokenized_data import check_references
 
 
 PREDICTIONS = ["Ein kleiner Hund läuft .", "Das ist ein Test"]
@@ -215,19 +216,19 @@ def test_targets_that_the_tokenizer_gives_back_are_nothing_to_warn_of(tokenizer,
 def test_targets_that_the_tokenizer_changes_are_counted(tokenizer, caplog):
     data = split(tokenizer, "Zwei Hunde", "Zwei Katzen 猫!", "Ein Ölfaß", "Hunde")
     text = warnings(caplog, tokenizer, data)
-    assert "2 of 4 validation pairs, first number 2, have targets that the tokenizer does not give back" in text
+    assert "2 of 4 validation pairs (the first is number 2) have targets that the tokenizer does not give back" in text
     assert "of '猫!' it makes '!'." in text
 
 
 def test_an_accent_that_is_stripped_is_said(caplog):
     bert = bert_tokenizer()
     text = warnings(caplog, bert, split(bert, "zwei hunde", "ein Mädchen"), lowercase=True)
-    assert "1 of 2 validation pairs, first number 2" in text and "of 'ädchen' it makes 'adchen'" in text
+    assert "1 of 2 validation pairs (the first is number 2)" in text and "of 'ädchen' it makes 'adchen'" in text
 
 
 def test_a_pair_without_a_target_is_said_and_none_at_all_refused(tokenizer, caplog):
     data = split(tokenizer, "Hunde", " ", "", sources=("dogs", "cats", ""))
-    assert "1 of 3 validation pairs, first number 2, have no target and are not scored" in warnings(
+    assert "1 of 3 validation pairs (the first is number 2) have no target and are not scored" in warnings(
         caplog, tokenizer, data
     )
     with pytest.raises(InputError, match="None of the 2 validation pairs has a target"):
@@ -237,7 +238,9 @@ def test_a_pair_without_a_target_is_said_and_none_at_all_refused(tokenizer, capl
 @pytest.mark.parametrize(("language", "said"), [("de", True), ("cn", True), ("zh", False), ("th", False)])
 def test_targets_without_spaces_in_a_language_with_spaces_are_said(tokenizer, caplog, language, said):
     text = warnings(caplog, tokenizer, split(tokenizer, *SENTENCES["zh"]), language)
-    assert ("3 of 3 validation pairs, first number 1, have targets without spaces between words" in text) == said
+    assert (
+        "3 of 3 validation pairs (the first is number 1) have targets without spaces between words" in text
+    ) == said
     assert ("--target_lang cn is no language code that is known here" in text) == (language == "cn")
 
 

@@ -193,7 +193,7 @@ def test_arguments_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys, fl
 def test_the_recipe_is_recorded_and_recognised(tmp_path):
     recipe = ["--optim", "radam", "--warmup_init_lr", "1e-7", "--max_tokens", "4096", "--fp16_scale_window", "128"]
     given = parse_arguments(translation_arguments(tmp_path, *recipe))
-    assert given[2].optim == "radam" and copy.copy(given[2]).to_dict()["optim"] == "radam"
+    assert given.training.optim == "radam" and copy.copy(given.training).to_dict()["optim"] == "radam"
     record_arguments(given)
     recorded = json.loads((tmp_path / ARGUMENTS_NAME).read_text())
     expected = {"optim": "radam", "warmup_init_lr": 1e-7, "max_tokens": 4096, "fp16_scale_window": 128}
@@ -206,7 +206,7 @@ def test_the_recipe_is_recorded_and_recognised(tmp_path):
 def test_a_run_with_trainers_filter_of_losses_can_go_on_without_it(tmp_path):
     """Which was on by default: a run from then says so in its record."""
     given = parse_arguments(translation_arguments(tmp_path))
-    assert given[2].logging_nan_inf_filter is False
+    assert given.training.logging_nan_inf_filter is False
     record_arguments(given)
     recorded = json.loads((tmp_path / ARGUMENTS_NAME).read_text())
     (tmp_path / ARGUMENTS_NAME).write_text(json.dumps(recorded | {"logging_nan_inf_filter": True}))

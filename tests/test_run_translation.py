@@ -21,6 +21,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, Pe
 import run_translation
 from admin_hf import AdminForConditionalGeneration, ResidualProfile
 from training.arguments import parse_arguments
+from training.data import load_data
+from training.tokenization import prepare_tokenizer
 
 
 REPO = Path(__file__).parents[1]
@@ -206,7 +208,7 @@ def test_what_is_written_is_what_is_scored(data, tmp_path, caplog):
     written = (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").split("\n")
     assert len(written) == 9 and written[8] == ""
     assert [not line for line in written[:8]] == [False, True, False, False, True, False, False, False]
-    assert "1 of 8 test pairs, first number 7, have no target and are not scored" in caplog.text
+    assert "1 of 8 test pairs (the first is number 7) have no target and are not scored" in caplog.text
     kept = [i for i in range(8) if i not in (4, 6)]
     lines, references = ([texts[i] for i in kept] for texts in (written, targets))
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
@@ -323,17 +325,16 @@ def test_the_checkpoints_of_another_program_can_be_evaluated(data, tmp_path):
 
 
 def test_the_tokenizer_that_the_first_process_trains_is_that_of_all(data, tmp_path):
-    model_args, data_args, training_args = parse_arguments(flags(arguments(data, tmp_path)))
-    raw = run_translation.load_data((model_args, data_args, training_args))
-    first = run_translation.prepare_tokenizer((model_args, data_args, training_args), raw)
-    other = SimpleNamespace(output_dir=str(tmp_path), local_process_index=1, do_train=True)
-    assert run_translation.prepare_tokenizer((model_args, data_args, other), {}).get_vocab() == first.get_vocab()
+    given = parse_arguments(flags(arguments(data, tmp_path)))
+    first = prepare_tokenizer(given, load_data(given))
+    other = given._replace(training=SimpleNamespace(output_dir=tmp_path, local_process_index=1, do_train=True))
+    assert prepare_tokenizer(other, {}).get_vocab() == first.get_vocab()
 
 
 def test_the_best_score_is_the_highest_but_of_an_error_rate(data, tmp_path):
     for metric, greater in (("bleu", True), ("eval_ter", False), ("loss", False)):
         values = arguments(data, tmp_path, metric_for_best_model=metric)
-        assert parse_arguments(flags(values))[2].greater_is_better is greater
+        assert parse_arguments(flags(values)).training.greater_is_better is greater
 
 
 def test_a_profile_can_be_shared(data, tmp_path):

@@ -19,11 +19,10 @@ from transformers import AutoTokenizer
 from admin_hf.analysis.inputs import text_batch
 from training.arguments import DataTrainingArguments, ModelArguments
 from training.batching import TranslationCollator
-from training.data import tokenize_for_evaluation, tokenize_for_training
 from training.encoding import Encoder, control_tokens
 from training.errors import InputError
-from training.model import load_tokenizer
-from training.tokenization import save_tokenizer, train_tokenizer
+from training.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
+from training.tokenized_data import tokenize_for_evaluation, tokenize_for_training
 
 
 NAMES = "<s> </s> <pad> <unk> <mask> <extra_id_0> >>de<< [SEP] <0x41>"
@@ -305,7 +304,7 @@ def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path, given_tok
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "needs a padding and an end-of-sentence token"),
+        ({}, "has no padding token"),
         ({"pad_token": "<|endoftext|>"}, "pads with its end-of-sentence token"),
         ({"pad_token": "<pad>", "unk_token": "<pad>"}, "pads with its token for unknown text"),
         ({"pad_token": "<pad>"}, r"does not end sentences with <\|endoftext\|>"),

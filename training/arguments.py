@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate.utils import get_int_from_env, is_torch_xla_available
@@ -261,7 +261,12 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         return self.pad_to_multiple_of or (MULTIPLE if self.torch_compile else 1)
 
 
-Arguments = tuple[ModelArguments, DataTrainingArguments, TranslationTrainingArguments]
+class Arguments(NamedTuple):
+    """All arguments of a run."""
+
+    model: ModelArguments
+    data: DataTrainingArguments
+    training: TranslationTrainingArguments
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
@@ -277,7 +282,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     if "--use_cpu" not in argv and not torch.accelerator.is_available():
         argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
     try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except InputError:
         raise
     except Exception as error:  # of whichever library a flag belongs to: DeepSpeed, accelerate, json ...
@@ -286,8 +291,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         flag = unknown[0].partition("=")[0]
         similar = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
         raise InputError(f"There is no {flag}{f'; is {similar[0]} meant?' if similar else ': see --help.'}")
+    arguments = Arguments(*groups)
     check_arguments(*arguments)
-    return tuple(arguments)
+    return arguments
 
 
 def build_parser() -> HfArgumentParser:

@@ -1,7 +1,5 @@
 """BLEU, chrF and TER by sacreBLEU, as an `evaluate.Metric` that needs no network, for any target language."""
 
-import logging
-import os
 import re
 import tempfile
 import unicodedata
@@ -9,7 +7,6 @@ from typing import Any, NamedTuple
 
 import datasets
 import evaluate
-import regex
 import sacremoses
 from babel.core import get_global
 from sacrebleu.metrics import BLEU, CHRF, TER
@@ -17,14 +14,7 @@ from sacrebleu.metrics.base import Metric, Signature
 from sacrebleu.metrics.bleu import BLEUScore
 from sacrebleu.metrics.lib_ter import BeamEditDistance
 from sacremoses.corpus import NonbreakingPrefixes
-from transformers import PreTrainedTokenizerBase
 
-from admin_hf.parallel_text import is_blank
-
-from .errors import InputError
-
-
-logger = logging.getLogger(__name__)
 
 # The tokenizers that sacreBLEU has for some scripts (ISO 15924). In other scripts that know no spaces between words it
 # finds no words, so there characters count.
@@ -36,13 +26,6 @@ TOKENIZERS = {
     **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), CHARACTERS),
     **dict.fromkeys(("Lana", "Tale", "Talu", "Tavt", "Yiii", "Java", "Bali"), CHARACTERS),
 }
-
-# The letters of these scripts, and letters
-_SPACELESS = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
-    r"|[\p{Tai_Tham}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Viet}\p{Yi}\p{Javanese}\p{Balinese}]"
-)
-_LETTER = regex.compile(r"[\p{L}\p{M}]")
 
 
 class Language(NamedTuple):
@@ -201,65 +184,3 @@ class TranslationMetric(evaluate.Metric):
 def as_written(text: str) -> str:
     """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
     return " ".join(text.splitlines()).strip(" ")
-
-
-# --- what scores cannot say -----------------------------------------------------------------------
-
-
-def check_references(
-    metric: TranslationMetric,
-    tokenizer: PreTrainedTokenizerBase,
-    data: dict[str, datasets.Dataset],
-    longest: int,
-) -> None:
-    """Warn before any training of all that keeps scores from meaning what they say, with its count and first place.
-
-    Args:
-        data: the tokenised splits; those with the columns `source`, `target`, `labels` and `index` are looked at.
-        longest: `labels` of so many ids may have been cut.
-
-    Raises:
-        InputError: no validation pair has a target.
-    """
-    if metric.language is not None and metric.language.script is None:
-        logger.warning(
-            f"--target_lang {metric.language.code} is no language code that is known here, such as 'de' or 'zh': "
-            "scores use sacreBLEU's default tokens, 13a, and there is no BLEU of Moses' tokens."
-        )
-    for split, dataset in data.items():
-        if split == "train" or "target" not in dataset.column_names:
-            continue
-        rows = sorted(zip(*(dataset[name][:] for name in ("index", "source", "target", "labels")), strict=True))
-        scored = [row for row in rows if not is_blank(row[2])]
-        if not scored and split == "validation":
-            raise InputError(f"None of the {len(rows):,} validation pairs has a target, so nothing can be scored.")
-        missing = [index for index, source, target, _ in rows if is_blank(target) and not is_blank(source)]
-        _warn(missing, rows, split, "have no target and are not scored, though they are translated.")
-        joined = [index for index, _, target, _ in scored if _is_spaceless(target)]
-        if metric.language is not None and metric.language.tokenizer == "13a" and 2 * len(joined) > len(scored):
-            what = "have targets without spaces between words, which are scored as if they had them, because "
-            what += f"--target_lang {metric.language.code} says so: give the code of the language, such as zh or th."
-            _warn(joined, rows, split, what)
-        lost = {}
-        for index, _, target, labels in scored:
-            if (composed := unicodedata.normalize("NFC", target)) != target:  # it is scored in this form
-                labels = tokenizer(text_target=composed)["input_ids"]
-            texts = target, tokenizer.decode(labels, skip_special_tokens=True)
-            if len(labels) < longest and len(set(map(metric.normalize, texts))) > 1:
-                lost[index] = [metric.normalize(text) for text in texts]
-        if lost:
-            first = next(iter(lost.values()))
-            start = len(os.path.commonprefix(first))
-            given, found = (text[start : start + 20] for text in first)
-            what = "have targets that the tokenizer does not give back, so no translation of them can be perfect: "
-            what += f"of {given!r} it makes {found!r}."
-            _warn(list(lost), rows, split, what)
-
-
-def _warn(found: list[int], rows: list, split: str, what: str) -> None:
-    if found:
-        logger.warning(f"{len(found):,} of {len(rows):,} {split} pairs, first number {found[0] + 1:,}, {what}")
-
-
-def _is_spaceless(text: str) -> bool:
-    return 2 * len(_SPACELESS.findall(text)) > len(_LETTER.findall(text))

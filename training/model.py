@@ -1,16 +1,31 @@
-"""Configuration, tokenizer and generation settings of the model that run_translation.py trains."""
+"""The model that run_translation.py trains: its configuration, checked early, its weights and generation settings."""
 
 import dataclasses
+import logging
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from admin_hf import (
+    AdminConfig,
+    AdminForConditionalGeneration,
+    ResidualProfile,
+    check_tokenizer,
+    initialize_omega,
+    map_large_buffers,
+)
 from admin_hf.checkpoints import one_line
+from admin_hf.reparameterization import stock_architecture
 
-from .arguments import ModelArguments
-from .encoding import read_control_tokens_as_text
+from . import runs
+from .arguments import Arguments, ModelArguments
+from .batching import round_up
 from .errors import InputError
+from .rehearsal import refusing
+
+
+logger = logging.getLogger(__name__)
 
 
 # What the script sets in the configuration, and from where
@@ -72,52 +87,6 @@ def _parse_overrides(text: str, config_class: type[PretrainedConfig]) -> dict[st
     return values
 
 
-def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub, for text in which nothing acts as a control token.
-
-    It pads on the right, since Marian counts positions from the left, and it is saved with these settings.
-
-    Args:
-        name: folder or Hub id.
-        arguments: where to store it, and which revision.
-        prefix: comes before every source. If it has control tokens, the tokenizer that is saved goes on to read them
-            in text, for whoever translates with the model.
-
-    Raises:
-        InputError: there is none, or its layout cannot be trained with.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=arguments.cache_dir,
-            revision=arguments.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-            padding_side="right",
-            truncation_side="right",
-        )
-    except Exception as error:  # a damaged file raises whatever the library that reads it does
-        raise InputError(f"The tokenizer {name} cannot be loaded: {one_line(error)}") from error
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise InputError(f"The tokenizer {name} needs a padding and an end-of-sentence token.")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise InputError(f"The tokenizer {name} pads with its end-of-sentence token, which could never be learnt.")
-    if tokenizer.pad_token_id == tokenizer.unk_token_id:
-        raise InputError(
-            f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."
-        )
-    ids = [*tokenizer.get_vocab().values()]
-    for side in ("text", "text_target"):
-        ids += (sentence := tokenizer(**{side: "a"})["input_ids"])
-        if sentence[-1:] != [tokenizer.eos_token_id]:
-            raise InputError(
-                f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}: give it a post-processor "
-                "that does, such as TemplateProcessing of the package tokenizers, and save it."
-            )
-    if max(ids) >= len(tokenizer):
-        raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
-    return read_control_tokens_as_text(tokenizer, prefix)
-
-
 def set_generation(model: Any, max_length: int, num_beams: int | None, length_penalty: float | None) -> None:
     """Make the settings of this run those of `model.generate`, which are saved with the model.
 
@@ -137,3 +106,82 @@ def set_generation(model: Any, max_length: int, num_beams: int | None, length_pe
         generation_config.validate(strict=True)
     except ValueError as error:
         raise InputError(f"The settings of generation cannot be used: {one_line(error)}") from error
+
+
+def check_model(arguments: Arguments) -> None:
+    """Find mistakes in the model's arguments before the data is touched."""
+    given = arguments.model
+    try:
+        config = AdminConfig(**config_changes(given, AdminConfig), vocab_size=given.vocab_size)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(one_line(error)) from error
+    if profile := given.residual_profile:
+        with refusing(f"--residual_profile {profile}"):
+            ResidualProfile.load(profile)
+    if source := given.model_name_or_path:
+        with refusing(f"The model {source} cannot be loaded"):
+            config = AutoConfig.from_pretrained(source, cache_dir=given.cache_dir, revision=given.model_revision)
+    if source or arguments.training.do_train:
+        check_lengths(arguments, config)
+
+
+def check_lengths(arguments: Arguments, config: PretrainedConfig) -> None:
+    """Find lengths that are beyond the positions of the model."""
+    data, multiple_of = arguments.data, arguments.training.length_multiple
+    longest = max(data.max_source_length, data.max_target_length, data.val_max_target_length)
+    if arguments.training.do_train:
+        longest = round_up(longest, multiple_of)
+    if longest > getattr(config, "max_position_embeddings", longest):
+        multiple = f"; lengths are multiples of {multiple_of} (--pad_to_multiple_of)"
+        raise InputError(
+            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
+            f"{config.max_position_embeddings}{multiple if multiple_of > 1 else ''}."
+        )
+
+
+def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
+    """Load the model to go on from, or make a new one for this tokenizer.
+
+    Raises:
+        InputError: it cannot be loaded, or does not fit the tokenizer or other arguments.
+    """
+    given, data, training = arguments
+    if training.use_cpu and training.keep_freed_memory:
+        map_large_buffers()
+    model = _new_or_loaded_model(arguments, tokenizer)
+    try:
+        check_tokenizer(model, tokenizer)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+    check_lengths(arguments, model.config)
+    if training.push_to_hub:
+        try:
+            stock_architecture(model)
+        except ValueError as error:
+            raise InputError(f"--push_to_hub: {error}") from error
+    if training.use_cpu and training.fp16:
+        logger.warning("--fp16: a CPU has no float16 here, so this computes in float32; --bf16 is faster.")
+    model.config.label_smoothing = training.label_smoothing_factor
+    num_beams = training.generation_num_beams or data.num_beams
+    set_generation(model, data.val_max_target_length, num_beams, data.length_penalty)
+    if given.residual_profile:
+        with refusing(f"--residual_profile {given.residual_profile}"):
+            initialize_omega(model, ResidualProfile.load(given.residual_profile))
+    return model
+
+
+def _new_or_loaded_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
+    given = arguments.model
+    source = given.model_name_or_path
+    if arguments.training.do_train or not source:
+        source = runs.finished_checkpoint(arguments.training) or source
+    if not source:
+        return AdminForConditionalGeneration(
+            AdminConfig.for_tokenizer(tokenizer, **config_changes(given, AdminConfig))
+        )
+    try:
+        return AdminForConditionalGeneration.from_pretrained(
+            source, cache_dir=given.cache_dir, revision=given.model_revision, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"The model {source} cannot be loaded: {error}") from error

@@ -14,6 +14,7 @@ from admin_hf.checkpoints import has_weights, write_whole
 from admin_hf.run.folder import METRICS, SPLITS, VANILLA_NAME, Run
 
 from .arguments import (
+    Arguments,
     DataTrainingArguments,
     ModelArguments,
     TranslationTrainingArguments,
@@ -193,7 +194,7 @@ def _data(arguments: dict[str, Any]) -> str:
 def _changed(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that were not left at their defaults, files by their names alone."""
     training = TranslationTrainingArguments(output_dir="-", use_cpu=True)
-    defaults = recorded((ModelArguments(), DataTrainingArguments(), training))
+    defaults = recorded(Arguments(ModelArguments(), DataTrainingArguments(), training))
     changed = {
         name: value
         for name, value in arguments.items()

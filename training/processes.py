@@ -1,11 +1,22 @@
-"""What a process runs on, and its end among several."""
+"""A process: what it logs, what it runs on, and its end among several."""
 
+import logging
 import platform
 import time
 from pathlib import Path
 
+import datasets
+import transformers
 from accelerate import PartialState
 from torch import distributed
+
+
+def set_up_logging(process_index: int) -> None:
+    """Log to standard error, in full on the first process and only warnings on the others."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("training").setLevel(logging.INFO if process_index == 0 else logging.WARNING)
+    datasets.logging.set_verbosity(datasets.logging.WARNING)
+    transformers.logging.set_verbosity(transformers.logging.WARNING)
 
 
 def end_process_group() -> None:

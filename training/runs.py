@@ -81,14 +81,14 @@ def check_output_dir(arguments: Arguments) -> None:
     Raises:
         InputError: naming the arguments that differ, or what else is wrong with the folder.
     """
-    folder = Path(arguments[2].output_dir)
+    folder = Path(arguments.training.output_dir)
     record = folder / ARGUMENTS_NAME
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
-    if not arguments[2].do_train:
+    if not arguments.training.do_train:
         return
     afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
     if not record.exists():
@@ -118,8 +118,8 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
     Raises:
         InputError: naming the file that differs.
     """
-    folder = Path(arguments[2].output_dir)
-    if not arguments[2].do_train or not (folder / ARGUMENTS_NAME).exists():
+    folder = Path(arguments.training.output_dir)
+    if not arguments.training.do_train or not (folder / ARGUMENTS_NAME).exists():
         return
     before = _read(folder / DATA_NAME, _afresh(folder))
     for split in contents.keys() & before.keys() - {"test"}:
@@ -139,7 +139,7 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
 
 def record_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
     """Write size and checksum of the text that the run trains on and validates with, without where it is."""
-    path = Path(arguments[2].output_dir) / DATA_NAME
+    path = Path(arguments.training.output_dir) / DATA_NAME
     before = _read(path, _afresh(path.parent)) if (path.parent / ARGUMENTS_NAME).exists() else {}
     now = {split: _named(content) for split, content in contents.items() if split != "test"}
     write_whole(path, json.dumps(before | now, indent=1) + "\n")
@@ -169,12 +169,13 @@ def _read(path: Path, advice: str) -> dict[str, Any]:
 
 def recorded(arguments: Arguments) -> dict[str, Any]:
     """All arguments as JSON data, tokens blanked out (as `TrainingArguments.to_dict` does)."""
-    model, data, training = arguments
-    values = asdict(model) | asdict(data) | training.to_dict() | {"world_size": training.world_size}
+    training = arguments.training
+    values = asdict(arguments.model) | asdict(arguments.data) | training.to_dict()
+    values |= {"world_size": training.world_size}
     return json.loads(json.dumps(values, default=str))  # --generation_config is a path
 
 
 def record_arguments(arguments: Arguments) -> None:
     """Write all arguments beside the run, to recognise it when it is resumed."""
-    path = Path(arguments[2].output_dir) / ARGUMENTS_NAME
+    path = Path(arguments.training.output_dir) / ARGUMENTS_NAME
     write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")

@@ -1,18 +1,80 @@
-"""The scores of a run: printed, and written into its folder as JSON."""
+"""The scores of a run: computed, printed, and written into its folder beside the translations."""
 
 import json
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
+from datasets import Dataset
+
 from admin_hf.checkpoints import write_whole
-from admin_hf.run.folder import DECODES_NAME, RESULTS_NAME
+from admin_hf.run.folder import DECODES_NAME, PREDICTIONS_NAME, RESULTS_NAME
 
 from .arguments import Arguments
 from .paths import published
 from .trainer import TranslationTrainer
+from .vanilla import build_vanilla_trainer
 
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
+
+
+def score(
+    trainer: TranslationTrainer, arguments: Arguments, data: dict[str, Dataset], weights: list[str], exported: bool
+) -> dict:
+    """Evaluate and translate what the arguments ask for, and record it; by the vanilla model too, where there is one.
+
+    Args:
+        data: the tokenised splits.
+        weights: where the model's are from.
+        exported: whether this session has written the vanilla model.
+    """
+    vanilla = build_vanilla_trainer(trainer) if exported and trainer.args.predict_with_generate else None
+    scores: dict = {}
+    if trainer.args.do_eval:
+        scores |= evaluate(trainer, vanilla)
+    if trainer.args.do_predict:
+        scores |= predict(trainer, vanilla, data["test"])
+        log_decode(arguments, trainer, weights, scores)
+    write_results(trainer, weights, scores)
+    return scores
+
+
+def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) -> dict:
+    """Score the validation pairs, by the trained model and by the vanilla one."""
+    metrics = trainer.evaluate()
+    metrics |= {f"eval_{name}": value for name, value in trainer.signatures.items()}
+    log_scores(trainer, "eval", metrics)
+    if vanilla is not None:
+        metrics |= compare(trainer, "eval", metrics, vanilla.evaluate(metric_key_prefix="vanilla_eval"))
+    return metrics
+
+
+def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset) -> dict:
+    """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
+    output = trainer.predict(dataset, metric_key_prefix="test")
+    metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
+    log_scores(trainer, "test", metrics)
+    if vanilla is not None and "target" in dataset.column_names:
+        metrics |= compare(
+            trainer, "test", metrics, vanilla.predict(dataset, metric_key_prefix="vanilla_test").metrics
+        )
+    if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
+        return metrics
+    translated = zip(
+        dataset["index"], dataset["source"], trainer.translations(output.predictions, dataset), strict=True
+    )
+    _, sources, translations = zip(*sorted(translated), strict=True)
+    if not any(translations):
+        logger.warning("All translations are empty: the model has not learnt enough; train longer.")
+    path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
+    write_whole(path, "".join(f"{text}\n" for text in translations))
+    for source, translation in zip(sources[:3], translations[:3], strict=True):
+        print(f"  {source}\n  -> {translation}")
+    print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
+    return metrics
 
 
 def remove_results(output_dir: str) -> None:
@@ -21,7 +83,7 @@ def remove_results(output_dir: str) -> None:
         Path(output_dir, name).unlink(missing_ok=True)
 
 
-def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
+def log_scores(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
     """Print the metrics and save them as `{split}_results.json` and in `all_results.json`."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
@@ -57,7 +119,7 @@ def log_decode(arguments: Arguments, trainer: TranslationTrainer, weights: list[
     generation = trainer.model.generation_config
     entry = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "test": published(arguments[1].test_file or arguments[1].dataset_name),
+        "test": published(arguments.data.test_file or arguments.data.dataset_name),
         "weights": published(weights),
         "num_beams": generation.num_beams,
         "length_penalty": generation.length_penalty,

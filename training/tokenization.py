@@ -1,6 +1,7 @@
-"""A joint BPE tokenizer in Marian's vocabulary layout, trained with the `tokenizers` library."""
+"""The tokenizer of a run: loaded, or a joint BPE in Marian's layout, trained with the `tokenizers` library."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -9,10 +10,19 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from admin_hf.checkpoints import one_line
+from admin_hf.run.folder import ARGUMENTS_NAME
+from admin_hf.special_tokens import required_ids
+
+from . import runs
+from .arguments import Arguments, ModelArguments
+from .encoding import read_control_tokens_as_text
 from .errors import InputError
 
+
+logger = logging.getLogger(__name__)
 
 EOS, UNK, PAD = "</s>", "<unk>", "<pad>"
 
@@ -111,3 +121,74 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
         tokenizer.save_pretrained(temporary)
         for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == "tokenizer_config.json"):
             shutil.move(path, folder / path.name)
+
+
+def named_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the arguments name, if any."""
+    name = arguments.model.tokenizer_name or arguments.model.model_name_or_path
+    return load_tokenizer(name, arguments.model, arguments.data.source_prefix or "") if name else None
+
+
+def prepare_tokenizer(arguments: Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
+    """Load the run's own tokenizer, or train one on the training pairs."""
+    given, training = arguments.model, arguments.training
+    output_dir, prefix = Path(training.output_dir), arguments.data.source_prefix or ""
+    name = None
+    # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
+    trained = training.local_process_index > 0 or (output_dir / ARGUMENTS_NAME).exists()
+    if (output_dir / "tokenizer_config.json").exists() and (trained or not training.do_train):
+        name = str(output_dir)
+    if not name and not training.do_train:
+        name = runs.last_checkpoint(training)
+    if name:
+        return load_tokenizer(name, given, prefix)
+    logger.info(f"Training a joint BPE tokenizer with {given.vocab_size:,} entries.")
+    tokenizer = train_tokenizer(text_batches(raw["train"]), given.vocab_size, given.lowercase)
+    save_tokenizer(tokenizer, output_dir)
+    return load_tokenizer(str(output_dir), given, prefix)  # as every other process and session will see it
+
+
+def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the Hub, for text in which nothing acts as a control token.
+
+    It pads on the right, since Marian counts positions from the left, and it is saved with these settings.
+
+    Args:
+        name: folder or Hub id.
+        arguments: where to store it, and which revision.
+        prefix: comes before every source. If it has control tokens, the tokenizer that is saved goes on to read them
+            in text, for whoever translates with the model.
+
+    Raises:
+        InputError: there is none, or its layout cannot be trained with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            cache_dir=arguments.cache_dir,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+            padding_side="right",
+            truncation_side="right",
+        )
+    except Exception as error:  # a damaged file raises whatever the library that reads it does
+        raise InputError(f"The tokenizer {name} cannot be loaded: {one_line(error)}") from error
+    try:
+        pad, eos = required_ids(tokenizer)
+    except ValueError as error:
+        raise InputError(f"The tokenizer {name} cannot be used: {error}") from error
+    if pad == tokenizer.unk_token_id:
+        raise InputError(
+            f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."
+        )
+    ids = [*tokenizer.get_vocab().values()]
+    for side in ("text", "text_target"):
+        ids += (sentence := tokenizer(**{side: "a"})["input_ids"])
+        if sentence[-1:] != [eos]:
+            raise InputError(
+                f"The tokenizer {name} does not end sentences with {tokenizer.eos_token}: give it a post-processor "
+                "that does, such as TemplateProcessing of the package tokenizers, and save it."
+            )
+    if max(ids) >= len(tokenizer):
+        raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
+    return read_control_tokens_as_text(tokenizer, prefix)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ..page import table
 from ..record import Missing, Settings, conditions
-from ..report import table
 from . import checks, decoding, updates
 from .checks import tell
 from .updates import COMPILED, OURS, PLAIN, SHAPES, STOCK, Bench, GPUShape, fresh

@@ -113,6 +113,7 @@ def chunks(bench: Bench) -> list[Check]:
     return found
 
 
+# No argument of the product has the size of chunks, which is chosen for every device once
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)

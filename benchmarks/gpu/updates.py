@@ -17,8 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import MarianConfig, MarianMTModel, Trainer, TrainerCallback, set_seed
 
-import run_translation
 from admin_hf import AdminForConditionalGeneration, AdminProfilingCallback, profile_residuals
+from training.model import build_model
 from training.signals import StopOnSignal
 
 from .. import systems
@@ -142,8 +142,7 @@ def build(bench: Bench, system: str, shape: GPUShape, dtype: str, residual: str 
             ours |= {"torch_compile": True, "torch_compile_backend": bench.backend}
         trainer: Trainer = systems.our_trainer(systems.our_arguments(shape, options, **ours), tokenizer, dataset)
         trainer.train_collator = systems.only
-        stop = next(each for each in trainer.callback_handler.callbacks if isinstance(each, StopOnSignal))
-        stop.on_train_begin = lambda *args, **kwargs: None  # signals can be caught in the main thread alone
+        trainer.remove_callback(StopOnSignal)  # signals can be caught in the main thread alone
     else:
         model = new_model(bench, shape)
         trainer = systems.plain_trainer(stock_model(model) if system == STOCK else model, options, tokenizer, dataset)
@@ -158,7 +157,7 @@ def new_model(bench: Bench, shape: GPUShape) -> AdminForConditionalGeneration:
     arguments = systems.our_arguments(shape, systems.training_options(bench.folder, "float32"))
     systems.quiet()
     set_seed(SEED)
-    return run_translation.build_model(arguments, systems.word_tokenizer(shape.vocab_size))
+    return build_model(arguments, systems.word_tokenizer(shape.vocab_size))
 
 
 def stock_model(model: AdminForConditionalGeneration) -> MarianMTModel:

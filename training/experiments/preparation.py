@@ -11,8 +11,7 @@ from admin_hf.checkpoints import write_whole
 
 from .. import data as parallel
 from ..arguments import DataTrainingArguments, ModelArguments
-from ..model import load_tokenizer
-from ..tokenization import save_tokenizer, text_batches, train_tokenizer
+from ..tokenization import load_tokenizer, save_tokenizer, text_batches, train_tokenizer
 from .records import BLIND_NAME
 from .scales import REPO
 

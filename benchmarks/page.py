@@ -1,4 +1,4 @@
-"""Makes docs/performance.md from the JSON of the benchmarks in docs/performance/: python -m benchmarks.report"""
+"""Makes docs/performance.md from the JSON of the benchmarks in docs/performance/: python -m benchmarks.page"""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from . import BENCHMARKS, load
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def page(folder: Path = DOCS) -> str:
+def markdown(folder: Path = DOCS) -> str:
     """The text of performance.md: its introduction, and a section for each benchmark that was run."""
     lines = [(folder / "performance_intro.md").read_text(encoding="utf-8").rstrip(), ""]
     for name in BENCHMARKS:
@@ -68,7 +68,7 @@ def main(folder: Path = DOCS) -> None:
         path = folder / "performance" / f"{name}.json"
         if path.exists() and hasattr(benchmark := load(name), "draw"):
             benchmark.draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
-    write_whole(folder / "performance.md", page(folder))
+    write_whole(folder / "performance.md", markdown(folder))
 
 
 if __name__ == "__main__":
