@@ -34,11 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=defaults.seconds, help="that `gpu` may take (default: %(default)s)"
     )
     parser.add_argument(
-        "--parts",
-        nargs="+",
-        default=(),
-        metavar="TEXT",
-        help="of `gpu`, measure what has TEXT in its name",
+        "--parts", nargs="+", default=(), metavar="TEXT", help="of `gpu`, measure what has TEXT in its name"
     )
     return parser
 

@@ -16,16 +16,7 @@ from training.tokenization import prepare_tokenizer
 from training.tokenized_data import tokenize
 
 from .record import Settings, conditions, need, own_bytes, speed
-from .systems import (
-    SHAPES,
-    Shape,
-    our_arguments,
-    our_trainer,
-    quiet,
-    stock_trainer,
-    train,
-    training_options,
-)
+from .systems import SHAPES, Shape, our_arguments, our_trainer, quiet, stock_trainer, train, training_options
 from .turns import Measured, System, Turns, take_turns
 
 
@@ -46,10 +37,7 @@ OURS, OURS_FIXED, STOCK = "Admin, token batches", "Admin, fixed batches", "stock
 
 
 def measure(
-    settings: Settings,
-    shape: Shape = SHAPE,
-    batch_sizes: Iterable[int] = BATCH_SIZES,
-    pairs: int | None = None,
+    settings: Settings, shape: Shape = SHAPE, batch_sizes: Iterable[int] = BATCH_SIZES, pairs: int | None = None
 ) -> dict[str, Any]:
     """Compare the three systems; `pairs` is how much of the data is used, by default all."""
     with tempfile.TemporaryDirectory() as name:

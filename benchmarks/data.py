@@ -30,10 +30,7 @@ WORKERS = (0, 2)
 
 
 def measure(
-    settings: Settings,
-    shape: Shape = corpus.SHAPE,
-    pairs: int | None = None,
-    workers: Iterable[int] = WORKERS,
+    settings: Settings, shape: Shape = corpus.SHAPE, pairs: int | None = None, workers: Iterable[int] = WORKERS
 ) -> dict[str, Any]:
     """Time the three; `pairs` is how much of the data is used, by default all."""
     loading = {f"loading, {count} workers": count for count in workers}

@@ -44,7 +44,7 @@ class Turns:
         memory = {"peak_bytes": peak_bytes(), "import_bytes": self._imports}
         self._pipe.send({"seconds": seconds, "memory": memory, "facts": facts})
         if not self._pipe.recv():
-            raise _Over
+            raise Over
         self._start = time.perf_counter()
 
 
@@ -52,7 +52,7 @@ class WorkerError(RuntimeError):
     """A system's process failed; the message is its traceback."""
 
 
-class _Over(Exception):
+class Over(Exception):
     """There are no more turns."""
 
 
@@ -131,7 +131,7 @@ def _work(pipe: Connection, threads: int, system: System) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # what a training run prints
         try:
             system(Turns(pipe))
-        except (_Over, EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        except (Over, EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
             pass  # the turns are over, or whoever gave them is gone
         except BaseException:
             pipe.send(traceback.format_exc())

@@ -22,7 +22,7 @@ from admin_hf.checkpoints import one_line
 from admin_hf.run import complete_checkpoints
 
 from .batching import MULTIPLE
-from .errors import InputError
+from .errors import InputError, refusing
 from .metrics import Language
 from .optimization import RADAM
 
@@ -144,8 +144,7 @@ class DataTrainingArguments:
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first test pairs only."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams of evaluation and prediction. Default: 1."})
     length_penalty: float | None = field(
-        default=None,
-        metadata={"help": "Beams are compared by log-likelihood / length^length_penalty. Default: 1."},
+        default=None, metadata={"help": "Beams are compared by log-likelihood / length^length_penalty. Default: 1."}
     )
     source_prefix: str | None = field(default=None, metadata={"help": "Text to put before every source."})
 
@@ -218,8 +217,7 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Where logs go: 'tensorboard' (if installed), 'wandb', 'trackio', 'all' or 'none'."},
     )
     push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push the vanilla model with tokenizer and model card to the Hub at the end."},
+        default=False, metadata={"help": "Push the vanilla model with tokenizer and model card to the Hub at the end."}
     )
     hub_strategy: str = field(
         default="end", metadata={"help": "'end' is the only choice: checkpoints stay in output_dir."}
@@ -281,12 +279,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         argv = _json_flags(Path(argv[0])) + argv[1:]
     if "--use_cpu" not in argv and not torch.accelerator.is_available():
         argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
-    try:
+    with refusing("The arguments cannot be used"):  # by whichever library: DeepSpeed, accelerate, json ...
         *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except InputError:
-        raise
-    except Exception as error:  # of whichever library a flag belongs to: DeepSpeed, accelerate, json ...
-        raise InputError(f"The arguments cannot be used: {one_line(error)}") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
         similar = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
@@ -351,10 +345,8 @@ def _check_json(name: str, value: Any) -> None:
 
 
 def _json_flags(path: Path) -> list[str]:
-    try:
+    with refusing(f"The file of arguments {path} cannot be read"):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"The file of arguments {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"The file of arguments {path} must hold one JSON object, such as {{'do_train': true}}.")
     flags = []

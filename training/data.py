@@ -21,6 +21,8 @@ from .files import TextFile, check_text, contents, load_files, place
 
 logger = logging.getLogger(__name__)
 
+Splits = dict[str, Dataset]  # "train", "validation" and "test", those of them that are used
+
 
 def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[TextFile]:
     """Find and check what a `--{split}_file` means: one table, a source and a target file, or source text alone.
@@ -154,7 +156,7 @@ def _limit(dataset: Dataset, split: str, data: DataTrainingArguments) -> Dataset
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def load_data(arguments: Arguments) -> dict[str, Dataset]:
+def load_data(arguments: Arguments) -> Splits:
     """Load the splits that are used, after checking the files of all of them, and that the run has begun with them."""
     model, data, training = arguments
     check_cache(model)
@@ -167,6 +169,6 @@ def load_data(arguments: Arguments) -> dict[str, Dataset]:
     return raw
 
 
-def contents_of(raw: dict[str, Dataset]) -> dict[str, runs.Contents]:
+def contents_of(raw: Splits) -> dict[str, runs.Contents]:
     """Size and checksum of what each split was loaded from, by path or name."""
     return {split: dataset.info.download_checksums for split, dataset in raw.items()}

@@ -7,22 +7,15 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from admin_hf import (
-    AdminConfig,
-    AdminForConditionalGeneration,
-    ResidualProfile,
-    check_tokenizer,
-    initialize_omega,
-    map_large_buffers,
-)
+from admin_hf import AdminConfig, AdminForConditionalGeneration, ResidualProfile, check_tokenizer, initialize_omega
+from admin_hf.allocator import map_large_buffers
 from admin_hf.checkpoints import one_line
 from admin_hf.reparameterization import stock_architecture
 
 from . import runs
 from .arguments import Arguments, ModelArguments
 from .batching import round_up
-from .errors import InputError
-from .rehearsal import refusing
+from .errors import InputError, refusing
 
 
 logger = logging.getLogger(__name__)
@@ -46,10 +39,8 @@ def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfi
     """
     values: dict[str, Any] = {}
     if arguments.config_name:
-        try:
+        with refusing(f"--config_name {arguments.config_name} cannot be used"):
             config = AutoConfig.from_pretrained(arguments.config_name, cache_dir=arguments.cache_dir)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            raise InputError(f"--config_name {arguments.config_name} cannot be used: {error}") from error
         if not isinstance(config, config_class):
             raise InputError(
                 f"--config_name {arguments.config_name} is a {config.model_type!r} model; expected "
@@ -102,10 +93,8 @@ def set_generation(model: Any, max_length: int, num_beams: int | None, length_pe
         generation_config.length_penalty, generation_config.early_stopping = 1.0, False
     if length_penalty is not None:
         generation_config.length_penalty = length_penalty
-    try:
+    with refusing("The settings of generation cannot be used"):
         generation_config.validate(strict=True)
-    except ValueError as error:
-        raise InputError(f"The settings of generation cannot be used: {one_line(error)}") from error
 
 
 def check_model(arguments: Arguments) -> None:
@@ -140,11 +129,7 @@ def check_lengths(arguments: Arguments, config: PretrainedConfig) -> None:
 
 
 def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
-    """Load the model to go on from, or make a new one for this tokenizer.
-
-    Raises:
-        InputError: it cannot be loaded, or does not fit the tokenizer or other arguments.
-    """
+    """Load the model to go on from, or make a new one for this tokenizer."""
     given, data, training = arguments
     if training.use_cpu and training.keep_freed_memory:
         map_large_buffers()
@@ -155,10 +140,8 @@ def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Adm
         raise InputError(one_line(error)) from error
     check_lengths(arguments, model.config)
     if training.push_to_hub:
-        try:
+        with refusing("--push_to_hub"):
             stock_architecture(model)
-        except ValueError as error:
-            raise InputError(f"--push_to_hub: {error}") from error
     if training.use_cpu and training.fp16:
         logger.warning("--fp16: a CPU has no float16 here, so this computes in float32; --bf16 is faster.")
     model.config.label_smoothing = training.label_smoothing_factor
@@ -179,9 +162,7 @@ def _new_or_loaded_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBas
         return AdminForConditionalGeneration(
             AdminConfig.for_tokenizer(tokenizer, **config_changes(given, AdminConfig))
         )
-    try:
+    with refusing(f"The model {source} cannot be loaded"):
         return AdminForConditionalGeneration.from_pretrained(
             source, cache_dir=given.cache_dir, revision=given.model_revision, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"The model {source} cannot be loaded: {error}") from error

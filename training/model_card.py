@@ -13,12 +13,7 @@ from admin_hf.analysis.omega import StackOmega, trained_omega
 from admin_hf.checkpoints import has_weights, write_whole
 from admin_hf.run.folder import METRICS, SPLITS, VANILLA_NAME, Run
 
-from .arguments import (
-    Arguments,
-    DataTrainingArguments,
-    ModelArguments,
-    TranslationTrainingArguments,
-)
+from .arguments import Arguments, DataTrainingArguments, ModelArguments, TranslationTrainingArguments
 from .paths import is_hub_id, published
 from .results import table_cell
 from .runs import recorded

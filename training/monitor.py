@@ -241,12 +241,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
             self.residuals.watch_next_pass()
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         sums, self._sums = self._sums, None
         if self.accelerator.num_processes > 1:

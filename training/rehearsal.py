@@ -1,8 +1,6 @@
 """Trainer reads the arguments once on a toy, so that what it refuses is known before the data is touched."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 from datasets import Dataset
@@ -12,11 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration
 from admin_hf.callback import sharding
-from admin_hf.checkpoints import one_line
 
 from .arguments import TranslationTrainingArguments, shown
 from .batching import TranslationCollator
-from .errors import InputError
+from .errors import InputError, refusing
 from .trainer import TranslationTrainer
 
 
@@ -82,14 +79,3 @@ def _check_optim_args(args: TranslationTrainingArguments, model: AdminForConditi
         both = [TranslationTrainer.get_optimizer_cls_and_kwargs(each, model)[1] for each in (args, fewer)]
         if both[0] == both[1]:
             raise InputError(f"--optim_args {left_out} changes nothing in this --optim: leave it out.")
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about the user's arguments into one sentence that begins with `what`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # of whichever library
-        raise InputError(f"{what}: {one_line(error)}") from error

@@ -11,6 +11,7 @@ from admin_hf.checkpoints import write_whole
 from admin_hf.run.folder import DECODES_NAME, PREDICTIONS_NAME, RESULTS_NAME
 
 from .arguments import Arguments
+from .data import Splits
 from .paths import published
 from .trainer import TranslationTrainer
 from .vanilla import build_vanilla_trainer
@@ -21,16 +22,8 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "eval", "vanilla_eval", "test", "vanilla_test", "all")
 
 
-def score(
-    trainer: TranslationTrainer, arguments: Arguments, data: dict[str, Dataset], weights: list[str], exported: bool
-) -> dict:
-    """Evaluate and translate what the arguments ask for, and record it; by the vanilla model too, where there is one.
-
-    Args:
-        data: the tokenised splits.
-        weights: where the model's are from.
-        exported: whether this session has written the vanilla model.
-    """
+def score(trainer: TranslationTrainer, arguments: Arguments, data: Splits, weights: list[str], exported: bool) -> dict:
+    """Evaluate and translate as the arguments ask, and record it; by the vanilla model too, if it is `exported`."""
     vanilla = build_vanilla_trainer(trainer) if exported and trainer.args.predict_with_generate else None
     scores: dict = {}
     if trainer.args.do_eval:
@@ -63,10 +56,9 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
         )
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return metrics
-    translated = zip(
-        dataset["index"], dataset["source"], trainer.translations(output.predictions, dataset), strict=True
-    )
-    _, sources, translations = zip(*sorted(translated), strict=True)
+    lines = trainer.translations(output.predictions, dataset)
+    rows = sorted(zip(dataset["index"], dataset["source"], lines, strict=True))
+    _, sources, translations = zip(*rows, strict=True)
     if not any(translations):
         logger.warning("All translations are empty: the model has not learnt enough; train longer.")
     path = Path(trainer.args.output_dir) / PREDICTIONS_NAME

@@ -5,19 +5,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, TrainerState
 
-from admin_hf import (
-    AdminForConditionalGeneration,
-    AdminProfilingCallback,
-    KeepFreedMemory,
-    average_checkpoints,
-    profile_and_initialize,
-)
-from admin_hf.callback import sharding
-from admin_hf.checkpoints import one_line
+from admin_hf import AdminForConditionalGeneration, AdminProfilingCallback, KeepFreedMemory, average_checkpoints
+from admin_hf.callback import profile_and_initialize, sharding
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.run.folder import DIVERGENCE_NAME
 
@@ -25,12 +17,11 @@ from . import runs
 from .arguments import Arguments, shown
 from .batching import TranslationCollator
 from .checkpointing import remove_incomplete_checkpoints, writing
-from .data import contents_of
+from .data import Splits, contents_of
 from .divergence import Divergence
-from .errors import InputError
+from .errors import InputError, refusing
 from .hub import first_line
 from .metrics import TranslationMetric
-from .rehearsal import refusing
 from .scores import log_scores, remove_results
 from .signals import StopOnSignal
 from .tokenization import lowercases
@@ -45,14 +36,10 @@ def build_trainer(
     arguments: Arguments,
     model: AdminForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    data: dict[str, Dataset],
+    data: Splits,
     stop: StopOnSignal,
 ) -> TranslationTrainer:
-    """Put model, data, scores and callbacks together.
-
-    Raises:
-        InputError: the optimiser does not fit the model, no batch can be filled, or the Hub refuses the repository.
-    """
+    """Put model, data, scores and callbacks together."""
     training = arguments.training
     if not training.do_train or runs.finished_checkpoint(training):
         training.report_to = []  # there is nothing to draw, and TensorBoard would make a folder elsewhere
@@ -88,16 +75,8 @@ def build_trainer(
     return trainer
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
-def train(trainer: TranslationTrainer, arguments: Arguments, raw: dict[str, Dataset]) -> None:
-    """Train, from the last checkpoint where there is one and if anything is left to train, and save the model.
-
-    Raises:
-        Divergence: training has diverged, which the folder of the run says too.
-        InputError: the disk is full.
-    """
+def train(trainer: TranslationTrainer, arguments: Arguments, raw: Splits) -> None:
+    """Train, from the last checkpoint where there is one and if anything is left to train, and save the model."""
     training = arguments.training
     if trainer.is_world_process_zero():
         Path(training.output_dir, DIVERGENCE_NAME).unlink(missing_ok=True)
@@ -163,9 +142,6 @@ def _load_whole_model(trainer: TranslationTrainer) -> None:
     trainer.end_sharding()
 
 
-# --- its result -----------------------------------------------------------------------------------
-
-
 def save(trainer: TranslationTrainer) -> None:
     """Save the model and the state of its training, as the run's result.
 
@@ -206,10 +182,8 @@ def _load_average(trainer: TranslationTrainer, checkpoints: list[Path]) -> None:
     """Give the model the mean of the run's last checkpoints, saved as the run's model."""
     if trainer.args.average_last and len(checkpoints) < trainer.args.average_last:
         logger.warning(f"--average_last {trainer.args.average_last}: there are only {len(checkpoints)} checkpoints.")
-    try:
+    with refusing("--average_last"):
         average = average_checkpoints(checkpoints)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--average_last: {one_line(error)}") from error
     trainer.model.load_state_dict(average, strict=False)  # tied copies and positions are never saved
     logger.info(f"The model is the mean of {', '.join(path.name for path in checkpoints)}.")
     if trainer.args.do_train:

@@ -12,14 +12,13 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from admin_hf.checkpoints import one_line
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
 from . import runs
 from .arguments import Arguments, ModelArguments
 from .encoding import read_control_tokens_as_text
-from .errors import InputError
+from .errors import InputError, refusing
 
 
 logger = logging.getLogger(__name__)
@@ -162,7 +161,7 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
     Raises:
         InputError: there is none, or its layout cannot be trained with.
     """
-    try:
+    with refusing(f"The tokenizer {name} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
             cache_dir=arguments.cache_dir,
@@ -171,12 +170,8 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
             padding_side="right",
             truncation_side="right",
         )
-    except Exception as error:  # a damaged file raises whatever the library that reads it does
-        raise InputError(f"The tokenizer {name} cannot be loaded: {one_line(error)}") from error
-    try:
+    with refusing(f"The tokenizer {name} cannot be used"):
         pad, eos = required_ids(tokenizer)
-    except ValueError as error:
-        raise InputError(f"The tokenizer {name} cannot be used: {error}") from error
     if pad == tokenizer.unk_token_id:
         raise InputError(
             f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."

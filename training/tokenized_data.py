@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from admin_hf.parallel_text import is_blank
 
 from .arguments import Arguments, DataTrainingArguments
-from .data import load_data
+from .data import Splits, load_data
 from .encoding import MARKED, NAMED, REPLACED, Encoded, Encoder
 from .errors import InputError
 from .metrics import TranslationMetric
@@ -47,9 +47,7 @@ _LETTER = regex.compile(r"[\p{L}\p{M}]")
 _MANY_UNKNOWN, _TOO_MANY_UNKNOWN = 0.01, 0.25
 
 
-def prepare_data(
-    arguments: Arguments,
-) -> tuple[dict[str, Dataset], PreTrainedTokenizerBase, dict[str, Dataset]]:
+def prepare_data(arguments: Arguments) -> tuple[Splits, PreTrainedTokenizerBase, Splits]:
     """The splits as text, the tokenizer that is named or that the run has or trains, and the splits as token ids."""
     tokenizer = named_tokenizer(arguments)
     with arguments.training.main_process_first(desc="preparing the data"):
@@ -58,7 +56,7 @@ def prepare_data(
         return raw, tokenizer, tokenize(raw, tokenizer, arguments)
 
 
-def tokenize(raw: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> dict[str, Dataset]:
+def tokenize(raw: Splits, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Splits:
     """Turn every split into token ids."""
     longest = arguments.training.max_tokens
     if longest:
@@ -164,10 +162,7 @@ def _encode_for_evaluation(
 
 
 def _encoders(tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments) -> dict[str, Encoder]:
-    return {
-        "source": Encoder(tokenizer, prefix=data.source_prefix or ""),
-        "target": Encoder(tokenizer, target=True),
-    }
+    return {"source": Encoder(tokenizer, prefix=data.source_prefix or ""), "target": Encoder(tokenizer, target=True)}
 
 
 def _encode(batch: dict[str, list], encoders: dict[str, Encoder]) -> tuple[dict[str, list], dict[str, Encoded]]:
@@ -227,10 +222,7 @@ def _map(
 
 
 def check_references(
-    metric: TranslationMetric,
-    tokenizer: PreTrainedTokenizerBase,
-    data: dict[str, Dataset],
-    longest: int,
+    metric: TranslationMetric, tokenizer: PreTrainedTokenizerBase, data: Splits, longest: int
 ) -> None:
     """Warn before any training of all that keeps scores from meaning what they say, with its count and first place.
 

@@ -24,6 +24,7 @@ from training.signals import StopOnSignal
 from .. import systems
 from ..record import cost, figure, memory, speed
 from ..systems import SEED, Batch, Shape
+from ..turns import Over
 
 
 STOCK = "stock"
@@ -227,20 +228,16 @@ class Stepper:
                 self._done.put(None)
             self._left = self._asked.get()
             if not self._left:
-                raise _Over
+                raise Over
         self._left -= 1
 
     def _train(self) -> None:
         try:
             self.trainer.train()
-        except _Over:
+        except Over:
             return
         except BaseException as error:
             self._done.put(error)
-
-
-class _Over(Exception):
-    """There are no more turns."""
 
 
 # --- parts ----------------------------------------------------------------------------------------
