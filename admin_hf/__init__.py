@@ -6,9 +6,11 @@ Liu, Liu, Gao, Chen, Han, "Understanding the Difficulty of Training Transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 from .allocator import KeepFreedMemory, keep_freed_memory, map_large_buffers
+from .architecture import Stack, Sublayer
 from .attention import CPU_ATTENTION
 from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
 from .configuration_admin import AdminConfig
+from .injection import inject, load_injected
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
@@ -33,11 +35,15 @@ __all__ = [
     "AdminPublishingCallback",
     "KeepFreedMemory",
     "ResidualProfile",
+    "Stack",
+    "Sublayer",
     "average_checkpoints",
     "check_tokenizer",
     "initialize_omega",
+    "inject",
     "keep_freed_memory",
     "last_checkpoints",
+    "load_injected",
     "map_large_buffers",
     "profile_and_initialize",
     "profile_residuals",

@@ -45,15 +45,25 @@ class Sublayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers, `layers` in the module `name` of the base model, each with the same sub-layers in turn.
+    """A list of layers in a module of the base model, each with the same sub-layers in turn.
 
     Attributes:
+        name: of the stack and, unless `module` is another path below the base model, of its module.
+        sublayers: in execution order. A layer may lack some, as BERT's lack encoder-attention.
         prefix: what the names of its inputs begin with: of `decoder_input_ids` and `decoder_attention_mask`.
+        layers: path of the list of layers below the module.
+        front: path below the base model of the LayerNorm whose output is the first layer's input, but for dropout;
+            empty where there is none.
+        time_first: whether hidden states are `(length, rows, d_model)`.
     """
 
     name: str
     sublayers: tuple[Sublayer, ...]
     prefix: str = ""
+    layers: str = "layers"
+    front: str = ""
+    module: str | None = None
+    time_first: bool = False
 
     def depth(self, config: PretrainedConfig) -> int:
         """The number of sub-layers of a model's stack."""
@@ -61,7 +71,7 @@ class Stack:
 
     def index(self, norm: str) -> int:
         """The place of a sub-layer in the stack, from 0, by its norm's name below it: `layers.0.final_layer_norm`."""
-        _, layer, name = norm.split(".")
+        layer, _, name = norm.removeprefix(f"{self.layers}.").partition(".")
         return int(layer) * len(self.sublayers) + [sublayer.norm for sublayer in self.sublayers].index(name)
 
     def sublayer(self, norm: str) -> Sublayer:

@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState,
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
-from .pretrained import AdminPreTrainedModel
+from .omega_state import omega_state
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
-from .publishing import Publication
+from .publishing import Publication, publish, push_vanilla
 from .reparameterization import stock_architecture
-from .residual import profiled_connections
 from .run.folder import PROFILE_NAME
 from .sharding import make_embedding_one_module, sharding
 from .special_tokens import check_padding, check_tokenizer, never_ends
@@ -27,6 +26,8 @@ from .terminal import showable
 
 
 logger = logging.get_logger(__name__)
+
+ADMIN = "AdminConfig(encoder_residual='admin', decoder_residual='admin')"
 
 
 class _AdminCallback(TrainerCallback):
@@ -83,7 +84,8 @@ class AdminProfilingCallback(_AdminCallback):
     ) -> None:
         model = _unwrapped(model)
         _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
-        if args.label_smoothing_factor and not model.config.label_smoothing:
+        omegas, is_injected = omega_state(model), hasattr(model, "injection")
+        if args.label_smoothing_factor and not is_injected and not model.config.label_smoothing:
             logger.warning(
                 f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer smooths over the padding entry "
                 "too, which is banned by a bias of −10,000: the loss is far too large. Give it to the model instead, "
@@ -92,29 +94,36 @@ class AdminProfilingCallback(_AdminCallback):
         output_dir = self._output_dir(args, state)
         if state.global_step > 0:
             return
-        is_due = not model.omega_initialized
-        if not any(profiled_connections(model)):
-            systems = f"{model.config.encoder_residual} encoder, {model.config.decoder_residual} decoder"
+        is_due = not omegas.omega_initialized
+        if not any(True for _ in omegas.profiled_connections()):
+            if is_injected:
+                systems, made = model.injection.system, "inject(model)"
+            else:
+                systems, made = (
+                    f"{model.config.encoder_residual} encoder, {model.config.decoder_residual} decoder",
+                    ADMIN,
+                )
             logger.warning(
                 f"There is nothing to profile: this model ({systems}) has no ω that a profile starts. For Admin, make "
-                "it with AdminConfig(encoder_residual='admin', decoder_residual='admin')."
+                f"it with {made}."
             )
         elif is_due:
             _check_writable(args)
-        elif model.is_profiled:
+        elif omegas.is_profiled:
             logger.info("Not profiled: the model's ω is initialised already.")
         else:
-            model.warn_unprofiled()
+            omegas.warn_unprofiled()
 
         # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
-        def see_first_batch(module: AdminPreTrainedModel, positional: tuple, batch: dict[str, Any]) -> None:
+        def see_first_batch(module: Any, positional: tuple, batch: dict[str, Any]) -> None:
             if not module.training:  # an evaluation before the first update
                 return
             self._remove_hook()
             if is_due:
                 profile_and_initialize(module, batch, output_dir, verbose=self.verbose)
-            else:
-                check_padding(batch, module.padding_id)
+            if is_injected:
+                return
+            check_padding(batch, module.padding_id)
             eos = module.config.eos_token_id
             if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
                 logger.warning(
@@ -144,7 +153,7 @@ class AdminProfilingCallback(_AdminCallback):
 
 
 def profile_and_initialize(
-    model: AdminPreTrainedModel, batch: Mapping[str, Any], output_dir: str | os.PathLike, verbose: bool = True
+    model: Any, batch: Mapping[str, Any], output_dir: str | os.PathLike, verbose: bool = True
 ) -> ResidualProfile:
     """Profile the model on the first process, and initialise ω on all of them.
 
@@ -237,10 +246,11 @@ class AdminPublishingCallback(TrainerCallback):
         if args.hub_token is not None:
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
         model = _unwrapped(model)
-        stock_architecture(model)
+        if not hasattr(model, "injection"):
+            stock_architecture(model)
         _check_processing_class(model, processing_class)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        model.publication = Publication(Path(str(args.output_dir)).resolve(), tokenizer)
+        publish(model, Publication(Path(str(args.output_dir)).resolve(), tokenizer))
 
     on_train_begin = on_init_end  # of a callback that is added later
 
@@ -251,7 +261,8 @@ class AdminPublishingCallback(TrainerCallback):
             return
         repo_id = args.hub_model_id or Path(str(args.output_dir)).absolute().name
         push = functools.partial(
-            _unwrapped(model).push_to_hub,
+            push_vanilla,
+            _unwrapped(model),
             repo_id,
             commit_message="Vanilla model",
             private=args.hub_private_repo,
@@ -265,16 +276,12 @@ class AdminPublishingCallback(TrainerCallback):
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
 
 
-def _check_processing_class(model: AdminPreTrainedModel, processing_class: Any) -> None:
-    if isinstance(processing_class, PreTrainedTokenizerBase):
+def _check_processing_class(model: Any, processing_class: Any) -> None:
+    if not hasattr(model, "injection") and isinstance(processing_class, PreTrainedTokenizerBase):
         check_tokenizer(model, processing_class)
 
 
-def _unwrapped(model: nn.Module | None) -> AdminPreTrainedModel:
+def _unwrapped(model: nn.Module | None) -> Any:
     model = extract_model_from_parallel(model)
-    if not hasattr(model, "omega_initialized"):  # which an adapter around an Admin model has, too
-        raise ValueError(
-            f"{type(model).__name__} is no Admin model, so it has no ω: load it by "
-            "`AdminForConditionalGeneration.from_pretrained`, or leave the callback out."
-        )
-    return cast(AdminPreTrainedModel, model)
+    omega_state(model)  # which refuses a model without ω
+    return model

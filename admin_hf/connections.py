@@ -59,6 +59,8 @@ class ResidualConnection(nn.Module):
 
     shortcut_scale: Tensor | float = 1.0
     branch_scale: Tensor | float = 1.0
+    output_scale = 1.0
+    is_in_chain = True  # whether profiling adds its branch up: of an injected ω, not in front of the first LayerNorm
 
     def branch_input(self, shortcut: Tensor) -> Tensor:
         """What the branch reads: the shortcut itself, unless a system normalises or shifts it first."""

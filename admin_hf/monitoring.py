@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from .architecture import STACKS
-from .observation import Places, observed, stack_inputs, variance
-from .pretrained import AdminPreTrainedModel
-from .residual import AdminConnection, ResidualConnection, residual_connections
+from .observation import Places, connections_of, observed_connections, stack_inputs, variance
 
 
 class ResidualMonitor:
@@ -40,7 +38,7 @@ class ResidualMonitor:
     ```
     """
 
-    def __init__(self, model: AdminPreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._ratios: dict[str, list[Tensor]] = {}
         self._hooks = ExitStack()
@@ -59,9 +57,8 @@ class ResidualMonitor:
         """
         values: dict[str, Tensor] = {}
         measured, self._ratios = self._ratios, {}
-        for stack in STACKS:
-            modules = getattr(self.model.base_model, stack).modules()
-            if omegas := [module.omega.detach() for module in modules if isinstance(module, AdminConnection)]:
+        for stack, connections in connections_of(self.model).items():
+            if omegas := [each.omega.detach() for _, each in connections if hasattr(each, "omega")]:
                 values[f"{stack}_omega_min"] = torch.stack([omega.min() for omega in omegas]).min()
                 values[f"{stack}_omega_max"] = torch.stack([omega.max() for omega in omegas]).max()
             if ratios := measured.get(stack):
@@ -69,23 +66,18 @@ class ResidualMonitor:
                 values[f"{stack}_variance_ratio_max"] = torch.stack(ratios).max()
         return {name: value.item() for name, value in values.items()}
 
-    def _begin(self, model: AdminPreTrainedModel, args: tuple, batch: dict[str, Any]) -> None:
+    def _begin(self, model: PreTrainedModel, args: tuple, batch: dict[str, Any]) -> None:
         self._hooks.close()
-        self._ratios = {name: [] for name in STACKS}
         _, tokens = stack_inputs(model, batch)
-        for name, ratios in self._ratios.items():
-            observe = partial(_observe, ratios, tokens[name])
-            self._hooks.enter_context(
-                observed(residual_connections(getattr(model.base_model, name)), observe, before=True)
-            )
+        self._ratios = {name: [] for name in tokens}
+        observers = {name: partial(_observe, ratios, tokens[name]) for name, ratios in self._ratios.items()}
+        self._hooks.enter_context(observed_connections(model, observers, before=True))
         end = model.register_forward_hook(lambda *_: self._hooks.close(), always_call=True)
         self._hooks.callback(end.remove)
 
 
 @torch.no_grad()
-def _observe(
-    ratios: list[Tensor], tokens: Places, name: str, connection: ResidualConnection, args: tuple[Tensor, Tensor]
-) -> None:
+def _observe(ratios: list[Tensor], tokens: Places, name: str, connection: Any, args: tuple[Tensor, Tensor]) -> None:
     shortcut, branch = args
     branch_variance = variance(branch, tokens, getattr(connection, "branch_scale", 1.0))
     ratios.append(branch_variance / variance(shortcut, tokens, getattr(connection, "shortcut_scale", 1.0)))

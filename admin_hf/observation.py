@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.models.marian.modeling_marian import shift_tokens_right
 
 from .architecture import STACKS, Stack
+from .connections import residual_connections
 
 
-# Where the tokens of a stack are real: their rows, and their places in them
-Places = tuple[Tensor, ...]
+# Where the tokens of a stack are real: their rows, and their places in them; None where all are
+Places = tuple[Tensor, ...] | None
 
 
 def observed(
@@ -34,6 +34,46 @@ def observed(
     return hooks
 
 
+def connections_of(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:
+    """The residual connections of each stack with their names below it, in execution order.
+
+    Of an Admin model they are modules, of one with an injected ω [`~admin_hf.injection.InjectedConnection`]s.
+    """
+    if (injection := getattr(model, "injection", None)) is not None:
+        return {name: [(each.name, each) for each in stack] for name, stack in injection.stacks.items()}
+    return {name: list(residual_connections(getattr(model.base_model, name))) for name in STACKS}
+
+
+def observed_connections(
+    model: nn.Module, observers: Mapping[str, Callable[..., None]], before: bool = False
+) -> ExitStack:
+    """As [`observed`] of the residual connections, whose inputs are x_{i-1} and f_i(x_{i-1}), before they are scaled.
+
+    Args:
+        observers: by the name of the stack. The output that one is called with is x_i times the connection's
+            `output_scale`, which only an injected ω makes something else than 1.
+    """
+    if (injection := getattr(model, "injection", None)) is not None:
+        return injection.observed(observers, before)
+    hooks = ExitStack()
+    for name, observe in observers.items():
+        hooks.enter_context(observed(residual_connections(getattr(model.base_model, name)), observe, before))
+    return hooks
+
+
+def run_stacks(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Run all stacks of a model on what [`stack_inputs`] returned."""
+    if getattr(model, "injection", None) is not None:
+        model(**inputs)
+    else:
+        model.base_model(**inputs, use_cache=False)
+
+
+def at(x: Tensor, tokens: Places) -> Tensor:
+    """The entries of `x`, `(rows, length, d_model)`, at the real tokens: `(tokens, d_model)`."""
+    return x.flatten(0, -2) if tokens is None else x[tokens]
+
+
 def variance(x: Tensor, tokens: Places, scale: Tensor | float = 1.0) -> Tensor:
     """Population variance of `scale · x` over all entries of the real tokens as one pool, in float32.
 
@@ -42,11 +82,11 @@ def variance(x: Tensor, tokens: Places, scale: Tensor | float = 1.0) -> Tensor:
         tokens: of [`stack_inputs`].
         scale: a number, or of shape `(1,)` or `(d_model,)`.
     """
-    return (x[tokens].float() * scale).var(correction=0)
+    return (at(x, tokens).float() * scale).var(correction=0)
 
 
 def stack_inputs(
-    model: PreTrainedModel, batch: Mapping[str, Any], max_tokens: int | None = None
+    model: Any, batch: Mapping[str, Any], max_tokens: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Places]]:
     """What the base model takes of a batch, which computes no logits and no loss, and where tokens are real.
 
@@ -63,6 +103,8 @@ def stack_inputs(
     Raises:
         ValueError: the batch lacks the input of a stack.
     """
+    if (injection := getattr(model, "injection", None)) is not None:
+        return injection.stack_inputs(batch, max_tokens)
     sides = [f"{stack.prefix}{name}" for stack in STACKS.values() for name in ("input_ids", "inputs_embeds")]
     masks = [f"{stack.prefix}attention_mask" for stack in STACKS.values()]
     inputs = {name: batch[name].to(model.device) for name in (*sides, *masks) if batch.get(name) is not None}
@@ -114,4 +156,12 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-__all__ = ["modes_restored", "observed", "stack_inputs", "variance"]
+__all__ = [
+    "connections_of",
+    "modes_restored",
+    "observed",
+    "observed_connections",
+    "run_stacks",
+    "stack_inputs",
+    "variance",
+]

@@ -1,6 +1,7 @@
 """What all Admin models share beside the network: initialisation, loading, and what is known of their ω."""
 
 import os
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,9 @@ from transformers.utils import logging
 from .attention import ADMIN_ATTENTION
 from .checkpoints import check_finite, check_weight_files, explained_errors
 from .configuration_admin import AdminConfig
+from .omega_state import OmegaState
 from .publishing import PublishableModel
-from .residual import ScaleModule, profiled_connections
+from .residual import AdminConnection, ScaleModule, profiled_connections
 from .special_tokens import BANNING_BIAS
 
 
@@ -35,11 +37,10 @@ def logits_bias_init(bias: Tensor, pad_token_id: int) -> None:
     init.copy_(bias, value)
 
 
-class AdminPreTrainedModel(PublishableModel, MarianPreTrainedModel):
+class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
     """The base of all Admin models."""
 
     config: AdminConfig
-    _said_unprofiled = False
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -87,7 +88,7 @@ class AdminPreTrainedModel(PublishableModel, MarianPreTrainedModel):
         for name, connection in profiled.items():
             connection.initialized = name not in loading_info.missing_keys
         if is_silent:
-            self._set_profiled(any(bool((connection.omega != 1).any()) for connection in profiled.values()))
+            self.set_profiled(any(bool((connection.omega != 1).any()) for connection in profiled.values()))
         for module in self.modules():
             if isinstance(module, MarianSinusoidalPositionalEmbedding):
                 module.weight.requires_grad_(False)
@@ -96,46 +97,12 @@ class AdminPreTrainedModel(PublishableModel, MarianPreTrainedModel):
     def padding_id(self) -> int:
         return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
 
-    @property
-    def is_profiled(self) -> bool:
-        """Whether a profile was written into ω: measured on a batch, or read from a file.
-
-        It is saved with the weights, as the buffer `omega_profiled`. False for a model that began with ω = 1 (a stock
-        Marian that is gone on from, or an Admin model that was trained without a profile), whatever became of its ω,
-        and for one that has no ω to profile.
-        """
-        flag = getattr(self.base_model, "omega_profiled", None)
-        return flag is not None and bool(flag)
-
-    def _set_profiled(self, is_profiled: bool) -> None:
-        if hasattr(self.base_model, "omega_profiled"):
-            cast(Tensor, self.base_model.omega_profiled).fill_(is_profiled)
-
-    def warn_unprofiled(self) -> None:
-        """Say, once, that the model trains without a profile, if it has an ω that should have had one."""
-        omegas = [connection.omega for _, connection in profiled_connections(self)]
-        if self._said_unprofiled or not omegas or self.is_profiled:
-            return
-        self._said_unprofiled = True
-        if not self.omega_initialized:
-            logger.warning(
-                "The model was not profiled: it trains with every ω at 1, as plain Post-LN and not as Admin. Add "
-                "AdminProfilingCallback() to the Trainer, or call initialize_omega(model, profile_residuals(model, "
-                "batch)) before the first update."
-            )
-        elif all(bool((omega == 1).all()) for omega in omegas):
-            logger.warning("The model was never profiled: it goes on with every ω at 1, as plain Post-LN.")
-        else:
-            logger.warning("The model was never profiled: it goes on with the ω that it has, not as Admin.")
+    def profiled_connections(self) -> Iterator[AdminConnection]:
+        return (connection for _, connection in profiled_connections(self))
 
     @property
-    def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled.
-
-        An entry other than 1 was measured or loaded somehow, by `load_state_dict` too.
-        """
-        connections = (connection for _, connection in profiled_connections(self))
-        return all(connection.initialized or bool((connection.omega != 1).any()) for connection in connections)
+    def _profiled_flag(self) -> Tensor | None:
+        return getattr(self.base_model, "omega_profiled", None)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

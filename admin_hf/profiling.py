@@ -17,16 +17,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .architecture import STACKS
 from .checkpoints import write_whole
-from .observation import Places, modes_restored, observed, stack_inputs, variance
-from .pretrained import AdminPreTrainedModel
-from .residual import AdminConnection, residual_connections
+from .observation import (
+    Places,
+    connections_of,
+    modes_restored,
+    observed_connections,
+    run_stacks,
+    stack_inputs,
+    variance,
+)
+from .omega_state import omega_state
 from .special_tokens import check_padding
 
 
@@ -52,9 +59,13 @@ class StackProfile:
     shortcut_variances: list[float] = field(default_factory=list)
     omega: list[float] = field(default_factory=list)
 
-    def next_omega(self) -> float:
-        """ω_i = sqrt(Var[x_0] + Σ_{0<j<i} Var[f_j]) of the sub-layer behind those profiled so far."""
-        return (self.shortcut_variances[0] + sum(self.branch_variances)) ** 0.5
+    def next_omega(self, first: int = 0) -> float:
+        """ω_i = sqrt(Var[x_0] + Σ_{0<j<i} Var[f_j]) of the sub-layer behind those profiled so far.
+
+        Args:
+            first: the sub-layer, counted from 0, at whose shortcut the chain starts.
+        """
+        return (self.shortcut_variances[first] + sum(self.branch_variances[first:])) ** 0.5
 
 
 @dataclass
@@ -128,14 +139,16 @@ def _is_sound(stack: StackProfile) -> bool:
     return all(isinstance(name, str) for name in names) and all(isinstance(n, int | float) for n in numbers)
 
 
-def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> ResidualProfile:
+def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
     """Measure the branch variances of `model` on one batch, and the ω that follow from them.
 
     One forward pass in train mode (dropout is part of a branch) without gradients. Weights, buffers, modes and random
     states are left as they were: nothing is initialised until [`initialize_omega`] is called.
 
     Args:
-        model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems.
+        model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems; or
+            a model that [`inject`] has given an ω. There the chain of variances starts behind the stack's first
+            LayerNorm, so that no ω starts below 1.
         batch: what the model's forward takes, as tensors; moved to the model's device. Of a batch of more than 8,192
             tokens (rows times the longer side) the first rows are used. Padding is left out, as
             [`~admin_hf.observation.stack_inputs`] finds it.
@@ -162,29 +175,30 @@ def profile_residuals(model: AdminPreTrainedModel, batch: Mapping[str, Any]) -> 
 
     ```
     """
-    check_padding(batch, model.padding_id)
-    base: Any = model.base_model
+    state = omega_state(model)
+    if state is model:
+        check_padding(batch, cast(Any, model).config.pad_token_id)
     inputs, tokens = stack_inputs(model, batch, MAX_PROFILE_TOKENS)
-    profile = ResidualProfile({name: StackProfile() for name in STACKS})
-    with torch.no_grad(), _restored_state(base), contextlib.ExitStack() as hooks:
-        for name, stack in profile.stacks.items():
-            observe = partial(_observe, stack, tokens[name])
-            hooks.enter_context(observed(residual_connections(getattr(base, name)), observe, before=True))
-        base(**inputs, use_cache=False)
+    connections = connections_of(model)
+    profile = ResidualProfile({name: StackProfile() for name in connections})
+    observers = {}
+    for name, stack in connections.items():
+        first = next(place for place, (_, connection) in enumerate(stack) if connection.is_in_chain)
+        observers[name] = partial(_observe, profile.stacks[name], tokens[name], first)
+    with torch.no_grad(), _restored_state(model), observed_connections(model, observers, before=True):
+        run_stacks(model, inputs)
     return profile
 
 
-def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> None:
+def initialize_omega(model: Any, profile: ResidualProfile) -> None:
     """Write the profile's ω into all entries of the model's shortcut scales; nothing else changes.
 
     Raises:
         ValueError: the profile was made for another model (other sub-layers), or an ω in it is not finite and
             positive. Then nothing is written.
     """
-    stacks = [
-        (name, list(residual_connections(getattr(model.base_model, name))), profile.stacks.get(name, StackProfile()))
-        for name in STACKS
-    ]
+    state = omega_state(model)
+    stacks = [(name, stack, profile.stacks.get(name, StackProfile())) for name, stack in connections_of(model).items()]
     for stack, connections, measured in stacks:
         if [name for name, _ in connections] != measured.names:
             raise ValueError(
@@ -196,17 +210,19 @@ def initialize_omega(model: AdminPreTrainedModel, profile: ResidualProfile) -> N
                 raise ValueError(f"The profile's ω of {stack}.{name} is {omega}; expected a finite positive number.")
     for _, connections, measured in stacks:
         for (_, connection), omega in zip(connections, measured.omega, strict=True):
-            if isinstance(connection, AdminConnection) and connection.profiled:
+            if getattr(connection, "profiled", False):
                 connection.omega.data.fill_(omega)
                 connection.initialized = True
-    model._set_profiled(True)
+    state.set_profiled(True)
 
 
 @contextlib.contextmanager
 def _restored_state(model: Any) -> Iterator[None]:
     """Train mode without LayerDrop; afterwards ω, modes, LayerDrop and random states are as they were."""
-    layerdrop = [(stack, stack.layerdrop) for stack in (getattr(model, name) for name in STACKS)]
-    omegas = [(m.omega, m.omega.detach().clone()) for m in model.modules() if isinstance(m, AdminConnection)]
+    layerdrop = [(module, module.layerdrop) for module in model.modules() if hasattr(module, "layerdrop")]
+    connections = [connection for stack in connections_of(model).values() for _, connection in stack]
+    omegas = [(c.omega, c.omega.detach().clone()) for c in connections if hasattr(c, "omega")]
+    masks = np.random.get_state()  # which speech models draw
     device = next(model.parameters()).device
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
@@ -221,26 +237,30 @@ def _restored_state(model: Any) -> Iterator[None]:
                 stack.layerdrop = rate
             for omega, value in omegas:
                 omega.data.copy_(value)
+            np.random.set_state(masks)
 
 
 def _observe(
-    profile: StackProfile, tokens: Places, name: str, connection: nn.Module, args: tuple[Tensor, Tensor]
+    profile: StackProfile, tokens: Places, first: int, name: str, connection: Any, args: tuple[Tensor, Tensor]
 ) -> None:
     """Add a sub-layer to the profile, and give its connection its ω, right before it joins."""
     omega = 1.0
-    if isinstance(connection, AdminConnection) and connection.profiled:
-        omega = profile.next_omega()
+    if getattr(connection, "profiled", False):
+        omega = profile.next_omega(first)
         connection.omega.data.fill_(omega)
-    elif isinstance(connection, AdminConnection):
+    elif hasattr(connection, "omega"):
         omega = float(connection.omega.mean())
     profile.names.append(name)
     profile.shortcut_variances.append(_variance(args[0], tokens, name))
     profile.branch_variances.append(_variance(args[1], tokens, name))
     profile.omega.append(omega)
+    following = getattr(connection, "following", None)  # whose ω an injected connection multiplies its output by
+    if following is not None and following.profiled:
+        following.omega.data.fill_(profile.next_omega(first))
 
 
 def _variance(x: Tensor, tokens: Places, name: str) -> float:
-    if not len(tokens[0]):
+    if tokens is not None and not len(tokens[0]):
         raise ValueError("The batch holds padding only on one side: there is nothing to profile.")
     value = float(variance(x, tokens))
     if not value < float("inf"):

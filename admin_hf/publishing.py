@@ -58,6 +58,40 @@ class Publication:
     tokenizer: PreTrainedTokenizerBase | None = None
 
 
+def publish(model: Any, publication: Publication) -> None:
+    """Make a choice for a model: an Admin model, or a stock one that [`inject`] has given an ω."""
+    if isinstance(model, PublishableModel):
+        model.publication = publication
+    else:
+        model.save_pretrained = _SaveInjected(model, publication.folder)
+
+
+def push_vanilla(model: Any, repo_id: str, **kwargs: Any) -> Any:
+    """Upload the vanilla model of an Admin model, or of a stock one with an injected ω."""
+    vanilla: Any = model if isinstance(model, PublishableModel) else fold(model)
+    return vanilla.push_to_hub(repo_id, **kwargs)
+
+
+class _SaveInjected:
+    """`save_pretrained` of a stock model with an injected ω, whose class knows nothing of it."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model, self.folder = model, folder
+
+    def __call__(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        save: Any = type(self.model).save_pretrained
+        if Path(save_directory).resolve() == self.folder:
+            try:
+                vanilla = fold(self.model)
+            except ValueError as error:
+                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
+            else:
+                with replaced_model(save_directory) as staging:
+                    vanilla.save_pretrained(staging)
+                return
+        save(self.model, save_directory, *args, **kwargs)
+
+
 class PublishableModel(PreTrainedModel):
     """A model that is saved with its ω, and published without.
 
@@ -157,4 +191,4 @@ class PublishableModel(PreTrainedModel):
         super().register_for_auto_class(auto_class or cls._default_auto_class)
 
 
-__all__ = ["Publication", "PublishableModel", "write_vanilla"]
+__all__ = ["Publication", "PublishableModel", "publish", "push_vanilla", "write_vanilla"]

@@ -76,7 +76,9 @@ def reparameterize(
 
     Args:
         model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
-            and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`.
+            and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`; or a
+            stock model that [`inject`] has given an ω, of which a copy without it is returned, of the same class.
+            That computes the same by construction, so that nothing is verified but that its weights are finite.
         dtype: floating-point type of the result; the model's own where unset.
         tokenizer: the result gets the embeddings that converters expect beside it (see [`fit_vocabulary`]).
 
@@ -103,10 +105,12 @@ def reparameterize(
     ```
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if dtype is not None and dtype not in TOLERANCES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
+    if (injection := getattr(model, "injection", None)) is not None:
+        return injection.folded(model, dtype, MIN_SCALE)
     stock = stock_architecture(model)
     dtype = dtype or model.dtype
-    if dtype not in TOLERANCES:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
     check_finite(model, "The model")
     original = _exact_copy(model)
     with torch.random.fork_rng(devices=[]):  # a constructor draws weights

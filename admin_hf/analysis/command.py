@@ -213,7 +213,8 @@ def _labels(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _data(result: Any) -> dict[str, Any]:
-    return {"expectation": result.EXPECTATION, "verdict": result.verdict(), **asdict(result)}
+    values = asdict(result)
+    return {"expectation": result.EXPECTATION, "verdict": result.verdict(), **values.pop("stacks", {}), **values}
 
 
 def _write(path: Path, figure: Any, data: Any) -> None:

@@ -16,15 +16,16 @@ read x_i belongs to the branch. What the biases ν bring into x_i is a component
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import linear_regression
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..observation import Places
+from ..injection import InjectedConnection
+from ..observation import Places, at, connections_of
 from ..pretrained import AdminPreTrainedModel
-from ..residual import PostLNConnection, residual_connections
-from .inputs import Batch, observe_connections
+from ..residual import PostLNConnection
+from .inputs import Batch, ByStack, observe_connections, residual_name
 
 
 # Cost is quadratic in sub-layers, and linear in tokens; β hardly depends on how many there are.
@@ -78,20 +79,13 @@ class StackDependency:
 
 
 @dataclass(frozen=True)
-class LayerDependency:
+class LayerDependency(ByStack[StackDependency]):
     """The result of [`layer_dependency`]."""
 
     EXPECTATION: ClassVar[str] = (
         "at initialisation β²_ii is about 1/i with Pre-LN and Admin, and constant with Post-LN; after training "
         "sub-layers depend more on their own branch, with Post-LN and Admin more than with Pre-LN (Fig. 7 and 8)."
     )
-
-    encoder: StackDependency
-    decoder: StackDependency
-
-    def verdict(self) -> str:
-        """One sentence on each stack."""
-        return f"Encoder {self.encoder.verdict()} Decoder {self.decoder.verdict()}"
 
 
 def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependency:
@@ -122,17 +116,17 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
     ```
     """
     stacks: dict[str, _Components] = {}
+    connections = connections_of(model)
 
     def observer(stack: str, tokens: Places) -> Callable[..., None]:
-        if not len(tokens[0]):
+        if tokens is not None and not len(tokens[0]):
             raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
-        names = [name for name, _ in residual_connections(getattr(model.base_model, stack))]
-        stacks[stack] = _Components(names, tuple(places[:MAX_TOKENS] for places in tokens))
+        names = [name for name, _ in connections[stack]]
+        stacks[stack] = _Components(names, tokens)
         return stacks[stack].observe
 
     observe_connections(model, batch, observer)
-    systems = {stack: getattr(model.config, f"{stack}_residual") for stack in stacks}
-    return LayerDependency(**{stack: components.result(systems[stack]) for stack, components in stacks.items()})
+    return LayerDependency({name: stack.result(residual_name(model, name)) for name, stack in stacks.items()})
 
 
 class _Components:
@@ -144,8 +138,10 @@ class _Components:
         self.rows: list[list[float]] = []
         self.error = 0.0
 
-    def observe(self, name: str, connection: nn.Module, args: tuple[Tensor, Tensor], output: Tensor) -> None:
-        shortcut, branch, output = (_at_least_float32(x[self.tokens]) for x in (*args, output))
+    def observe(self, name: str, connection: Any, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+        shortcut, branch, output = (
+            _at_least_float32(at(x, self.tokens)[:MAX_TOKENS]) for x in (*args, output / connection.output_scale)
+        )
         if not self.rows:
             self.values = shortcut.new_zeros(len(self.names) + 2, *shortcut.shape)
             self.values[1] = shortcut
@@ -158,7 +154,7 @@ class _Components:
             self.values = torch.empty(0)
             self._check(connection, args[0].dtype)
 
-    def _check(self, connection: nn.Module, dtype: torch.dtype) -> None:
+    def _check(self, connection: Any, dtype: torch.dtype) -> None:
         if not self.error < max(1e-3, 32 * torch.finfo(dtype).eps):
             raise ValueError(
                 f"The components of {self.names[-1]} differ from its output by {self.error:.2g} standard deviations: "
@@ -171,14 +167,14 @@ class _Components:
         return StackDependency(system, self.names, [row[1:] for row in rows], [row[0] for row in rows], self.error)
 
 
-def _carried(connection: nn.Module, components: Tensor, shortcut: Tensor, branch: Tensor) -> Iterator[Tensor]:
+def _carried(connection: Any, components: Tensor, shortcut: Tensor, branch: Tensor) -> Iterator[Tensor]:
     """Turn the components of x_{i-1} in place into those of x_i, of which the last is the branch's; yields blocks."""
     shortcut_scale, branch_scale = (getattr(connection, f"{name}_scale", 1.0) for name in ("shortcut", "branch"))
     components[:-1] *= shortcut_scale
     components[-1] = branch * branch_scale
     b = shortcut * shortcut_scale + branch * branch_scale
     blocks = components.split(max(1, _BLOCK // b.numel()))
-    if isinstance(connection, PostLNConnection):
+    if isinstance(connection, PostLNConnection | InjectedConnection):
         factor = connection.weight / (b.var(-1, correction=0, keepdim=True) + connection.eps).sqrt()
         for block in blocks:
             block -= block.mean(-1, keepdim=True)

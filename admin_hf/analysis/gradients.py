@@ -1,7 +1,7 @@
 """Gradient norms at sub-layer outputs (section 3.1, Fig. 3): in which stack gradients vanish, and where."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import exp, log
@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..architecture import STACKS, Stack
+from ..architecture import STACKS
+from ..families import stack_layers
 from ..modeling_admin import AdminForConditionalGeneration
-from ..observation import observed
-from ..residual import residual_connections
-from .inputs import Batch, training_loss
+from ..observation import connections_of, observed_connections
+from .inputs import Batch, ByStack, residual_name, training_loss
 
 
 # A stack whose lowest sub-layer gets less than this share of the highest one's gradient has vanishing gradients.
@@ -66,20 +66,13 @@ class StackGradients:
 
 
 @dataclass(frozen=True)
-class GradientNorms:
+class GradientNorms(ByStack[StackGradients]):
     """The result of [`gradient_norms`]."""
 
     EXPECTATION: ClassVar[str] = (
         "at initialisation gradients vanish in the Post-LN decoder (and in Admin's, which is Post-LN in form), mostly "
         "through encoder-attention; not in the Post-LN encoder, nor in Pre-LN (18 layers, Fig. 3)."
     )
-
-    encoder: StackGradients
-    decoder: StackGradients
-
-    def verdict(self) -> str:
-        """One sentence on each stack."""
-        return f"Encoder {self.encoder.verdict()} Decoder {self.decoder.verdict()}"
 
 
 def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> GradientNorms:
@@ -110,34 +103,41 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
     """
     if batch.get("labels") is None:
         raise ValueError(f"The batch has no labels, which the loss needs; got {', '.join(batch) or 'nothing'}.")
-    base: Any = model.base_model
-    embeddings = [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
-    measured: dict[str, dict[str, float]] = {name: {} for name in STACKS}
-    with _only_needs_gradient(model, embeddings), ExitStack() as hooks, torch.enable_grad():
-        for name, norms in measured.items():
-            hooks.enter_context(observed(residual_connections(getattr(base, name)), partial(_observe, norms)))
+    connections, bottom = connections_of(model), _below_stacks(model)
+    measured: dict[str, dict[str, float]] = {name: {} for name in connections}
+    observers = {name: partial(_observe, norms) for name, norms in measured.items()}
+    with _only_needs_gradient(model, bottom), observed_connections(model, observers), torch.enable_grad():
         loss = training_loss(model, batch)
         if not bool(loss.isfinite()):
             raise ValueError(f"The training loss is {loss.item()}: the model or the batch is not usable.")
-        torch.autograd.grad(loss, embeddings)
-    return GradientNorms(
-        **{
-            name: _stack_gradients(getattr(model.config, f"{name}_residual"), STACKS[name], getattr(base, name), norms)
-            for name, norms in measured.items()
-        }
-    )
+        torch.autograd.grad(loss, bottom, allow_unused=True)
+    injection = getattr(model, "injection", None)
+    descriptions = STACKS if injection is None else injection.descriptions
+    stacks = {}
+    for stack, norms in measured.items():
+        names = [name for name, _ in connections[stack]]
+        kinds = [descriptions[stack].sublayer(name).kind for name in names]
+        largest = max(norms.values())
+        relative = [norms[name] / (largest or 1.0) for name in names]
+        stacks[stack] = StackGradients(residual_name(model, stack), names, kinds, relative, largest)
+    return GradientNorms(stacks)
 
 
-def _stack_gradients(system: str, stack: Stack, module: nn.Module, norms: dict[str, float]) -> StackGradients:
-    names = [name for name, _ in residual_connections(module)]
-    kinds = [stack.sublayer(name).kind for name in names]
-    largest = max(norms.values())
-    return StackGradients(system, names, kinds, [norms[name] / (largest or 1.0) for name in names], largest)
+def _below_stacks(model: Any) -> list[Tensor]:
+    """The weights in front of the stacks, through which the gradient has to come: embeddings, as a rule."""
+    base = model.base_model
+    if (injection := getattr(model, "injection", None)) is None:
+        return [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
+    inner = {
+        id(p) for stack in injection.descriptions.values() for p in stack_layers(injection.base, stack).parameters()
+    }
+    return [p for p in injection.base.parameters() if id(p) not in inner and p.is_floating_point()]
 
 
-def _observe(norms: dict[str, float], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-    """Note the norm of the gradient at a connection's output when it is computed."""
-    output.register_hook(lambda gradient: norms.__setitem__(name, float(gradient.float().norm())))
+def _observe(norms: dict[str, float], name: str, connection: Any, args: tuple, output: Tensor) -> None:
+    """Note the norm of the gradient at a connection's output x_i when it is computed."""
+    scale = connection.output_scale  # of what is put out, in place of x_i
+    output.register_hook(lambda gradient: norms.__setitem__(name, float((gradient.float() * scale).norm())))
 
 
 @contextmanager

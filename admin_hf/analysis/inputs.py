@@ -2,27 +2,47 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..architecture import STACKS
 from ..checkpoints import check_source, check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
-from ..observation import Places, modes_restored, observed, stack_inputs
+from ..observation import Places, modes_restored, observed_connections, run_stacks, stack_inputs
 from ..pretrained import AdminPreTrainedModel, load_complete
 from ..profiling import initialize_omega, profile_residuals
-from ..residual import residual_connections
 from ..run import complete_checkpoints, saved_checkpoints
 
 
 Batch = Mapping[str, Tensor]
+
+
+Stack = TypeVar("Stack")
+
+
+@dataclass(frozen=True)
+class ByStack(Generic[Stack]):
+    """What was measured of each stack, by its name, in execution order."""
+
+    stacks: dict[str, Stack]
+
+    @property
+    def encoder(self) -> Stack:
+        return self.stacks["encoder"]
+
+    @property
+    def decoder(self) -> Stack:
+        return self.stacks["decoder"]
+
+    def verdict(self) -> str:
+        """One sentence on each stack."""
+        return " ".join(f"{name.capitalize()} {cast(Any, stack).verdict()}" for name, stack in self.stacks.items())
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -103,13 +123,10 @@ def observe_connections(
         observer: makes the observer of a stack (see [`~admin_hf.observation.observed`]) from its name, `"encoder"` or
             `"decoder"`, and the places of its real tokens.
     """
-    base: Any = model.base_model
     inputs, tokens = stack_inputs(model, batch)
-    with modes_restored(model), ExitStack() as hooks:
-        for name in STACKS:
-            hooks.enter_context(observed(residual_connections(getattr(base, name)), observer(name, tokens[name])))
-        model.eval()
-        base(**inputs, use_cache=False)
+    observers = {name: observer(name, places) for name, places in tokens.items()}
+    with modes_restored(model), observed_connections(model, observers):
+        run_stacks(model.eval(), inputs)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -198,3 +215,9 @@ def read_tensors(checkpoint: str | os.PathLike, wanted: Callable[[str], bool]) -
                 for name in weights.keys():
                     if wanted(name):
                         yield name, weights.get_tensor(name)
+
+
+def residual_name(model: Any, stack: str) -> str:
+    """The residual system of a stack, for people."""
+    injection = getattr(model, "injection", None)
+    return str(injection.system if injection is not None else getattr(model.config, f"{stack}_residual"))

@@ -102,7 +102,7 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
     if run.is_profiled is False:
         for _, connection in profiled_connections(model):
             connection.omega.data.fill_(1.0)
-        model._set_profiled(False)
+        model.set_profiled(False)
         how += ", with every ω at 1, for the run was not profiled"
     elif run.profile is not None:
         initialize_omega(model, run.profile)

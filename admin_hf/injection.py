@@ -1,0 +1,466 @@
+"""ω in a stock Post-LN model whose code stays untouched: Admin for BERT, BART, OPT and others.
+
+In Post-LN the shortcut and the branch of a sub-layer read the same tensor, the output of the LayerNorm in front. So
+
+    x_i = LN_i(ω_i ⊙ x_{i-1} + f_i(x_{i-1}))
+
+is what the stock forward computes when the LayerNorm in front has γ ⊙ ω_i and ν ⊙ ω_i, and every matrix that reads
+x_{i-1} in branch i is divided by ω_i along its inputs: the paper's fold (Appendix C) read backwards. γ, ν, W and ω_i
+are the parameters, and PyTorch's parametrizations compute the products in every forward pass. To fold is to keep them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architecture import Stack, Sublayer
+from .checkpoints import check_finite, explained_errors, weight_files
+from .families import base_of, stack_layers, stacks_of, without_missing
+from .omega_state import OmegaState
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# ω of an output change that grows so in the number n of sub-layers of a stack, as in the authors' package admin-torch
+OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
+    "O(log n)": lambda n: math.sqrt((n + 1) / math.log(n + 1) - 1),
+    "O(1)": math.sqrt,
+    "O(n)": lambda n: 1.0,
+}
+
+
+class Scaled(nn.Module):
+    """A parametrization: a weight or bias times ω, or divided by it along the inputs of a matrix.
+
+    Args:
+        norm: the LayerNorm behind the sub-layer, which holds ω.
+        divides: whether the weight is divided.
+        transposed: whether the inputs are the rows of the matrix, as in a `Conv1D`.
+    """
+
+    def __init__(self, norm: nn.Module, divides: bool = False, transposed: bool = False) -> None:
+        super().__init__()
+        self._norm = (norm,)  # in a tuple, or PyTorch would take it for a part of this module
+        self.divides, self.transposed = divides, transposed
+
+    def forward(self, weight: Tensor) -> Tensor:
+        omega: Any = self._norm[0].omega.to(weight)
+        omega = omega.unsqueeze(1) if self.transposed else omega
+        return weight / omega if self.divides else weight * omega
+
+
+class InjectedConnection:
+    """The residual connection of a sub-layer of a stock model: what [`ResidualConnection`] is in an Admin model.
+
+    Attributes:
+        name: of the LayerNorm behind, below the stack, such as `layer.0.output.LayerNorm`.
+        sublayer: what stands around it.
+        norm, front: the LayerNorm behind, which holds ω if there is one, and the one in front, if any.
+        following: the connection of the next sub-layer.
+        profiled, initialized: as of an [`AdminConnection`].
+    """
+
+    branch_scale = 1.0
+
+    def __init__(self, name: str, sublayer: Sublayer, norm: nn.LayerNorm, front: nn.LayerNorm | None) -> None:
+        self.name, self.sublayer, self.norm, self.front = name, sublayer, norm, front
+        self.following: InjectedConnection | None = None
+        self.profiled = self.initialized = False
+
+    @property
+    def is_in_chain(self) -> bool:
+        """Whether a LayerNorm precedes it, behind which the variances of branches are added up."""
+        return self.front is not None
+
+    @property
+    def omega(self) -> Tensor:
+        return self.norm.omega  # type: ignore[return-value]
+
+    @property
+    def shortcut_scale(self) -> Tensor | float:
+        return getattr(self.norm, "omega", 1.0)
+
+    @property
+    def output_scale(self) -> Tensor | float:
+        """What the LayerNorm's output is multiplied by for the next sub-layer's shortcut."""
+        return self.following.shortcut_scale if self.following is not None else 1.0
+
+    @property
+    def weight(self) -> Tensor:
+        return _original(self.norm, "weight")
+
+    @property
+    def bias(self) -> Tensor:
+        return _original(self.norm, "bias")
+
+    @property
+    def eps(self) -> float:
+        return self.norm.eps
+
+
+def _original(module: Any, name: str) -> Tensor:
+    is_scaled = parametrize.is_parametrized(module, name)
+    value: Tensor = module.parametrizations[name].original if is_scaled else getattr(module, name)
+    return value
+
+
+class Injection(OmegaState):
+    """The ω of a stock model, found as its attribute `injection`.
+
+    Attributes:
+        system: `"admin"`, `"admin_uniform"` or `"deepnorm"`.
+        stacks: the connections of each stack, in execution order.
+    """
+
+    def __init__(self, model: nn.Module, system: str, stacks: Sequence[Stack]) -> None:
+        self.base, self.system = base_of(model), system
+        self.descriptions = {stack.name: stack for stack in stacks}
+        self.first_layers = {stack.name: stack_layers(self.base, stack)[0] for stack in stacks}
+        self.stacks = {stack.name: _connections(self.base, stack) for stack in stacks}
+
+    def profiled_connections(self) -> Iterable[InjectedConnection]:
+        return (connection for stack in self.stacks.values() for connection in stack if connection.profiled)
+
+    @property
+    def _profiled_flag(self) -> Tensor | None:
+        return getattr(self.base, "omega_profiled", None)
+
+    # --- looking at it ---
+
+    def observed(self, observers: Mapping[str, Callable[..., None]], before: bool = False) -> ExitStack:
+        """As [`~admin_hf.observation.observed`] of all connections, with an observer for each stack."""
+        hooks = ExitStack()
+        for name, connections in self.stacks.items():
+            seen = _Shortcut(observers[name], before)
+            first = self.first_layers[name]
+            hooks.callback(first.register_forward_pre_hook(seen.enter, with_kwargs=True).remove)
+            for connection in connections:
+                hooks.callback(connection.norm.register_forward_pre_hook(partial(seen.join, connection)).remove)
+                hooks.callback(connection.norm.register_forward_hook(partial(seen.leave, connection)).remove)
+        return hooks
+
+    def stack_inputs(
+        self, batch: Mapping[str, Any], max_tokens: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As [`~admin_hf.observation.stack_inputs`]; the inputs are those of the whole model."""
+        device = next(self.base.parameters()).device
+        inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() > 1}
+        if max_tokens is not None and tensors:
+            rows = max(1, max_tokens // max(x.shape[1] for x in tensors.values()))
+            inputs |= {name: x[:rows] for name, x in tensors.items()}
+        tokens = {name: self._real_tokens(stack, inputs) for name, stack in self.descriptions.items()}
+        places = {}
+        for name, mask in tokens.items():
+            if mask is not None and self.descriptions[name].time_first:
+                mask = mask.T
+            places[name] = None if mask is None else mask.nonzero(as_tuple=True)
+        return inputs, places
+
+    def _real_tokens(self, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
+        """True where a token of the stack is no padding, `(rows, length)`; None where nothing says so."""
+        base: Any = self.base
+        if stack.prefix and (labels := inputs.get("labels")) is not None:
+            return labels.ne(-100)
+        if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:
+            if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
+                length = int(base._get_feat_extract_output_lengths(mask.shape[1]))
+                mask = base._get_feature_vector_attention_mask(length, mask)
+            return mask.bool()
+        ids, pad = inputs.get(f"{stack.prefix}input_ids"), getattr(getattr(base, "config", None), "pad_token_id", None)
+        if ids is None or pad is None:
+            return None
+        tokens: Tensor = ids.ne(pad)
+        tokens[:, 0] |= bool(stack.prefix)  # a decoder may start from padding
+        return tokens
+
+    # --- leaving it ---
+
+    def folded(self, model: nn.Module, dtype: torch.dtype | None, min_scale: float) -> nn.Module:
+        """The stock model that computes what `model` computes, which stays as it is. See [`reparameterize`]."""
+        check_finite(model, "The model")
+        for stack, connections in self.stacks.items():
+            for connection in connections:
+                scale = torch.as_tensor(connection.shortcut_scale).detach().reshape(-1)
+                if bool((scale.abs() < min_scale).any()):
+                    index = int(scale.abs().argmin())
+                    raise ValueError(
+                        f"{stack}.{connection.name}.omega has the entry {float(scale[index]):.3g} at {index}, "
+                        f"too near to zero to be folded (|entry| must be at least {min_scale:g}): fold an earlier "
+                        "checkpoint."
+                    )
+        folded: Any = copy.deepcopy(model).eval()
+        folded.injection.remove()
+        for name in ("injection", "save_pretrained"):  # the latter where a Trainer publishes it
+            vars(folded).pop(name, None)
+        check_finite(folded, "The folded model")
+        return folded if dtype is None else folded.to(dtype)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put the products with ω in place of the weights, computed in float64, and leave the model as stock."""
+        for module in self.base.modules():
+            for name in [*getattr(module, "parametrizations", ())]:
+                scaled: Any = module.parametrizations[name]  # type: ignore[index]
+                if not isinstance(scaled[0], Scaled):  # a weight norm of the model's own
+                    continue
+                value = scaled.original.double()
+                for scale in scaled:
+                    value = scale(value)
+                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                getattr(module, name).copy_(value)
+        for connection in (each for stack in self.stacks.values() for each in stack):
+            if hasattr(connection.norm, "omega"):
+                del connection.norm.omega
+        if hasattr(self.base, "omega_profiled"):
+            del self.base.omega_profiled
+
+
+class _Shortcut:
+    """The shortcut of one stack's sub-layer under way, as the stock model has it: ω_i ⊙ x_{i-1}."""
+
+    def __init__(self, observe: Callable[..., None], before: bool) -> None:
+        self.observe, self.before = observe, before
+        self.value = self.branch = torch.empty(0)
+
+    def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.value = args[0] if args else kwargs["hidden_states"]
+
+    def join(self, connection: InjectedConnection, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.branch = args[0] - self.value
+        if self.before:
+            self.observe(connection.name, connection, self._parts(connection))
+
+    def leave(self, connection: InjectedConnection, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        if not self.before:
+            self.observe(connection.name, connection, self._parts(connection), output)
+        self.value = output
+
+    def _parts(self, connection: InjectedConnection) -> tuple[Tensor, Tensor]:
+        if connection.front is None:  # nothing scales x_0; the branch is divided by a constant scale
+            return self.value, self.branch * connection.shortcut_scale
+        return self.value / connection.shortcut_scale, self.branch
+
+
+def inject(
+    model: Model,
+    system: str = "admin",
+    *,
+    output_change: str = "O(log n)",
+    trained: bool = True,
+    stacks: Sequence[Stack] | None = None,
+) -> Model:
+    """Give a stock Post-LN model an ω on every shortcut that can have one, and return it.
+
+    Class, forward, configuration and tokenizer stay stock, and with ω = 1 so do its outputs, bit for bit. Weights that
+    ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
+    its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
+    of it. [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the
+    model as they take an [`AdminForConditionalGeneration`].
+
+    Args:
+        model: of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
+        system: `"admin"` (ω starts from a profile; in a loaded model it starts at 1, and is not profiled),
+            `"admin_uniform"` (the same number in all of a stack), or `"deepnorm"` (a constant, and branches
+            initialised as its paper has them, so that the model must be fresh).
+        output_change: of `"admin_uniform"`, how the change of the output may grow in the number of sub-layers:
+            `"O(log n)"`, `"O(1)"` or `"O(n)"`, which is ω = 1.
+        trained: whether the ω of `"admin_uniform"` is trained or constant.
+        stacks: the architecture of a model that is not known (see [`~admin_hf.architecture.Stack`]).
+
+    Raises:
+        ValueError: the model cannot have an ω; the message says why. Then it is as it was.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import BertConfig, BertForMaskedLM
+    >>> from admin_hf import initialize_omega, inject, profile_residuals, reparameterize
+
+    >>> config = BertConfig(vocab_size=100, hidden_size=32, num_attention_heads=2, num_hidden_layers=4)
+    >>> model = inject(BertForMaskedLM(config))
+    >>> batch = {"input_ids": torch.randint(5, 99, (4, 10))}
+    >>> initialize_omega(model, profile_residuals(model, batch))
+    >>> type(reparameterize(model)).__name__
+    'BertForMaskedLM'
+
+    ```
+    """
+    if system not in ("admin", "admin_uniform", "deepnorm"):
+        raise ValueError(f"system={system!r} must be 'admin', 'admin_uniform' or 'deepnorm'.")
+    if output_change not in OUTPUT_CHANGES:
+        raise ValueError(f"output_change={output_change!r} must be one of {', '.join(OUTPUT_CHANGES)}.")
+    if getattr(model, "injection", None) is not None:
+        raise ValueError(f"{type(model).__name__} has an ω already.")
+    base = base_of(model)
+    found = stacks_of(model) if stacks is None else tuple(without_missing(base, stack) for stack in stacks)
+    injection = Injection(model, system, found)
+    _check(injection)
+    is_loaded = bool(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if system == "deepnorm" and is_loaded:
+        raise ValueError(
+            "'deepnorm' initialises the branches anew, which a loaded model would lose: make a fresh one."
+        )
+    constants = _constants(injection, output_change)
+    for name, connections in injection.stacks.items():
+        for place, connection in enumerate(connections):
+            if connection.front is None and system != "deepnorm":
+                continue
+            is_profiled = system == "admin" and place > (connections[0].front is None)
+            connection.profiled, connection.initialized = is_profiled, is_loaded
+            is_trained = system == "admin" or (system == "admin_uniform" and trained)
+            _add_omega(injection.first_layers[name], connection, constants[name], is_trained)
+            _scale_weights(stack_layers(base, injection.descriptions[name]), connection)
+    if system == "deepnorm":
+        _initialize_deepnorm(injection)
+    if system == "admin":
+        base.register_buffer("omega_profiled", torch.zeros((), device=next(base.parameters()).device))
+    model.injection = injection  # type: ignore[assignment]
+    return model
+
+
+def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **options: Any) -> Any:
+    """Load a checkpoint of a model that [`inject`] has given an ω.
+
+    Args:
+        model_class: the stock class, such as `BertForMaskedLM`.
+        folder: of the checkpoint.
+        options: those of [`inject`], as they were.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is of another model.
+    """
+    with explained_errors(folder):
+        config: Any = model_class.config_class.from_pretrained(folder)  # type: ignore[union-attr]
+        fresh: Any = model_class(config)
+        model: Any = inject(fresh.to(config.dtype or torch.float32), **options)
+        weights: dict[str, Tensor] = {}
+        for file in weight_files(folder):
+            weights |= load_file(file)
+    result = model.load_state_dict(weights, strict=False)
+    left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
+    left_out += model._keys_to_ignore_on_save or ()
+    missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]
+    if missing or result.unexpected_keys:
+        kind, name = ("lacks", missing[0]) if missing else ("has no place for", result.unexpected_keys[0])
+        raise ValueError(f"{folder} {kind} {name}: it holds no {model_class.__name__} with these ω.")
+    if model.can_generate() and Path(folder, "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for connection in model.injection.profiled_connections():
+        connection.initialized = True
+    return model.eval()
+
+
+# --- how it is put in -----------------------------------------------------------------------------
+
+
+def _connections(base: nn.Module, stack: Stack) -> list[InjectedConnection]:
+    front: Any = base.get_submodule(stack.front) if stack.front else None
+    found: list[InjectedConnection] = []
+    for number, layer in enumerate(stack_layers(base, stack)):
+        for sublayer in stack.sublayers:
+            norm: Any = layer.get_submodule(sublayer.norm)
+            found.append(InjectedConnection(f"{stack.layers}.{number}.{sublayer.norm}", sublayer, norm, front))
+            front = norm
+    for connection, following in zip(found, found[1:], strict=False):
+        connection.following = following
+    return found
+
+
+def _check(injection: Injection) -> None:
+    for stack, connections in injection.stacks.items():
+        if not connections:
+            raise ValueError(f"The {stack} has no sub-layers.")
+        norms = {connection.norm for connection in connections}
+        if len(norms) < len(connections):
+            raise ValueError(f"Layers of the {stack} share a LayerNorm, which would hold the ω of several sub-layers.")
+        for norm in (*norms, connections[0].front):
+            if norm is not None and (not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None):
+                raise ValueError(f"The {stack} has {norm}, where a LayerNorm with weight and bias is expected.")
+
+
+def _layer_of(layers: Any, connection: InjectedConnection) -> nn.Module:
+    number = connection.name.removesuffix(connection.sublayer.norm).rstrip(".").rpartition(".")[2]
+    return layers[int(number)]
+
+
+def _add_omega(layer: nn.Module, connection: InjectedConnection, value: float, is_trained: bool) -> None:
+    like = connection.norm.weight
+    if is_trained:
+        connection.norm.omega = nn.Parameter(torch.full_like(like, value))
+    else:
+        connection.norm.register_buffer("omega", torch.full_like(like[:1], value))
+
+
+def _scale_weights(layers: Any, connection: InjectedConnection) -> None:
+    layer = _layer_of(layers, connection)
+    if connection.front is None:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
+        for name in ("weight", "bias"):
+            ends = layer.get_submodule(connection.sublayer.ends)
+            parametrize.register_parametrization(ends, name, Scaled(connection.norm, divides=True))
+        return
+    for name in ("weight", "bias"):
+        parametrize.register_parametrization(connection.front, name, Scaled(connection.norm))
+    for path in connection.sublayer.reads:
+        matrix = layer.get_submodule(path)
+        scaled = Scaled(connection.norm, divides=True, transposed=isinstance(matrix, Conv1D))
+        parametrize.register_parametrization(matrix, "weight", scaled)
+
+
+# --- constants ------------------------------------------------------------------------------------
+
+
+def _constants(injection: Injection, output_change: str) -> dict[str, float]:
+    """What ω starts at, by stack."""
+    if injection.system == "admin":
+        return dict.fromkeys(injection.stacks, 1.0)
+    if injection.system == "admin_uniform":
+        return {name: OUTPUT_CHANGES[output_change](len(stack)) for name, stack in injection.stacks.items()}
+    return {name: alpha for name, (alpha, _) in _deepnorm(injection).items()}
+
+
+def _deepnorm(injection: Injection) -> dict[str, tuple[float, float]]:
+    """α of the shortcuts and gain β of the branches, by stack (DeepNet, Wang et al., 2022, Figure 2)."""
+    depths = {name: len(stack_layers(injection.base, stack)) for name, stack in injection.descriptions.items()}
+    if len(depths) == 1:  # N layers of an encoder or a decoder alone
+        ((name, n),) = depths.items()
+        return {name: ((2 * n) ** (1 / 4), (8 * n) ** (-1 / 4))}
+    (encoder, n), (decoder, m) = depths.items()
+    return {
+        encoder: (0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)),
+        decoder: ((3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)),
+    }
+
+
+@torch.no_grad()
+def _initialize_deepnorm(injection: Injection) -> None:
+    """Xavier-normal matrices: gain 1 for queries and keys, β for values, outputs and feed-forward; biases are 0."""
+    for name, (_, beta) in _deepnorm(injection).items():
+        for layer in stack_layers(injection.base, injection.descriptions[name]):
+            for path, module in layer.named_modules():
+                if isinstance(module, (nn.Linear, Conv1D)):
+                    weight = _original(module, "weight")
+                    is_query_or_key = path.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin")
+                    parts = weight.chunk(3, 1) if path.endswith("c_attn") else (weight,)
+                    for place, part in enumerate(parts):
+                        draws_one = is_query_or_key or (len(parts) == 3 and place < 2)
+                        nn.init.xavier_normal_(part, gain=1.0 if draws_one else beta)
+                    nn.init.zeros_(_original(module, "bias"))
+
+
+__all__ = ["Injection", "InjectedConnection", "inject", "load_injected"]
