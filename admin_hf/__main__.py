@@ -49,18 +49,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "export",
-        help="make a trained model a stock Transformers checkpoint",
-        description="Fold ω away and write a stock Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
+        help="make a trained model a vanilla Transformers checkpoint",
+        description="Fold ω away and write a vanilla Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
         "which Transformers and CTranslate2 load without this project. It is verified against the model before it is "
         "written; an error leaves OUT as it was.",
         epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de-vanilla --dtype float16",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved model, or its id on the Hub")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; an earlier export in it is replaced")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; a vanilla model in it is replaced")
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the exported weights; default: the checkpoint's",
+        help="of the vanilla weights; default: the checkpoint's",
     )
     command.set_defaults(run=export)
 
@@ -120,7 +120,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:
-    """Refuse to replace the checkpoint itself, or a model of another kind than exports are."""
+    """Refuse to replace the checkpoint itself, or a model of another kind than vanilla ones are."""
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder.")
     if not (there := out / "config.json").exists():
@@ -130,7 +130,7 @@ def _check_out(checkpoint: Path, out: Path) -> None:
     except (ValueError, KeyError, TypeError):
         model_type = None
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"{out} holds a {model_type!r} model, which the export would replace: name another folder.")
+        raise ValueError(f"{out} holds a {model_type!r} model, which would be replaced: name another folder.")
 
 
 def average(arguments: argparse.Namespace) -> None:

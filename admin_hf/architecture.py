@@ -2,7 +2,7 @@
 
 A **sub-layer** is a branch and the connection that joins it with its shortcut. A **stack** is a list of layers that
 all have the same sub-layers, and an **architecture** is the stacks of a model type of Transformers, with the classes
-that a folded model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
+that a vanilla model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
 
 ```python
 >>> from admin_hf.architecture import DECODER

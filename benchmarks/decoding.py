@@ -1,4 +1,4 @@
-"""Translation by Transformers and by CTranslate2, before and after the export of a trained model."""
+"""Translation by Transformers and by CTranslate2, of a trained model and of its vanilla model."""
 
 import statistics
 import subprocess
@@ -25,7 +25,7 @@ TITLE = "Decoding"
 ABOUT = (
     "A trained model and what becomes of it when it is exported and converted. All get the same batches of sentences "
     "sorted by length and the same search, and take turns in one process. Measured is the way from source tokens in "
-    "memory to target tokens, padding included. How much of the exported model's time the one with ω needs, and how "
+    "memory to target tokens, padding included. How much of the vanilla model's time the one with ω needs, and how "
     "many times as fast as Transformers CTranslate2 is:"
 )
 
@@ -55,14 +55,14 @@ def load_systems(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, threads: 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(vanilla := f"{folder}/vanilla", reparameterize=True)
         tokenizer.save_pretrained(vanilla)
-        stock = AutoModelForSeq2SeqLM.from_pretrained(vanilla)
-        systems["Transformers, exported", "float32"] = with_transformers(stock)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(vanilla)
+        systems["Transformers, vanilla", "float32"] = with_transformers(loaded)
         for quantization in ("float32", "int8"):
             out = f"{folder}/{quantization}"
             options = ["--model", vanilla, "--output_dir", out, "--quantization", quantization]
             subprocess.run([CONVERTER, *options], check=True)
             translator = ctranslate2.Translator(out, inter_threads=threads, intra_threads=1)
-            systems["CTranslate2, exported", translator.compute_type] = with_ctranslate2(translator, tokenizer)
+            systems["CTranslate2, vanilla", translator.compute_type] = with_ctranslate2(translator, tokenizer)
     return systems
 
 
@@ -141,16 +141,16 @@ def measure(
 
 
 def figures(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ω model to exported model, and CTranslate2 to Transformers."""
+    """ω model to vanilla model, and CTranslate2 to Transformers."""
     found = []
     for beams in BEAMS:
         search = f"{beams} beams" if beams > 1 else "greedy"
         measured = {f"{e['system']}, {e['dtype']}": e for e in measurements if e["beams"] == beams}
-        omega, exported, *converted = measured
-        found.append(cost(f"{search}: ω", measured, omega, exported, at_most=OMEGA))
+        omega, vanilla, *converted = measured
+        found.append(cost(f"{search}: ω", measured, omega, vanilla, at_most=OMEGA))
         for name in converted:
             target = {"at_least": INT8} if beams == max(BEAMS) and "int8" in name else {}
-            found.append(speed(f"{search}: times as fast", measured, name, exported, **target))
+            found.append(speed(f"{search}: times as fast", measured, name, vanilla, **target))
     return found
 
 

@@ -142,7 +142,7 @@ def plain_trainer(
 
 
 def export_stock(shape: Shape, folder: Path) -> Path:
-    """Write the stock form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
+    """Write the vanilla form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
     arguments = our_arguments(shape, training_options(folder, "float32"))
     set_seed(SEED)
     model = build_model(arguments, word_tokenizer(shape.vocab_size))

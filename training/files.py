@@ -1,4 +1,4 @@
-"""Files: parallel text that is checked in one pass and cached by its content; text written whole."""
+"""Files of parallel text: checked in one pass, and cached by their content."""
 
 import codecs
 import hashlib

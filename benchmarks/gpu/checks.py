@@ -139,11 +139,11 @@ def generation(bench: Bench) -> list[Check]:
 
 def export(bench: Bench) -> list[Check]:
     model, source = _profiled_model(bench)
-    stock = reparameterize(model).eval()
+    vanilla = reparameterize(model).eval()
     decoder_input_ids = source["input_ids"].flip(0)
     with torch.no_grad():
-        pair = [each(**source, decoder_input_ids=decoder_input_ids).logits for each in (model, stock)]
-    return [within("logits of the exported model", float((pair[0] - pair[1]).abs().max()), 2e-5)]
+        pair = [each(**source, decoder_input_ids=decoder_input_ids).logits for each in (model, vanilla)]
+    return [within("logits of the vanilla model", float((pair[0] - pair[1]).abs().max()), 2e-5)]
 
 
 def _profiled_model(bench: Bench) -> tuple[AdminForConditionalGeneration, Batch]:

@@ -1,4 +1,4 @@
-"""Decoding on a GPU: `generate` of an exported model with a static cache and compiled steps, against its defaults.
+"""Decoding on a GPU: `generate` of a vanilla model with a static cache and compiled steps, against its defaults.
 
 Transformers compiles the steps of greedy search with a static cache by itself, but not those of beam search, whatever
 `compile_config` says: `_beam_search` calls the model as it is. To reorder the beams it also puts new tensors into the
@@ -25,7 +25,7 @@ TARGET = 2.0  # times as fast as stock
 
 
 def decode(bench: Bench, name: str, rows: int) -> dict[str, Any]:
-    """Greedy search and 5 beams over `rows` sources, as long as they are, by an exported model in bfloat16."""
+    """Greedy search and 5 beams over `rows` sources, as long as they are, by a vanilla model in bfloat16."""
     shape = bench.shapes[name]
     model = stock_model(new_model(bench, shape)).eval().to(bench.device, torch.bfloat16)
     model.generation_config.eos_token_id = None  # all sentences are of one length

@@ -162,7 +162,7 @@ def new_model(bench: Bench, shape: GPUShape) -> AdminForConditionalGeneration:
 
 
 def stock_model(model: AdminForConditionalGeneration) -> MarianMTModel:
-    """Stock Marian of the same shape, with new weights: what a model is exported to."""
+    """Stock Marian of the same shape, with new weights: what a vanilla model is."""
     names = {field.name for field in dataclasses.fields(MarianConfig)}
     names -= {"model_type", "architectures", "transformers_version", "dtype"}
     return MarianMTModel(MarianConfig(**{name: x for name, x in model.config.to_dict().items() if name in names}))
