@@ -69,11 +69,15 @@ OPT = Stack("decoder", (DECODER.sublayers[0], DECODER.sublayers[2]))
 MARIAN = (ENCODER, DECODER)
 BART = tuple(replace(stack, front=f"{stack.name}.layernorm_embedding") for stack in MARIAN)
 
+# Its decoder adds positions behind the LayerNorm of the embeddings
+BLENDERBOT_SMALL = (BART[0], DECODER)
+
 # By model type
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text"), (BERT,)),
     "distilbert": (DISTILBERT,),
-    **dict.fromkeys(("bart", "mvp", "plbart", "blenderbot-small", "time_series_transformer"), BART),
+    **dict.fromkeys(("bart", "mvp", "plbart", "time_series_transformer"), BART),
+    "blenderbot-small": BLENDERBOT_SMALL,
     "marian": MARIAN,
     "fsmt": tuple(replace(stack, time_first=True) for stack in MARIAN),
     "opt": (OPT,),

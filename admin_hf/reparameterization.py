@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -107,8 +107,9 @@ def reparameterize(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
-    if (injection := getattr(model, "injection", None)) is not None:
-        return injection.folded(model, dtype, MIN_SCALE)
+    if hasattr(model, "injection"):
+        model = _bare_copy(model)
+        return cast(Any, model).injection.fold(model, dtype, MIN_SCALE)
     stock = stock_architecture(model)
     dtype = dtype or model.dtype
     check_finite(model, "The model")
@@ -136,10 +137,7 @@ def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: its positions are not the sinusoidal table, which is all that a vanilla checkpoint has.
     """
     rounding = torch.finfo(model.dtype).eps
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
-    memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
-    original: Any = extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
+    original = _bare_copy(model)
     original.cpu().double().eval()
     for name, module in original.named_modules():
         if isinstance(module, MarianSinusoidalPositionalEmbedding):
@@ -149,6 +147,14 @@ def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
             module.weight.data = standard
     original.set_attn_implementation("sdpa")  # flash attention knows no float64
     return original
+
+
+def _bare_copy(model: PreTrainedModel) -> Any:
+    """The model without hooks and autocast."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
+    memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
+    return extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
 
 
 def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel:

@@ -125,8 +125,8 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
 
 def _below_stacks(model: Any) -> list[Tensor]:
     """The weights in front of the stacks, through which the gradient has to come: embeddings, as a rule."""
-    base = model.base_model
     if (injection := getattr(model, "injection", None)) is None:
+        base = model.base_model
         return [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
     inner = {
         id(p) for stack in injection.descriptions.values() for p in stack_layers(injection.base, stack).parameters()
