@@ -33,7 +33,8 @@ class Sublayer:
     Attributes:
         kind: what the branch is, for people.
         norm: the LayerNorm at the shortcut, whose place in an Admin model is taken by the residual connection.
-        reads: the matrices that read the shortcut. Keys and values of encoder-attention read the encoder's output.
+        reads: the matrices that read the shortcut: modules with a weight, or parameters, such as
+            `self_attn.in_proj_weight`. Keys and values of encoder-attention read the encoder's output.
         ends: the matrix that ends the branch.
     """
 

@@ -135,7 +135,10 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def without_missing(base: nn.Module, stack: Stack) -> Stack:
     """The stack without sub-layers that its layers lack, and without a norm in front that a projection follows."""
-    first = stack_layers(base, stack)[0]
+    try:
+        first = stack_layers(base, stack)[0]
+    except (AttributeError, IndexError) as error:
+        raise ValueError(f"{type(base).__name__} gets no ω, for it has no {stack.name} with layers.") from error
     modules = {name for name, _ in first.named_modules()}
     sublayers = tuple(sublayer for sublayer in stack.sublayers if sublayer.norm in modules)
     return replace(stack, sublayers=sublayers, front="" if hasattr(base, "embeddings_project") else stack.front)

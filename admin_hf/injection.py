@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architecture import Stack, Sublayer
 from .checkpoints import check_finite, explained_errors, weight_files
-from .families import base_of, stack_layers, stacks_of, without_missing
+from .families import base_of, stack_layers, stacks_of
 from .observation import Places
 from .omega_state import OmegaState
 
@@ -90,7 +90,8 @@ class InjectedConnection:
     Attributes:
         name: of the LayerNorm behind, below the stack, such as `layer.0.output.LayerNorm`.
         norm, front: the LayerNorm behind, which holds ω if there is one, and the one in front, if any.
-        reads, ends: the matrices that read the shortcut, and the one that ends the branch.
+        reads: modules and the names in them of the matrices that read the shortcut.
+        ends: the matrix that ends the branch.
         stack: the connections of the stack, in which this one's `place` is.
         profiled, initialized: as of an [`AdminConnection`].
     """
@@ -105,7 +106,7 @@ class InjectedConnection:
         self.stack, self.place = stack, len(stack)
         self.norm: Any = layer.get_submodule(sublayer.norm)
         self.front: Any = stack[-1].norm if stack else front
-        self.reads = [layer.get_submodule(path) for path in sublayer.reads]
+        self.reads = [_matrix(layer, path) for path in sublayer.reads]
         self.ends: Any = layer.get_submodule(sublayer.ends)
 
     @property
@@ -161,7 +162,6 @@ class Injection(OmegaState):
     def __init__(self, model: nn.Module, system: str, stacks: Sequence[Stack]) -> None:
         self.base, self.system = base_of(model), system
         self.descriptions = {stack.name: stack for stack in stacks}
-        self.first_layers = {stack.name: stack_layers(self.base, stack)[0] for stack in stacks}
         self.stacks = {stack.name: _connections(self.base, stack) for stack in stacks}
 
     def profiled_connections(self) -> Iterable[InjectedConnection]:
@@ -178,7 +178,7 @@ class Injection(OmegaState):
         hooks = ExitStack()
         for name, connections in self.stacks.items():
             seen = _Shortcut(observers[name], before)
-            first = self.first_layers[name]
+            first = stack_layers(self.base, self.descriptions[name])[0]
             hooks.callback(first.register_forward_pre_hook(seen.enter, with_kwargs=True).remove)
             for connection in connections:
                 hooks.callback(connection.norm.register_forward_pre_hook(partial(seen.join, connection)).remove)
@@ -349,7 +349,7 @@ def inject(
     if getattr(model, "injection", None) is not None:
         raise ValueError(f"{type(model).__name__} has an ω already.")
     base = base_of(model)
-    found = stacks_of(model) if stacks is None else tuple(without_missing(base, stack) for stack in stacks)
+    found = stacks_of(model) if stacks is None else stacks
     injection = Injection(model, system, found)
     _check(injection)
     is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
@@ -421,6 +421,14 @@ def _connections(base: nn.Module, stack: Stack) -> list[InjectedConnection]:
     return found
 
 
+def _matrix(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Module and name of the weight of a module, or of a parameter such as `self_attn.in_proj_weight`."""
+    parent, _, name = path.rpartition(".")
+    owner = layer.get_submodule(parent)
+    found = getattr(owner, name)
+    return (found, "weight") if isinstance(found, nn.Module) else (owner, name)
+
+
 def _check(injection: Injection) -> None:
     for stack, connections in injection.stacks.items():
         if not connections:
@@ -433,6 +441,16 @@ def _check(injection: Injection) -> None:
                 raise ValueError(
                     f"The model gets no ω: its {stack} has {norm}, where a LayerNorm with weight and bias is needed."
                 )
+        for connection in connections:
+            for matrix, name in connection.reads:
+                weight: Any = getattr(matrix, name, None)
+                width = connection.norm.weight.numel()
+                inputs = 0 if isinstance(matrix, Conv1D) else 1
+                if getattr(weight, "ndim", 0) != 2 or weight.shape[inputs] != width or not weight.is_floating_point():
+                    raise ValueError(
+                        f"The model gets no ω: its {stack} has {matrix} in front of {connection.name}, where a matrix "
+                        f"of {width} inputs, in floating-point numbers, is needed."
+                    )
 
 
 def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -> None:
@@ -443,8 +461,8 @@ def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -
         norm.register_buffer("omega", torch.full_like(norm.weight[:1], value))
     if connection.front is not None:
         _scale(connection.front, norm)
-        for matrix in connection.reads:
-            _scale(matrix, norm, names=("weight",), divides=True, transposed=isinstance(matrix, Conv1D))
+        for matrix, name in connection.reads:
+            _scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
     else:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
         _scale(connection.ends, norm, divides=True)
 

@@ -152,7 +152,7 @@ class Seen:
 
 
 class ScaledShortcut(nn.Module):
-    """In place of a LayerNorm: LN(x_{i-1} + f_i + (ω_i − 1) ⊙ x_{i-1}), from the sum that a stock model hands to it."""
+    """In place of a LayerNorm: LN(x_{i-1} + f_i + (ω_i − 1) ⊙ x_{i-1}), from the sum that the model hands to it."""
 
     def __init__(self, norm: nn.Module, seen: Seen, omega: Tensor | float) -> None:
         super().__init__()

@@ -110,7 +110,8 @@ def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
     with modes_restored(model):
         model.eval()
         model.training = True  # of the outermost module alone, which chooses the loss
-        return cast(Tensor, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss)
+        device = next(model.parameters()).device
+        return cast(Tensor, model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss)
 
 
 @torch.no_grad()
