@@ -66,6 +66,11 @@ class Stack:
     module: str | None = None
     time_first: bool = False
 
+    @property
+    def path(self) -> str:
+        """Of the list of layers, below the base model."""
+        return f"{self.name if self.module is None else self.module}.{self.layers}".strip(".")
+
     def depth(self, config: PretrainedConfig) -> int:
         """The number of sub-layers of a model's stack."""
         return len(self.sublayers) * int(getattr(config, f"{self.name}_layers"))

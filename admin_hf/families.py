@@ -27,7 +27,7 @@ BERT = Stack(
     front="embeddings.LayerNorm",
 )
 DISTILBERT = Stack(
-    "transformer",
+    "encoder",
     (
         Sublayer(
             "self-attention",
@@ -39,6 +39,7 @@ DISTILBERT = Stack(
     ),
     layers="layer",
     front="embeddings.LayerNorm",
+    module="transformer",
 )
 GPT = Stack(
     "decoder",
@@ -146,8 +147,7 @@ def without_missing(base: nn.Module, stack: Stack) -> Stack:
 
 def stack_layers(base: nn.Module, stack: Stack) -> Any:
     """The list of the stack's layers."""
-    module = stack.name if stack.module is None else stack.module
-    return base.get_submodule(f"{module}.{stack.layers}".strip("."))
+    return base.get_submodule(stack.path)
 
 
 __all__ = ["FAMILIES", "stacks_of"]

@@ -27,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import Stack, Sublayer
-from .checkpoints import check_finite, explained_errors, weight_files
+from .checkpoints import check_finite, explained_errors, one_line, weight_files
 from .families import base_of, stack_layers, stacks_of
 from .observation import Places
 from .omega_state import OmegaState
@@ -54,7 +54,13 @@ class Product(Tensor):
             "`parametrizations.weight.original`; or call `reparameterize` first, as before adapters are merged."
         )
 
-    data = property(Tensor.data.__get__, _refuse)  # type: ignore[attr-defined]
+    @property
+    def data(self) -> Tensor:
+        return super().data.as_subclass(Product)
+
+    @data.setter
+    def data(self, value: Tensor) -> NoReturn:
+        self._refuse()
 
 
 for _name in dir(Tensor):
@@ -281,11 +287,13 @@ class _Shortcut:
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.value = args[0] if args else kwargs["hidden_states"]
 
+    @torch.no_grad()  # which a pass that is computed again for its gradients must not notice
     def join(self, connection: InjectedConnection, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.branch = args[0] - self.value
         if self.before:
             self.observe(connection.name, connection, self._parts(connection))
 
+    @torch.no_grad()
     def leave(self, connection: InjectedConnection, norm: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.before:
             self.observe(connection.name, connection, self._parts(connection), output)
@@ -392,7 +400,10 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
         weights: dict[str, Tensor] = {}
         for file in weight_files(folder):
             weights |= load_file(file)
-    result = model.load_state_dict(weights, strict=False)
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise ValueError(f"{folder} holds no {model_class.__name__} with these ω: {one_line(error)}") from error
     left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     left_out += model._keys_to_ignore_on_save or ()
     missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]

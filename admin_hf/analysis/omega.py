@@ -1,21 +1,22 @@
 """ω by sub-layer over a training run, from its checkpoints."""
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import ClassVar
 
-from ..architecture import STACKS
+from transformers.utils import CONFIG_NAME
+
+from ..architecture import STACKS, Stack
+from ..families import FAMILIES
 from ..profiling import ResidualProfile
 from ..run.folder import STATE_NAME, saved_step
 from .inputs import read_tensors
-
-
-_OMEGA = re.compile(rf"({'|'.join(STACKS)})\.(layers\.\d+\.\w+)\.omega$")
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,26 @@ def _profiled(profile: ResidualProfile, omegas: _Omegas) -> _Omegas:
 
 
 def _omegas(folder: Path) -> _Omegas:
-    found = {}
-    for name, omega in read_tensors(folder, lambda name: _OMEGA.search(name) is not None):
-        stack, connection = _OMEGA.findall(name)[0]
-        values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
-        if not all(map(isfinite, values)):
-            raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
-        found[stack, connection] = values
-    return dict(sorted(found.items(), key=lambda item: STACKS[item[0][0]].index(item[0][1])))
+    found: _Omegas = {}
+    read = dict(read_tensors(folder, lambda name: name.endswith(".omega")))
+    for stack in _descriptions(folder):
+        path = re.compile(rf"(?:^|\.){re.escape(stack.path)}\.(\d+\..+)\.omega$")
+        names = {f"{stack.layers}.{match[1]}": name for name in read if (match := path.search(name))}
+        for connection in sorted(names, key=stack.index):
+            omega, name = read[names[connection]].float(), names[connection]
+            found[stack.name, connection] = (float(omega.mean()), float(omega.min()), float(omega.max()))
+            if not all(map(isfinite, found[stack.name, connection])):
+                raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
+    return found
+
+
+def _descriptions(folder: Path) -> Iterable[Stack]:
+    """The stacks of the checkpoint's model: of an Admin model, or of a stock one with an injected ω."""
+    try:
+        model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        model_type = None
+    return FAMILIES.get(model_type, STACKS.values())
 
 
 def _update(folder: Path) -> int:
