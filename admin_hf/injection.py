@@ -318,8 +318,11 @@ def inject(
     Class, forward, configuration and tokenizer stay stock, and with ω = 1 so do its outputs, bit for bit. Weights that
     ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
     its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
-    of it. [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the
-    model as they take an [`AdminForConditionalGeneration`].
+    of it. Hidden states between layers (`output_hidden_states`) are those of the fold: each times the next ω. A weight
+    that is a product with ω cannot be written to: adapters are merged after [`reparameterize`].
+
+    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the model as
+    they take an [`AdminForConditionalGeneration`].
 
     Args:
         model: of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.

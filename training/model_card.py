@@ -202,7 +202,7 @@ def _draw(omega: dict[str, StackOmega], path: Path) -> None:
     figure = new_figure(8, 3)
     panels = figure.subplots(1, len(omega), sharey=True)
     for axes, (name, stack) in zip(panels, omega.items(), strict=True):
-        add_omega(axes, name, stack, "profiled", "after training")
+        add_omega(axes, stack, "profiled", "after training")
         plain_axes(axes, title=name, xlabel="sub-layer")
     panels[0].set_ylabel("ω")
     panels[0].legend(frameon=False)

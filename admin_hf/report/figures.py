@@ -71,7 +71,7 @@ def bands(caption: str, series: dict[str, tuple[Sequence[float], ...]], label: s
         return _picture(figure, caption)
 
 
-def history(caption: str, stack: str, updates: Sequence[int], omega: StackOmega) -> Picture:
+def history(caption: str, updates: Sequence[int], omega: StackOmega) -> Picture:
     """Draw ω by sub-layer over time: first and last of its means, those between in grey, the last one's range.
 
     Args:
@@ -79,7 +79,7 @@ def history(caption: str, stack: str, updates: Sequence[int], omega: StackOmega)
     """
     with matplotlib.rc_context(_PARAMETERS):
         figure, axes = _panel()
-        add_omega(axes, stack, omega, f"update {updates[0]:,}", f"update {updates[-1]:,}")
+        add_omega(axes, omega, f"update {updates[0]:,}", f"update {updates[-1]:,}")
         _finish(axes, "ω", "sub-layer", log=False, legend=True)
         return _picture(figure, caption)
 
