@@ -374,7 +374,10 @@ def test_a_report_of_a_run_shows_omega_and_says_what_it_lacks(run):
 def test_commands_refuse_checkpoints_of_stock_models_with_an_omega(run, tmp_path, capsys):
     model, _ = marian_and_admin()
     model.save_pretrained(tmp_path / "marian")
-    for folder, message in ((run[0] / "checkpoint-6", "is for `load_injected`"), (tmp_path / "marian", "do not belong together")):
+    for folder, message in (
+        (run[0] / "checkpoint-6", "is for `load_injected`"),
+        (tmp_path / "marian", "do not belong together"),
+    ):
         for command in (["export", str(folder), str(tmp_path / "out")], ["analyze", "dependency", str(folder)]):
             assert admin_hf_main(command) != 0
             assert message in capsys.readouterr().err
