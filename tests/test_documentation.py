@@ -12,6 +12,7 @@ import pytest
 
 import admin_hf
 from admin_hf.__main__ import build_parser
+from admin_hf.families import FAMILIES
 from admin_hf.residual import SYSTEMS
 from benchmarks import BENCHMARKS, decoding
 from benchmarks.__main__ import build_parser as build_benchmarks_parser
@@ -126,3 +127,9 @@ def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
         same = [f for f in measured["figures"] if dtype in f["a"] and dtype in f["b"]]
         medians = [statistics.median(figure["ratios"]) for figure in same]
         assert f"{min(medians):.1f} to {max(medians):.1f} times as fast in {dtype}" in README.replace("\n", " ")
+
+
+def test_every_family_that_can_have_omega_is_listed():
+    text = (REPO / "docs" / "architectures.md").read_text(encoding="utf-8")
+    table = text[text.index("## Which models") : text.index("## Systems")]
+    assert {name for name in re.findall(r"`([a-z0-9_-]+)`", table) if name in FAMILIES} == set(FAMILIES)
