@@ -1,7 +1,6 @@
 """Command line of the library: `python -m admin_hf --help`."""
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,17 +10,18 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer
 from .analysis.command import add_command as add_analyze
+from .analysis.inputs import find_tokenizer
 from .architecture import ARCHITECTURES
 from .checkpoints import check_source, explained_errors, one_line, replaced_model
 from .pretrained import load_complete
 from .publishing import write_vanilla
 from .report import add_command as add_report
 from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
+from .run.folder import read_object
 from .terminal import spell_out
 
 
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace) -> None:
     model_class = AdminModel if is_base else AdminForConditionalGeneration
     model = load_complete(model_class, checkpoint, config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    tokenizer, problem = _load_tokenizer(checkpoint), ""
+    tokenizer, problem = find_tokenizer(checkpoint), ""
     if tokenizer is not None:
         try:
             check_tokenizer(model, tokenizer)
@@ -123,13 +123,8 @@ def _check_out(checkpoint: Path, out: Path) -> None:
     """Refuse to replace the checkpoint itself, or a model of another kind than vanilla ones are."""
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder.")
-    if not (there := out / "config.json").exists():
-        return
-    try:
-        model_type = json.loads(there.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        model_type = None
-    if model_type not in ARCHITECTURES:
+    model_type = read_object(config := out / "config.json").get("model_type")
+    if config.exists() and model_type not in ARCHITECTURES:
         raise ValueError(f"{out} holds a {model_type!r} model, which would be replaced: name another folder.")
 
 
@@ -142,7 +137,7 @@ def average(arguments: argparse.Namespace) -> None:
     run, out = arguments.run_folder, arguments.out
     checkpoints = last_checkpoints(run, arguments.last)
     _check_average_out(run, out)
-    tokenizer = _load_tokenizer(checkpoints[-1], run)
+    tokenizer = find_tokenizer(checkpoints[-1], run)
     names = ", ".join(checkpoint.name for checkpoint in checkpoints)
     with replaced_model(out) as folder:
         weights = average_checkpoints(checkpoints)
@@ -173,16 +168,6 @@ def _check_average_out(run: Path, out: Path) -> None:
             is_average = False
         if not is_average:
             raise ValueError(f"{out} holds a model that is no average of checkpoints: name another folder.")
-
-
-def _load_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first source that has one of ours or Transformers'."""
-    for source in sources:
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception:  # there is none, or a stranger's
-            continue
-    return None
 
 
 if __name__ == "__main__":

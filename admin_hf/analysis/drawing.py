@@ -112,13 +112,7 @@ def add_heat_map(axes: "Axes", beta: Sequence[Sequence[float]], largest: float) 
 
 
 def draw_lines(
-    path: str | os.PathLike | None,
-    title: str,
-    x_label: str,
-    y_label: str,
-    series: Series,
-    caption: str = "",
-    y_scale: str = "linear",
+    path: str | os.PathLike | None, title: str, x_label: str, y_label: str, series: Series, caption: str = ""
 ) -> "Figure":
     """Draw lines over one pair of axes: `series` has the x and y of each label.
 
@@ -128,7 +122,7 @@ def draw_lines(
     figure = new_figure(caption=caption)
     axes = figure.add_subplot()
     add_lines(axes, series)
-    plain_axes(axes, title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
+    plain_axes(axes, title=title, xlabel=x_label, ylabel=y_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return _finished(figure, path)

@@ -33,10 +33,9 @@ MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page, with what it shows for those who cannot see it."""
+    """A figure of the page, with what it shows, also for those who cannot see it."""
 
     svg: Markup
-    alt: str
     caption: str
 
 
@@ -138,4 +137,4 @@ def _picture(figure: Figure, caption: str) -> Picture:
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return Picture(Markup(svg.replace(_INK, "currentColor")), caption, caption)
+    return Picture(Markup(svg.replace(_INK, "currentColor")), caption)

@@ -158,6 +158,3 @@ def _common(name: str, files: list[Path], block: slice) -> Tensor:
                 f"{name} is no floating-point tensor, and differs between {files[0].parent} and {file.parent}."
             )
     return value
-
-
-__all__ = ["average_checkpoints"]
