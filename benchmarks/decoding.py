@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from admin_hf import AdminForConditionalGeneration
+from admin_hf.parallel_text import read_lines
 from training.metrics import TranslationMetric
 from training.tokenization import lowercases
 
@@ -38,10 +40,6 @@ BEAMS = (1, 5)
 MAX_LENGTH = 128  # target tokens, with </s>
 WARM_UP = 2  # batches
 OMEGA, INT8 = 1.03, 4.0  # targets
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 # --- the systems ----------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ def measure(
     files = [settings.data / f"{split}.{language}" for language in ("en", "de")]
     need([settings.checkpoint / "config.json"], "A trained model (--checkpoint)")
     need(files, "Multi30k (--data)")
-    sources, references = (lines(path)[:sentences] for path in files)
+    sources, references = ([*islice(read_lines(path), sentences)] for path in files)
     tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint)
     ids = tokenizer(sources)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -174,7 +172,7 @@ def spread(count: int, seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
 
-def table(results: dict[str, Any]) -> str:
+def more(results: dict[str, Any]) -> str:
     """Speed and BLEU of all systems as a table in Markdown, and below it the conditions."""
     rows = ["| system | dtype | beams | target tokens/s | sentences/s | BLEU |"]
     rows += ["| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -191,6 +189,3 @@ def table(results: dict[str, Any]) -> str:
         f"{results['rounds']} rounds. {versions}. BLEU: `{results['measurements'][0]['bleu_signature']}`."
     )
     return "\n".join([*rows, "", conditions])
-
-
-more = table  # on the page, below the ratios
