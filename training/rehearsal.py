@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration
-from admin_hf.callback import sharding
+from admin_hf.sharding import sharding
 
 from .arguments import TranslationTrainingArguments, shown
 from .batching import TranslationCollator

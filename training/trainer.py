@@ -22,10 +22,10 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from admin_hf.callback import sharding
 from admin_hf.compilation import CompiledPass, why_not_compiled
 from admin_hf.monitoring import ResidualMonitor, perplexity
 from admin_hf.parallel_text import is_blank
+from admin_hf.sharding import sharding
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
