@@ -21,6 +21,8 @@ from collections.abc import Sequence
 if __name__ == "__main__" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
+import training.aligned  # noqa: F401  isort: skip
+
 from accelerate import PartialState
 from transformers import set_seed
 

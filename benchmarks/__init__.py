@@ -1,5 +1,7 @@
 """Measurements of what the library makes; not part of it. `python -m benchmarks` runs them."""
 
+import training.aligned  # noqa: F401  isort: skip
+
 from importlib import import_module
 from typing import Any
 

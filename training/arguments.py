@@ -172,8 +172,8 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     )
     keep_freed_memory: bool = HfArg(
         default=True,
-        help="On a CPU under Linux: keep freed memory for the next update, and align it to pages. Giving it "
-        "back to the system, which clears it every time, takes up to a fifth of an update.",
+        help="On a CPU under Linux: keep freed memory for the next update. Giving it back to the system, which clears "
+        "it every time, takes up to a fifth of an update.",
     )
     fp16_scale_window: int = HfArg(
         default=256, help="Updates without an overflow after which the loss scale of fp16 is doubled."
