@@ -74,7 +74,7 @@ def section(
         claims = [f"- {sentence}" for sentence in experiment.outcome(scale, records)]
         summary = f"{len(claims)} chosen" if claims else "not chosen yet"
     lines += ["", *claims] if claims else []
-    lines += ["", *markdown(table)]
+    lines += ["", *(loss_list if experiment.lists_losses else markdown)(table)]
     if experiment.reference:
         path = DOCS / "experiments" / f"{name}-comparisons.json"
         found = update_comparisons(path, path.parent / "translations", runs, ended, experiment.reference)
@@ -157,6 +157,29 @@ def markdown(table: Table) -> list[str]:
     for row in rows:
         texts = [describe(*table[row, column]) if (row, column) in table else "" for column in columns]
         lines.append(f"| {row} | {' | '.join(texts)} |")
+    return lines
+
+
+def loss_list(table: Table) -> list[str]:
+    """A line for each cell: losses at the end, mean and standard deviation over seeds, ω of the first, and failures."""
+    lines = [
+        "| model, initialisation | system | training loss | validation loss | ω at the start | runs that failed |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    rows, columns = axes(table)
+    for column in columns:
+        for row in rows:
+            records, wanted = table.get((row, column), ([], 0))
+            if not wanted:
+                continue
+            cells = ["…"] * 4
+            if records:
+                losses = [[r.train_loss[-1][1] for r in records], [record.final_loss for record in records]]
+                omega = " to ".join(f"{value:.2f}" for value in records[0].omega)
+                failed = sum(record.failed for record in records)
+                cells = [*map(_spread, losses), omega, f"{f'**{failed}**' if failed else 0} of {len(records)}"]
+                cells[-1] += f" ({wanted} are planned)" if len(records) < wanted else ""
+            lines.append(f"| {column} | {row} | {' | '.join(cells)} |")
     return lines
 
 
