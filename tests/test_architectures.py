@@ -1,13 +1,12 @@
 """Trainings of stock models with an injected ω: real tiny runs, what they record, and the page's table of them."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from training.embedded_data import write_embedded_data
 from training.experiments import preparation, records, stock_models
-from training.experiments.architectures import CLAIMS, PRE_LN, SHAPES, architecture_run, architecture_runs
+from training.experiments.architectures import PRE_LN, SHAPES, architecture_run, architecture_runs
 from training.experiments.page import loss_list, make_table
 from training.experiments.preparation import prepare
 from training.experiments.records import Record, collect, state
@@ -18,7 +17,6 @@ from training.experiments.scales import SCALES, PlannedRun
 SCALE = SCALES["architectures"]
 TINY = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "intermediate_size": 32, "d_model": 16}
 TINY |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-LAYERS = {"opt": "num_hidden_layers", "bert": "num_hidden_layers", "bart": "encoder_layers"}
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +66,76 @@ def test_a_run_of_each_system(family):
         assert record.eval_loss[-1][1] == pytest.approx(record.loss, abs=1e-4)
         assert len(record.omega) == (2 if system == "admin" else 0)
         assert all(omega >= 1 for omega in record.omega)
+
+
+def test_a_naive_chain_starts_at_the_variance_of_the_embeddings():
+    naive, admin = (trained(tiny("opt", system, "stock")) for system in ("naive", "admin"))
+    assert 0 < naive.omega[0] <= naive.omega[1] < 0.1, "OPT has embeddings of standard deviation 0.02"
+    assert admin.omega == [1, 1]
+
+
+def test_projections_are_initialised_as_is_asked_for_and_embeddings_are_left():
+    stds = {}
+    for initialization in ("stock", "wide", "xavier"):
+        run = tiny("opt", "post_ln", initialization)
+        prepare(run.arguments)
+        model_arguments, *_, stock, training = stock_models.parse(flags(run.arguments | FLAGS))
+        tokenizer = stock_models.load_tokenizer(model_arguments.tokenizer_name, model_arguments)
+        model = stock_models.build(model_arguments, stock, tokenizer, training.seed)
+        assert float(model.get_input_embeddings().weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+        stds[initialization] = float(model.model.decoder.layers[0].fc1.weight.detach().std())
+    expected = {"stock": 0.02, "wide": 0.02 * (768 / 16) ** 0.5, "xavier": (2 / (16 + 32)) ** 0.5}
+    assert stds == pytest.approx(expected, rel=0.15)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(monkeypatch):
+    whole = trained(tiny("opt", "admin"))
+    run = tiny("opt", "admin", output_dir="stopped")
+
+    class Stopped(stock_models.Trainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stock_models, "Trainer", Stopped)
+        trained(run)
+    begun = collect(run)
+    assert state(run) == "begun" and begun.begun and begun.loss is None and len(begun.eval_loss) == 2
+    end = trained(run)
+    assert state(run) == "finished" and end.seconds is None
+    assert (end.eval_loss, end.train_loss, end.omega) == (whole.eval_loss, whole.train_loss, whole.omega)
+
+
+def test_masks_hide_a_share_of_the_tokens_and_only_they_are_predicted():
+    run = tiny("bert", "post_ln")
+    prepare(run.arguments)
+    model_arguments, data, stock, _ = stock_models.parse(flags(run.arguments | FLAGS))
+    tokenizer = stock_models.load_tokenizer(model_arguments.tokenizer_name, model_arguments)
+    blocks = stock_models.examples(stock_models.load_pairs("train", data, model_arguments), tokenizer, data, stock)
+    pairs = [pair for block in blocks for pair in zip(block["input_ids"], block["labels"], strict=True)]
+    assert {len(block["input_ids"]) for block in blocks} == {32}
+    hidden = [label for token, label in pairs if token == tokenizer.unk_token_id]
+    assert len(hidden) / len(pairs) == pytest.approx(0.3, abs=0.03) and -100 not in hidden
+    assert {label for token, label in pairs if token != tokenizer.unk_token_id} == {-100}
+
+
+def test_the_table_says_losses_omega_and_failures_of_what_is_done():
+    runs = [run for run in architecture_runs(SCALE, 1111) if run.column == "OPT 24, Xavier"]
+    loss = {"Post-LN": 5.62, "Admin": 4.2}
+    done = {
+        run.name: Record(
+            run.arguments, None, None, loss[run.row], 5.7, None, 10, [[60, 6.0]], [[60, 6.5]], margin=0.1,
+            omega=[1.0, 5.25] if run.row == "Admin" else [],
+        )
+        for run in runs
+        if run.row in loss
+    }  # fmt: skip
+    table = loss_list(make_table(runs, done))
+    assert table[2:] == [
+        "| OPT 24, Xavier | Post-LN | 6.50 | 5.62 |  | **1** of 1 |",
+        "| OPT 24, Xavier | Pre-LN | … | … | … | … |",
+        "| OPT 24, Xavier | Admin | 6.50 | 4.20 | 1.00 to 5.25 | 0 of 1 |",
+        "| OPT 24, Xavier | Admin, naive chain | … | … | … | … |",
+    ]

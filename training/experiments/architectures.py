@@ -49,15 +49,15 @@ def architecture_runs(scale: Scale, seed: int) -> list[PlannedRun]:
 def architecture_run(
     scale: Scale, family: str, layers: int, initialization: str, system: str, seed: int, order: int = 0
 ) -> PlannedRun:
-    depth = dict.fromkeys(("encoder_layers", "decoder_layers") if family == "bart" else ("num_hidden_layers",), layers)
-    model = SHAPES[family] | depth | {"max_position_embeddings": 64}
+    depth = ("encoder_layers", "decoder_layers") if family == "bart" else ("num_hidden_layers",)
+    model = SHAPES[family] | dict.fromkeys(depth, layers) | {"max_position_embeddings": 64}
     if family == "opt":
         model["do_layer_norm_before"] = str(system == "pre_ln").lower()
     data_set = scale.small if family == "bart" else scale.large
     name = f"{family}-{layers}-{initialization}-{system}-seed{seed}"
     recipe = scale.recipe(data_set, layers)
     if family == "bert":  # whose loss is that of the masked tokens alone
-        recipe |= {name: 2 * recipe[name] for name in ("max_steps", "warmup_steps", "eval_steps", "logging_steps")}
+        recipe |= {key: 2 * recipe[key] for key in ("max_steps", "warmup_steps", "eval_steps", "logging_steps")}
         recipe["masked"] = 0.3
     arguments = recipe | {
         "model_type": PRE_LN[family] if system == "pre_ln" else family,
@@ -97,20 +97,17 @@ def _within(text: str, one: tuple[str, str], other: tuple[str, str], margin: flo
 
 
 def _separates(text: str, post_ln: tuple[str, str], admin: tuple[str, str]) -> Claim:
-    """The settings where Post-LN fails are those where the profile's largest ω is above all of the others."""
+    """Where Post-LN fails, the largest ω of the same setting's profile is above those of all others."""
 
     def check(stock: Groups, profiled: Groups) -> tuple[bool | None, str]:
         omega: dict[bool, list[float]] = {True: [], False: []}
         for records, scaled in zip(stock, profiled, strict=True):
             for record, with_omega in zip(records, scaled, strict=True):
-                omega[record.failed].append(with_omega.omega[1])
+                omega[record.failed] += with_omega.omega[1:]
         if not all(omega.values()):
             return None, f"Post-LN {'fails' if omega[True] else 'trains'} in all settings"
         highest, lowest = max(omega[False]), min(omega[True])
-        return (
-            highest < lowest,
-            f"largest ω up to {highest:.2f} where Post-LN trains, from {lowest:.2f} where it fails",
-        )
+        return highest < lowest, f"ω is up to {highest:.2f} where Post-LN trains, from {lowest:.2f} on where it fails"
 
     return Claim(text, (post_ln, admin), check)
 
@@ -129,7 +126,7 @@ CLAIMS = (
         "Admin does no harm: it ends within 0.1 of Post-LN where that trains", ("Admin", "*"), ("Post-LN", "*"), 0.1
     ),
     _separates(
-        "The rule: Post-LN OPT fails where Admin's largest ω is above a threshold",
+        "The rule: Post-LN OPT trains where Admin's largest ω is below a threshold",
         ("Post-LN", "OPT*"),
         ("Admin", "OPT*"),
     ),

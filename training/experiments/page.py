@@ -1,6 +1,6 @@
 """docs/experiments.md with its figures and numbers, made of what the runs recorded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,6 +17,7 @@ from .translations import update as update_comparisons
 
 
 DOCS = REPO / "docs"
+PANELS = 5  # of a figure, beside each other
 
 
 def update(seeds: Sequence[int] = ()) -> None:
@@ -85,7 +86,7 @@ def section(
         figure = DOCS / "figures" / f"experiments-{name}{'' if first else f'-{scale.name}'}.png"
         lines += ["", f"![{experiment.title}](figures/{figure.name})"]
         if redraw or not figure.exists():
-            draw = draw_map if experiment.is_grid else draw_curves
+            draw = draw_map if experiment.is_grid else draw_losses if experiment.lists_losses else draw_curves
             caption = f"Paper: {experiment.paper}\nHere, at scale {scale.name}: {done}; claims: {summary}."
             draw(table, figure, experiment.title, caption)
     return lines, summary
@@ -161,7 +162,7 @@ def markdown(table: Table) -> list[str]:
 
 
 def loss_list(table: Table) -> list[str]:
-    """A line for each cell: losses at the end, mean and standard deviation over seeds, ω of the first, and failures."""
+    """The table of losses at the end, a line for each cell: mean and standard deviation over seeds, ω of the first."""
     lines = [
         "| model, initialisation | system | training loss | validation loss | ω at the start | runs that failed |"
     ]
@@ -221,19 +222,37 @@ def _anchor(title: str) -> str:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
+def draw_losses(table: Table, path: Path, title: str, caption: str) -> None:
+    """As [`draw_curves`], of the validation loss."""
+    draw_curves(table, path, title, caption, value=float, label="validation loss", yscale="linear")
+
+
+def draw_curves(
+    table: Table,
+    path: Path,
+    title: str,
+    caption: str,
+    value: Callable[[float], float] = perplexity,
+    label: str = "development perplexity",
+    yscale: str = "log",
+) -> None:
     """Development perplexity by update, a panel for each column and a line for each row: the mean over seeds."""
     columns = [column for column in axes(table)[1] if any(table[cell][0] for cell in table if cell[1] == column)]
-    figure = new_figure(width=max(6, 3.4 * len(columns)) + 2, height=4, caption=caption)  # 2 for the legend
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    wide, high = min(len(columns), PANELS), -(-len(columns) // PANELS)
+    figure = new_figure(width=max(6, 3.4 * wide) + 2, height=4 * high, caption=caption)  # 2 for the legend
+    panels = figure.subplots(high, wide, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(columns) :]:
+        panel.remove()
+    panels = panels[: len(columns)]
     for panel, column in zip(panels, columns, strict=True):
         records = {row: table[row, column][0] for row, other in table if other == column}
-        add_lines(panel, {row: mean_curve(there) for row, there in records.items()})
+        add_lines(panel, {row: mean_curve(there, value) for row, there in records.items()})
         if all_records := [record for there in records.values() for record in there]:
-            blind = perplexity(all_records[0].blind_loss)
+            blind = value(all_records[0].blind_loss)
             panel.axhline(blind, color="#666666", linewidth=0.8, linestyle=":", label="blind guess")
-        plain_axes(panel, title=column, xlabel="updates", yscale="log")
-    panels[0].set_ylabel("development perplexity")
+        plain_axes(panel, title=column, xlabel="updates", yscale=yscale)
+    for panel in panels[::PANELS]:
+        panel.set_ylabel(label)
     lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
     if lines:
         figure.legend(handles=list(lines.values()), loc="outside right upper", frameon=False)
@@ -241,11 +260,13 @@ def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
     save_figure(figure, path)
 
 
-def mean_curve(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    """Updates that all runs evaluated at, and the perplexity of their mean loss there."""
+def mean_curve(
+    records: Sequence[Record], value: Callable[[float], float] = perplexity
+) -> tuple[list[float], list[float]]:
+    """Updates that all runs evaluated at, and the perplexity (or another value) of their mean loss there."""
     curves = [dict(map(tuple, record.eval_loss)) for record in records]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
-    return steps, [perplexity(mean(curve[step] for curve in curves)) for step in steps]
+    return steps, [value(mean(curve[step] for curve in curves)) for step in steps]
 
 
 def draw_map(table: Table, path: Path, title: str, caption: str) -> None:

@@ -144,10 +144,15 @@ def add_omega(model: Any, batch: dict[str, torch.Tensor], chain: str) -> None:
 # --- a run ----------------------------------------------------------------------------------------
 
 
+def parse(argv: Sequence[str] | None) -> Any:
+    """The four groups of arguments."""
+    groups: Any = (ModelArguments, DataTrainingArguments, StockArguments, TrainingArguments)
+    return HfArgumentParser(groups).parse_args_into_dataclasses(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns 0."""
-    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, StockArguments, TrainingArguments))
-    model_arguments, data, stock, training = parser.parse_args_into_dataclasses(argv)
+    model_arguments, data, stock, training = parse(argv)
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     given = asdict(model_arguments) | asdict(data) | asdict(stock) | training.to_dict()
