@@ -359,14 +359,15 @@ EXPERIMENTS = {
     ),
     "architectures": Experiment(
         "Stock architectures with an injected ω",
-        "Not of the paper: what `inject` does for stock models that are trained from scratch, and when. OPT is a language "
-        "model and BERT fills in masked tokens, in blocks of 32 tokens of the English side of Tatoeba; BART translates "
-        "Multi30k. The Pre-LN counterparts are OPT with `do_layer_norm_before=True`, Megatron-BERT and mBART, of the "
-        "same shape. Embeddings are as the class has them. Projections have a standard deviation of 0.02, as the class "
-        "has it, of 0.07, which at width 64 gives branches the variances that 0.02 gives at width 768, or are "
-        "Xavier-uniform. Admin's chain of variances starts at 1 behind the first LayerNorm, as `inject` has it; the "
-        "naive chain starts at the variance of the embeddings. A run failed if its validation loss does not end 0.1 "
-        "nats below a blind guess: how often tokens occur (for BART: below how often they stand at a place).",
+        "Not of the paper: what `inject` does for stock models that are trained from scratch, and when. OPT is a "
+        "language model and BERT fills in masked tokens, in blocks of 32 tokens of the English side of Tatoeba; BART "
+        "translates Multi30k. The Pre-LN counterparts are OPT with `do_layer_norm_before=True`, Megatron-BERT and "
+        "mBART, of the same shape. Embeddings are as the class has them. Projections have a standard deviation of "
+        "0.02, as the class has it, of 0.07, which at width 64 gives branches the variances that 0.02 gives at width "
+        "768, or are Xavier-uniform. Admin's chain of variances starts at 1 behind the first LayerNorm, as `inject` "
+        "has it; the naive chain starts at the variance of the embeddings. A run failed if its validation loss does "
+        "not end 0.1 nats below a blind guess: how often tokens occur (for BART: below how often they stand at a "
+        "place).",
         architecture_runs,
         CLAIMS,
         scales=("architectures", "architectures-long"),
