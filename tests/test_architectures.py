@@ -6,8 +6,8 @@ import pytest
 
 from training.embedded_data import write_embedded_data
 from training.experiments import preparation, records, stock_models
-from training.experiments.architectures import PRE_LN, SHAPES, architecture_run, architecture_runs
-from training.experiments.page import loss_list, make_table
+from training.experiments.architectures import CLAIMS, PRE_LN, SHAPES, architecture_run, architecture_runs
+from training.experiments.page import draw_losses, loss_list, make_table
 from training.experiments.preparation import prepare
 from training.experiments.records import Record, collect, state
 from training.experiments.runner import FLAGS, flags
@@ -121,21 +121,47 @@ def test_masks_hide_a_share_of_the_tokens_and_only_they_are_predicted():
     assert {label for token, label in pairs if token != tokenizer.unk_token_id} == {-100}
 
 
+def ended(run: PlannedRun, loss: float, omega: float = 1.0) -> Record:
+    """A record of a run that ended so, where a blind guess has 5.7."""
+    shown = [1.0, omega] if run.arguments["chain"] else []
+    curves = [[60, loss]], [[60, loss + 0.9]]
+    return Record(run.arguments, None, None, loss, 5.7, None, 10, *curves, margin=0.1, omega=shown)
+
+
 def test_the_table_says_losses_omega_and_failures_of_what_is_done():
     runs = [run for run in architecture_runs(SCALE, 1111) if run.column == "OPT 24, Xavier"]
-    loss = {"Post-LN": 5.62, "Admin": 4.2}
-    done = {
-        run.name: Record(
-            run.arguments, None, None, loss[run.row], 5.7, None, 10, [[60, 6.0]], [[60, 6.5]], margin=0.1,
-            omega=[1.0, 5.25] if run.row == "Admin" else [],
-        )
-        for run in runs
-        if run.row in loss
-    }  # fmt: skip
-    table = loss_list(make_table(runs, done))
-    assert table[2:] == [
-        "| OPT 24, Xavier | Post-LN | 6.50 | 5.62 |  | **1** of 1 |",
+    losses = {"Post-LN": 5.62, "Admin": 4.2}
+    table = make_table(runs, {run.name: ended(run, losses[run.row], 5.25) for run in runs if run.row in losses})
+    assert loss_list(table)[2:] == [
+        "| OPT 24, Xavier | Post-LN | 6.52 | 5.62 |  | **1** of 1 |",
         "| OPT 24, Xavier | Pre-LN | … | … | … | … |",
-        "| OPT 24, Xavier | Admin | 6.50 | 4.20 | 1.00 to 5.25 | 0 of 1 |",
+        "| OPT 24, Xavier | Admin | 5.10 | 4.20 | 1.00 to 5.25 | 0 of 1 |",
         "| OPT 24, Xavier | Admin, naive chain | … | … | … | … |",
     ]
+
+
+def test_a_figure_of_more_columns_than_stand_beside_each_other(tmp_path):
+    runs = architecture_runs(SCALE, 1111)
+    draw_losses(make_table(runs, {run.name: ended(run, 4.0) for run in runs}), tmp_path / "figure.png", "", "")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("post_ln", "admin", "harmless", "rule"),
+    [
+        ((4.0, 5.7), (4.05, 4.2), True, True),  # losses of OPT with std 0.02 and with Xavier branches
+        ((4.0, 5.7), (4.15, 4.2), False, True),
+        ((4.0, 5.7), (5.7, 4.2), False, True),
+        ((5.7, 4.0), (4.2, 4.0), True, False),
+        ((4.0, 4.0), (4.0, 4.0), True, None),
+    ],
+)
+def test_the_claims_on_harm_and_on_the_rule(post_ln, admin, harmless, rule):
+    def loss(run: PlannedRun) -> float:
+        return {"Post-LN": post_ln, "Admin": admin}.get(run.row, post_ln)["Xavier" in run.column]
+
+    runs = [run for seed in SCALE.seeds for run in architecture_runs(SCALE, seed)]
+    omega = {run.name: 5.0 if "Xavier" in run.column else 1.1 for run in runs}
+    table = make_table(runs, {run.name: ended(run, loss(run), omega[run.name]) for run in runs})
+    verdicts = {claim.text.partition(":")[0]: claim.verdict(table)[0] for claim in CLAIMS}
+    assert (verdicts["Admin does no harm"], verdicts["The rule"]) == (harmless, rule)
