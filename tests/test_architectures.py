@@ -74,16 +74,19 @@ def test_a_naive_chain_starts_at_the_variance_of_the_embeddings():
     assert admin.omega == [1, 1]
 
 
-def test_projections_are_initialised_as_is_asked_for_and_embeddings_are_left():
+@pytest.mark.parametrize("family", SHAPES)
+def test_projections_are_initialised_as_is_asked_for_and_embeddings_are_left(family):
     stds = {}
     for initialization in ("stock", "wide", "xavier"):
-        run = tiny("opt", "post_ln", initialization)
+        run = tiny(family, "post_ln", initialization)
         prepare(run.arguments)
         model_arguments, *_, stock, training = stock_models.parse(flags(run.arguments | FLAGS))
         tokenizer = stock_models.load_tokenizer(model_arguments.tokenizer_name, model_arguments)
         model = stock_models.build(model_arguments, stock, tokenizer, training.seed)
         assert float(model.get_input_embeddings().weight.detach().std()) == pytest.approx(0.02, rel=0.1)
-        stds[initialization] = float(model.model.decoder.layers[0].fc1.weight.detach().std())
+        name = "intermediate.dense.weight" if family == "bert" else "fc1.weight"
+        weight = next(weight for path, weight in model.named_parameters() if path.endswith(name))
+        stds[initialization] = float(weight.detach().std())
     expected = {"stock": 0.02, "wide": 0.02 * (768 / 16) ** 0.5, "xavier": (2 / (16 + 32)) ** 0.5}
     assert stds == pytest.approx(expected, rel=0.15)
 
