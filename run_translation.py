@@ -5,10 +5,10 @@
         --source_lang en --target_lang de --output_dir runs/my-model
 
 or `python run_translation.py recipe.json`, where the file holds the same arguments. The same command on its own
-output_dir goes on where the run was stopped. The trained model is also exported to output_dir/vanilla, a stock
-checkpoint without ω, which `--push_to_hub` publishes. Exit codes: 0 done, 2 an input cannot be used (or the Hub not be
-reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143 stopped by Ctrl-C and SIGTERM with a
-checkpoint.
+output_dir goes on where the run was stopped. The trained model is also exported to output_dir/vanilla: a vanilla
+checkpoint, without ω, which `--push_to_hub` publishes. Exit codes: 0 done, 2 an input cannot be used (or the Hub not
+be reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143 stopped by Ctrl-C and SIGTERM with
+a checkpoint.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Command line of the library: `python -m admin_hf --help`."""
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,17 +10,18 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import AdminConfig, AdminForConditionalGeneration, AdminModel, check_tokenizer
 from .analysis.command import add_command as add_analyze
+from .analysis.inputs import find_tokenizer
 from .architecture import ARCHITECTURES
 from .checkpoints import check_source, explained_errors, one_line, replaced_model
 from .pretrained import load_complete
 from .publishing import write_vanilla
 from .report import add_command as add_report
 from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
+from .run.folder import read_object
 from .terminal import spell_out
 
 
@@ -49,18 +49,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "export",
-        help="make a trained model a stock Transformers checkpoint",
-        description="Fold ω away and write a stock Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
+        help="make a trained model a vanilla Transformers checkpoint",
+        description="Fold ω away and write a vanilla Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
         "which Transformers and CTranslate2 load without this project. It is verified against the model before it is "
         "written; an error leaves OUT as it was.",
         epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de-vanilla --dtype float16",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved model, or its id on the Hub")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; an earlier export in it is replaced")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; a vanilla model in it is replaced")
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the exported weights; default: the checkpoint's",
+        help="of the vanilla weights; default: the checkpoint's",
     )
     command.set_defaults(run=export)
 
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace) -> None:
     model_class = AdminModel if is_base else AdminForConditionalGeneration
     model = load_complete(model_class, checkpoint, config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    tokenizer, problem = _load_tokenizer(checkpoint), ""
+    tokenizer, problem = find_tokenizer(checkpoint), ""
     if tokenizer is not None:
         try:
             check_tokenizer(model, tokenizer)
@@ -120,17 +120,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:
-    """Refuse to replace the checkpoint itself, or a model of another kind than exports are."""
+    """Refuse to replace the checkpoint itself, or a model of another kind than vanilla ones are."""
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder.")
-    if not (there := out / "config.json").exists():
-        return
-    try:
-        model_type = json.loads(there.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        model_type = None
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"{out} holds a {model_type!r} model, which the export would replace: name another folder.")
+    model_type = read_object(config := out / "config.json").get("model_type")
+    if config.exists() and model_type not in ARCHITECTURES:
+        raise ValueError(f"{out} holds a {model_type!r} model, which would be replaced: name another folder.")
 
 
 def average(arguments: argparse.Namespace) -> None:
@@ -142,7 +137,7 @@ def average(arguments: argparse.Namespace) -> None:
     run, out = arguments.run_folder, arguments.out
     checkpoints = last_checkpoints(run, arguments.last)
     _check_average_out(run, out)
-    tokenizer = _load_tokenizer(checkpoints[-1], run)
+    tokenizer = find_tokenizer(checkpoints[-1], run)
     names = ", ".join(checkpoint.name for checkpoint in checkpoints)
     with replaced_model(out) as folder:
         weights = average_checkpoints(checkpoints)
@@ -173,16 +168,6 @@ def _check_average_out(run: Path, out: Path) -> None:
             is_average = False
         if not is_average:
             raise ValueError(f"{out} holds a model that is no average of checkpoints: name another folder.")
-
-
-def _load_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first source that has one of ours or Transformers'."""
-    for source in sources:
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception:  # there is none, or a stranger's
-            continue
-    return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import platform
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 
 # Parameters of glibc's mallopt(3)
@@ -83,16 +83,12 @@ class KeepFreedMemory(TrainerCallback):
     def __init__(self) -> None:
         self._done = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         if not self._done and args.device.type == "cpu":
             map_large_buffers()
             limit_kernel_caches()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         if not self._done and args.device.type == "cpu":
             keep_freed_memory()
         self._done = True
@@ -107,6 +103,3 @@ def _has_glibc() -> bool:
 def _mallopt(values: dict[int, int]) -> bool:
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(parameter, value) for parameter, value in values.items())
-
-
-__all__ = ["KeepFreedMemory", "keep_freed_memory", "limit_kernel_caches", "map_large_buffers"]

@@ -2,7 +2,7 @@
 
 A **sub-layer** is a branch and the connection that joins it with its shortcut. A **stack** is a list of layers that
 all have the same sub-layers, and an **architecture** is the stacks of a model type of Transformers, with the classes
-that a folded model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
+that a vanilla model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
 
 ```python
 >>> from admin_hf.architecture import DECODER
@@ -33,7 +33,8 @@ class Sublayer:
     Attributes:
         kind: what the branch is, for people.
         norm: the LayerNorm at the shortcut, whose place in an Admin model is taken by the residual connection.
-        reads: the matrices that read the shortcut. Keys and values of encoder-attention read the encoder's output.
+        reads: the matrices that read the shortcut: modules with a weight, or parameters, such as
+            `self_attn.in_proj_weight`. Keys and values of encoder-attention read the encoder's output.
         ends: the matrix that ends the branch.
     """
 
@@ -64,6 +65,11 @@ class Stack:
     front: str = ""
     module: str | None = None
     time_first: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the list of layers, below the base model."""
+        return f"{self.name if self.module is None else self.module}.{self.layers}".strip(".")
 
     def depth(self, config: PretrainedConfig) -> int:
         """The number of sub-layers of a model's stack."""

@@ -31,6 +31,9 @@ class Recording(Protocol):
         """Compute anew from what the inputs hold now, into the same outputs."""
 
 
+Record = Callable[[Callable[[], Outputs]], Recording]
+
+
 class CompiledPass:
     """Forward and backward pass of a training loss with compiled layers; on a GPU, one CUDA graph for each shape.
 
@@ -74,7 +77,7 @@ class CompiledPass:
         loss: Callable[..., Outputs],
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
         backend: str = "inductor",
-        record: Callable[[Callable[[], Outputs]], Recording] | None = None,
+        record: Record | None = None,
     ) -> None:
         if (reason := why_not_compiled(model)) is not None:
             raise ValueError(f"The training pass cannot be compiled: {reason}")
@@ -86,7 +89,7 @@ class CompiledPass:
         self._own: list[Any] | None = None  # forwards of the layers' own, as wrappers set them; of what is compiled
         self._compiled: list[Any] = []
         device = next(model.parameters()).device
-        self.record = CUDAGraphs(device) if record is None and records(device) else record
+        self.record = CUDAGraphs(device) if record is None and device.type == "cuda" else record
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
         self._gradients = _Gradients([])
@@ -115,11 +118,8 @@ class CompiledPass:
         batch = {name: torch.as_tensor(x, device=device) for name, x in batch.items() if x is not None}
         if self.model._forward_pre_hooks or self.model._forward_hooks:
             return self._pass(**batch)
-        key = (
-            self.model.training,
-            autocast_dtype(device.type),
-            *((name, x.shape, x.dtype) for name, x in batch.items()),
-        )
+        shapes = ((name, x.shape, x.dtype) for name, x in batch.items())
+        key = (self.model.training, autocast_dtype(device.type), *shapes)
         with self._compiled_layers(own):
             if (recorded := self._recorded.get(key)) is not None:
                 return recorded.replay(batch)
@@ -182,17 +182,14 @@ class _Gradients:
         self.parameters = parameters
         self._addresses = [p.data_ptr() for p in parameters]
         self.flat: dict[torch.dtype, Tensor] = {}
-        sizes: dict[torch.dtype, int] = {}
-        for p in parameters:
-            sizes[p.dtype] = sizes.get(p.dtype, 0) + _aligned(p.numel())
-        ends = dict.fromkeys(sizes, 0)
-        for dtype, size in sizes.items():
-            self.flat[dtype] = torch.zeros(size, dtype=dtype, device=parameters[0].device)
-        self.views = []
-        for p in parameters:
-            start = ends[p.dtype]
-            ends[p.dtype] += _aligned(p.numel())
-            self.views.append(self.flat[p.dtype][start : start + p.numel()].view_as(p))
+        views: dict[nn.Parameter, Tensor] = {}
+        for dtype in dict.fromkeys(p.dtype for p in parameters):  # in the same order in every process
+            group = [p for p in parameters if p.dtype == dtype]
+            sizes = [-(-p.numel() // 64) * 64 for p in group]  # aligned
+            self.flat[dtype] = torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device)
+            for p, part in zip(group, self.flat[dtype].split(sizes), strict=True):
+                views[p] = part[: p.numel()].view_as(p)
+        self.views = [views[p] for p in parameters]
 
     def fit(self, model: nn.Module) -> bool:
         """Whether these are the gradients of the model's trainable parameters, where they are now."""
@@ -222,19 +219,10 @@ class _Gradients:
         torch._foreach_add_([view for view, _ in pairs], [grad for _, grad in pairs])
 
 
-def _aligned(size: int) -> int:
-    return -(-size // 64) * 64
-
-
 class _Recorded:
     """A recorded pass over batches of one shape."""
 
-    def __init__(
-        self,
-        batch: Mapping[str, Tensor],
-        run: Callable[..., Outputs],
-        record: Callable[[Callable[[], Outputs]], Recording],
-    ) -> None:
+    def __init__(self, batch: Mapping[str, Tensor], run: Callable[..., Outputs], record: Record) -> None:
         self.inputs = {name: x.clone() for name, x in batch.items()}
         self.recording = record(lambda: run(**self.inputs))
 
@@ -243,11 +231,6 @@ class _Recorded:
             self.inputs[name].copy_(x, non_blocking=True)
         self.recording.replay()
         return tuple(x.clone() for x in self.recording.outputs)
-
-
-def records(device: torch.device) -> bool:
-    """Whether a device can replay what it was given to do."""
-    return device.type == "cuda"
 
 
 class CUDAGraphs:
@@ -262,6 +245,3 @@ class CUDAGraphs:
         with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
             graph.outputs = compute()
         return graph
-
-
-__all__ = ["CompiledPass", "why_not_compiled"]

@@ -163,7 +163,8 @@ class AdminConfig(MarianConfig):
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "
-                "Pegasus, which exports are."
+                "Pegasus, which vanilla models are. A checkpoint of a model that `inject` gave an ω is for "
+                "`load_injected`."
             )
         return config_dict, kwargs
 

@@ -27,7 +27,7 @@ BERT = Stack(
     front="embeddings.LayerNorm",
 )
 DISTILBERT = Stack(
-    "transformer",
+    "encoder",
     (
         Sublayer(
             "self-attention",
@@ -39,6 +39,7 @@ DISTILBERT = Stack(
     ),
     layers="layer",
     front="embeddings.LayerNorm",
+    module="transformer",
 )
 GPT = Stack(
     "decoder",
@@ -69,11 +70,15 @@ OPT = Stack("decoder", (DECODER.sublayers[0], DECODER.sublayers[2]))
 MARIAN = (ENCODER, DECODER)
 BART = tuple(replace(stack, front=f"{stack.name}.layernorm_embedding") for stack in MARIAN)
 
+# Its decoder adds positions behind the LayerNorm of the embeddings
+BLENDERBOT_SMALL = (BART[0], DECODER)
+
 # By model type
 FAMILIES: dict[str, tuple[Stack, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "data2vec-text"), (BERT,)),
     "distilbert": (DISTILBERT,),
-    **dict.fromkeys(("bart", "mvp", "plbart", "blenderbot-small", "time_series_transformer"), BART),
+    **dict.fromkeys(("bart", "mvp", "plbart", "time_series_transformer"), BART),
+    "blenderbot-small": BLENDERBOT_SMALL,
     "marian": MARIAN,
     "fsmt": tuple(replace(stack, time_first=True) for stack in MARIAN),
     "opt": (OPT,),
@@ -131,7 +136,10 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def without_missing(base: nn.Module, stack: Stack) -> Stack:
     """The stack without sub-layers that its layers lack, and without a norm in front that a projection follows."""
-    first = stack_layers(base, stack)[0]
+    try:
+        first = stack_layers(base, stack)[0]
+    except (AttributeError, IndexError) as error:
+        raise ValueError(f"{type(base).__name__} gets no ω, for it has no {stack.name} with layers.") from error
     modules = {name for name, _ in first.named_modules()}
     sublayers = tuple(sublayer for sublayer in stack.sublayers if sublayer.norm in modules)
     return replace(stack, sublayers=sublayers, front="" if hasattr(base, "embeddings_project") else stack.front)
@@ -139,8 +147,7 @@ def without_missing(base: nn.Module, stack: Stack) -> Stack:
 
 def stack_layers(base: nn.Module, stack: Stack) -> Any:
     """The list of the stack's layers."""
-    module = stack.name if stack.module is None else stack.module
-    return base.get_submodule(f"{module}.{stack.layers}".strip("."))
+    return base.get_submodule(stack.path)
 
 
 __all__ = ["FAMILIES", "stacks_of"]

@@ -11,14 +11,13 @@ are the parameters, and PyTorch's parametrizations compute the products in every
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -28,8 +27,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import Stack, Sublayer
-from .checkpoints import check_finite, explained_errors, weight_files
-from .families import base_of, stack_layers, stacks_of, without_missing
+from .checkpoints import check_finite, explained_errors, one_line, weight_files
+from .families import base_of, stack_layers, stacks_of
+from .observation import Places
 from .omega_state import OmegaState
 
 
@@ -43,6 +43,31 @@ OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
 }
 
 
+class Product(Tensor):
+    """A weight that is computed. What is written to it would be lost, so that all that writes raises an error."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            "This weight is the product of a parameter and ω, and what is written to it would be lost: write to "
+            "`parametrizations.weight.original`; or call `reparameterize` first, as before adapters are merged."
+        )
+
+    @property
+    def data(self) -> Tensor:
+        return super().data.as_subclass(Product)
+
+    @data.setter
+    def data(self, value: Tensor) -> NoReturn:
+        self._refuse()
+
+
+for _name in dir(Tensor):
+    if re.fullmatch(r"[a-z]\w*[a-z\d]_|__(i(add|sub|mul|truediv)|setitem)__", _name) and _name != "requires_grad_":
+        setattr(Product, _name, Product._refuse)
+
+
 class Scaled(nn.Module):
     """A parametrization: a weight or bias times ω, or divided by it along the inputs of a matrix.
 
@@ -54,13 +79,15 @@ class Scaled(nn.Module):
 
     def __init__(self, norm: nn.Module, divides: bool = False, transposed: bool = False) -> None:
         super().__init__()
-        self._norm = (norm,)  # in a tuple, or PyTorch would take it for a part of this module
+        # Not the norm itself: a copy of one would copy the next, and so on, and run out of stack in a deep model
+        self._holder = norm._parameters if "omega" in norm._parameters else norm._buffers
         self.divides, self.transposed = divides, transposed
 
     def forward(self, weight: Tensor) -> Tensor:
-        omega: Any = self._norm[0].omega.to(weight)
+        omega: Any = self._holder["omega"].to(weight)  # type: ignore[union-attr]
         omega = omega.unsqueeze(1) if self.transposed else omega
-        return weight / omega if self.divides else weight * omega
+        scaled = weight / omega if self.divides else weight * omega
+        return scaled if torch.compiler.is_compiling() else scaled.as_subclass(Product)
 
 
 class InjectedConnection:
@@ -68,18 +95,30 @@ class InjectedConnection:
 
     Attributes:
         name: of the LayerNorm behind, below the stack, such as `layer.0.output.LayerNorm`.
-        sublayer: what stands around it.
         norm, front: the LayerNorm behind, which holds ω if there is one, and the one in front, if any.
-        following: the connection of the next sub-layer.
+        reads: modules and the names in them of the matrices that read the shortcut.
+        ends: the matrix that ends the branch.
+        stack: the connections of the stack, in which this one's `place` is.
         profiled, initialized: as of an [`AdminConnection`].
     """
 
     branch_scale = 1.0
+    profiled = initialized = False
 
-    def __init__(self, name: str, sublayer: Sublayer, norm: nn.LayerNorm, front: nn.LayerNorm | None) -> None:
-        self.name, self.sublayer, self.norm, self.front = name, sublayer, norm, front
-        self.following: InjectedConnection | None = None
-        self.profiled = self.initialized = False
+    def __init__(
+        self, layer: nn.Module, sublayer: Sublayer, layer_name: str, stack: list[InjectedConnection], front: Any
+    ) -> None:
+        self.name = f"{layer_name}.{sublayer.norm}"
+        self.stack, self.place = stack, len(stack)
+        self.norm: Any = layer.get_submodule(sublayer.norm)
+        self.front: Any = stack[-1].norm if stack else front
+        self.reads = [_matrix(layer, path) for path in sublayer.reads]
+        self.ends: Any = layer.get_submodule(sublayer.ends)
+
+    @property
+    def following(self) -> InjectedConnection | None:
+        """The connection of the next sub-layer."""
+        return self.stack[self.place + 1] if self.place + 1 < len(self.stack) else None
 
     @property
     def is_in_chain(self) -> bool:
@@ -88,7 +127,7 @@ class InjectedConnection:
 
     @property
     def omega(self) -> Tensor:
-        return self.norm.omega  # type: ignore[return-value]
+        return cast(Tensor, self.norm.omega)
 
     @property
     def shortcut_scale(self) -> Tensor | float:
@@ -109,7 +148,7 @@ class InjectedConnection:
 
     @property
     def eps(self) -> float:
-        return self.norm.eps
+        return float(self.norm.eps)
 
 
 def _original(module: Any, name: str) -> Tensor:
@@ -129,7 +168,6 @@ class Injection(OmegaState):
     def __init__(self, model: nn.Module, system: str, stacks: Sequence[Stack]) -> None:
         self.base, self.system = base_of(model), system
         self.descriptions = {stack.name: stack for stack in stacks}
-        self.first_layers = {stack.name: stack_layers(self.base, stack)[0] for stack in stacks}
         self.stacks = {stack.name: _connections(self.base, stack) for stack in stacks}
 
     def profiled_connections(self) -> Iterable[InjectedConnection]:
@@ -146,7 +184,7 @@ class Injection(OmegaState):
         hooks = ExitStack()
         for name, connections in self.stacks.items():
             seen = _Shortcut(observers[name], before)
-            first = self.first_layers[name]
+            first = stack_layers(self.base, self.descriptions[name])[0]
             hooks.callback(first.register_forward_pre_hook(seen.enter, with_kwargs=True).remove)
             for connection in connections:
                 hooks.callback(connection.norm.register_forward_pre_hook(partial(seen.join, connection)).remove)
@@ -159,27 +197,34 @@ class Injection(OmegaState):
         """As [`~admin_hf.observation.stack_inputs`]; the inputs are those of the whole model."""
         device = next(self.base.parameters()).device
         inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.dim() > 1}
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.dim()}
         if max_tokens is not None and tensors:
-            rows = max(1, max_tokens // max(x.shape[1] for x in tensors.values()))
-            inputs |= {name: x[:rows] for name, x in tensors.items()}
-        tokens = {name: self._real_tokens(stack, inputs) for name, stack in self.descriptions.items()}
-        places = {}
-        for name, mask in tokens.items():
-            if mask is not None and self.descriptions[name].time_first:
-                mask = mask.T
+            count = max(len(x) for x in tensors.values())
+            length = max(self._length(name, x) for name, x in tensors.items())
+            rows = max(1, max_tokens // length)
+            inputs |= {name: x[:rows] for name, x in tensors.items() if len(x) == count}
+        places: dict[str, Places] = {}
+        for name, stack in self.descriptions.items():
+            if (mask := self._real_tokens(stack, inputs)) is not None:
+                mask = mask.flatten(0, -2)  # the choices of a question are rows of the stack
+                mask = mask.T if stack.time_first else mask
             places[name] = None if mask is None else mask.nonzero(as_tuple=True)
         return inputs, places
+
+    def _length(self, name: str, x: Tensor) -> int:
+        """The tokens in a row of an input."""
+        if name == "input_values":
+            return int(cast(Any, self.base)._get_feat_extract_output_lengths(torch.tensor(x.shape[1])))
+        return math.prod(x.shape[1:]) if name.endswith("input_ids") else 1
 
     def _real_tokens(self, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
         """True where a token of the stack is no padding, `(rows, length)`; None where nothing says so."""
         base: Any = self.base
-        if stack.prefix and (labels := inputs.get("labels")) is not None:
-            return labels.ne(-100)
+        if stack.prefix and (labels := inputs.get("labels")) is not None and labels.dim() > 1:
+            return cast(Tensor, labels.ne(-100))
         if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:
             if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
-                length = int(base._get_feat_extract_output_lengths(mask.shape[1]))
-                mask = base._get_feature_vector_attention_mask(length, mask)
+                mask = base._get_feature_vector_attention_mask(self._length("input_values", mask), mask)
             return mask.bool()
         ids, pad = inputs.get(f"{stack.prefix}input_ids"), getattr(getattr(base, "config", None), "pad_token_id", None)
         if ids is None or pad is None:
@@ -190,8 +235,8 @@ class Injection(OmegaState):
 
     # --- leaving it ---
 
-    def folded(self, model: nn.Module, dtype: torch.dtype | None, min_scale: float) -> nn.Module:
-        """The stock model that computes what `model` computes, which stays as it is. See [`reparameterize`]."""
+    def fold(self, model: nn.Module, dtype: torch.dtype | None, min_scale: float) -> Any:
+        """Make of `model` the stock model that computes the same. See [`reparameterize`]."""
         check_finite(model, "The model")
         for stack, connections in self.stacks.items():
             for connection in connections:
@@ -203,12 +248,12 @@ class Injection(OmegaState):
                         f"too near to zero to be folded (|entry| must be at least {min_scale:g}): fold an earlier "
                         "checkpoint."
                     )
-        folded: Any = copy.deepcopy(model).eval()
-        folded.injection.remove()
-        for name in ("injection", "save_pretrained"):  # the latter where a Trainer publishes it
-            vars(folded).pop(name, None)
-        check_finite(folded, "The folded model")
-        return folded if dtype is None else folded.to(dtype)
+        self.remove()
+        for module in model.modules():  # of which the model is one within an adapter
+            if vars(module).pop("injection", None) is not None:
+                vars(module).pop("save_pretrained", None)  # of a model that a Trainer publishes
+        check_finite(model, "The folded model")
+        return model.eval() if dtype is None else model.eval().to(dtype)
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -218,16 +263,18 @@ class Injection(OmegaState):
                 scaled: Any = module.parametrizations[name]  # type: ignore[index]
                 if not isinstance(scaled[0], Scaled):  # a weight norm of the model's own
                     continue
-                value = scaled.original.double()
+                # PyTorch takes properties from the class, which the model has that this one is a copy of
+                kind = type(module)
+                module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+                value = scaled.original.to("cpu", torch.float64)
                 for scale in scaled:
                     value = scale(value)
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
-        for connection in (each for stack in self.stacks.values() for each in stack):
-            if hasattr(connection.norm, "omega"):
-                del connection.norm.omega
-        if hasattr(self.base, "omega_profiled"):
-            del self.base.omega_profiled
+        for module in self.base.modules():  # of which some may be an adapter's copies
+            for name in ("omega", "omega_profiled"):
+                if name in module._parameters or name in module._buffers:
+                    delattr(module, name)
 
 
 class _Shortcut:
@@ -240,11 +287,13 @@ class _Shortcut:
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.value = args[0] if args else kwargs["hidden_states"]
 
+    @torch.no_grad()  # which a pass that is computed again for its gradients must not notice
     def join(self, connection: InjectedConnection, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.branch = args[0] - self.value
         if self.before:
             self.observe(connection.name, connection, self._parts(connection))
 
+    @torch.no_grad()
     def leave(self, connection: InjectedConnection, norm: nn.Module, args: tuple, output: Tensor) -> None:
         if not self.before:
             self.observe(connection.name, connection, self._parts(connection), output)
@@ -269,8 +318,11 @@ def inject(
     Class, forward, configuration and tokenizer stay stock, and with ω = 1 so do its outputs, bit for bit. Weights that
     ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
     its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
-    of it. [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the
-    model as they take an [`AdminForConditionalGeneration`].
+    of it. Hidden states between layers (`output_hidden_states`) are those of the fold: each times the next ω. A weight
+    that is a product with ω cannot be written to: adapters are merged after [`reparameterize`].
+
+    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the model as
+    they take an [`AdminForConditionalGeneration`].
 
     Args:
         model: of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
@@ -308,10 +360,10 @@ def inject(
     if getattr(model, "injection", None) is not None:
         raise ValueError(f"{type(model).__name__} has an ω already.")
     base = base_of(model)
-    found = stacks_of(model) if stacks is None else tuple(without_missing(base, stack) for stack in stacks)
+    found = stacks_of(model) if stacks is None else stacks
     injection = Injection(model, system, found)
     _check(injection)
-    is_loaded = bool(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
     if system == "deepnorm" and is_loaded:
         raise ValueError(
             "'deepnorm' initialises the branches anew, which a loaded model would lose: make a fresh one."
@@ -324,8 +376,7 @@ def inject(
             is_profiled = system == "admin" and place > (connections[0].front is None)
             connection.profiled, connection.initialized = is_profiled, is_loaded
             is_trained = system == "admin" or (system == "admin_uniform" and trained)
-            _add_omega(injection.first_layers[name], connection, constants[name], is_trained)
-            _scale_weights(stack_layers(base, injection.descriptions[name]), connection)
+            _add_omega(connection, constants[name], is_trained)
     if system == "deepnorm":
         _initialize_deepnorm(injection)
     if system == "admin":
@@ -352,7 +403,10 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
         weights: dict[str, Tensor] = {}
         for file in weight_files(folder):
             weights |= load_file(file)
-    result = model.load_state_dict(weights, strict=False)
+    try:
+        result = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # of shapes
+        raise ValueError(f"{folder} holds no {model_class.__name__} with these ω: {one_line(error)}") from error
     left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     left_out += model._keys_to_ignore_on_save or ()
     missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]
@@ -370,56 +424,67 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
 
 
 def _connections(base: nn.Module, stack: Stack) -> list[InjectedConnection]:
-    front: Any = base.get_submodule(stack.front) if stack.front else None
     found: list[InjectedConnection] = []
-    for number, layer in enumerate(stack_layers(base, stack)):
-        for sublayer in stack.sublayers:
-            norm: Any = layer.get_submodule(sublayer.norm)
-            found.append(InjectedConnection(f"{stack.layers}.{number}.{sublayer.norm}", sublayer, norm, front))
-            front = norm
-    for connection, following in zip(found, found[1:], strict=False):
-        connection.following = following
+    try:
+        front = base.get_submodule(stack.front) if stack.front else None
+        for number, layer in enumerate(stack_layers(base, stack)):
+            for sublayer in stack.sublayers:
+                found.append(InjectedConnection(layer, sublayer, f"{stack.layers}.{number}", found, front))
+    except AttributeError as error:
+        raise ValueError(f"The model gets no ω, for its {stack.name} is not as described: {error}.") from error
     return found
+
+
+def _matrix(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Module and name of the weight of a module, or of a parameter such as `self_attn.in_proj_weight`."""
+    parent, _, name = path.rpartition(".")
+    owner = layer.get_submodule(parent)
+    found = getattr(owner, name)
+    return (found, "weight") if isinstance(found, nn.Module) else (owner, name)
 
 
 def _check(injection: Injection) -> None:
     for stack, connections in injection.stacks.items():
         if not connections:
             raise ValueError(f"The {stack} has no sub-layers.")
-        norms = {connection.norm for connection in connections}
-        if len(norms) < len(connections):
+        norms = [connection.norm for connection in connections]
+        if len(set(norms)) < len(norms):
             raise ValueError(f"Layers of the {stack} share a LayerNorm, which would hold the ω of several sub-layers.")
         for norm in (*norms, connections[0].front):
             if norm is not None and (not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None):
-                raise ValueError(f"The {stack} has {norm}, where a LayerNorm with weight and bias is expected.")
+                raise ValueError(
+                    f"The model gets no ω: its {stack} has {norm}, where a LayerNorm with weight and bias is needed."
+                )
+        for connection in connections:
+            for matrix, name in connection.reads:
+                weight: Any = getattr(matrix, name, None)
+                width = connection.norm.weight.numel()
+                inputs = 0 if isinstance(matrix, Conv1D) else 1
+                if getattr(weight, "ndim", 0) != 2 or weight.shape[inputs] != width or not weight.is_floating_point():
+                    raise ValueError(
+                        f"The model gets no ω: its {stack} has {matrix} in front of {connection.name}, where a matrix "
+                        f"of {width} inputs, in floating-point numbers, is needed."
+                    )
 
 
-def _layer_of(layers: Any, connection: InjectedConnection) -> nn.Module:
-    number = connection.name.removesuffix(connection.sublayer.norm).rstrip(".").rpartition(".")[2]
-    return layers[int(number)]
-
-
-def _add_omega(layer: nn.Module, connection: InjectedConnection, value: float, is_trained: bool) -> None:
-    like = connection.norm.weight
+def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -> None:
+    norm = connection.norm
     if is_trained:
-        connection.norm.omega = nn.Parameter(torch.full_like(like, value))
+        norm.omega = nn.Parameter(torch.full_like(norm.weight, value))
     else:
-        connection.norm.register_buffer("omega", torch.full_like(like[:1], value))
+        norm.register_buffer("omega", torch.full_like(norm.weight[:1], value))
+    if connection.front is not None:
+        _scale(connection.front, norm)
+        for matrix, name in connection.reads:
+            _scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
+    else:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
+        _scale(connection.ends, norm, divides=True)
 
 
-def _scale_weights(layers: Any, connection: InjectedConnection) -> None:
-    layer = _layer_of(layers, connection)
-    if connection.front is None:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
-        for name in ("weight", "bias"):
-            ends = layer.get_submodule(connection.sublayer.ends)
-            parametrize.register_parametrization(ends, name, Scaled(connection.norm, divides=True))
-        return
-    for name in ("weight", "bias"):
-        parametrize.register_parametrization(connection.front, name, Scaled(connection.norm))
-    for path in connection.sublayer.reads:
-        matrix = layer.get_submodule(path)
-        scaled = Scaled(connection.norm, divides=True, transposed=isinstance(matrix, Conv1D))
-        parametrize.register_parametrization(matrix, "weight", scaled)
+def _scale(module: Any, norm: nn.Module, names: Sequence[str] = ("weight", "bias"), **how: bool) -> None:
+    for name in names:
+        if getattr(module, name) is not None:
+            parametrize.register_parametrization(module, name, Scaled(norm, **how))
 
 
 # --- constants ------------------------------------------------------------------------------------
@@ -460,7 +525,8 @@ def _initialize_deepnorm(injection: Injection) -> None:
                     for place, part in enumerate(parts):
                         draws_one = is_query_or_key or (len(parts) == 3 and place < 2)
                         nn.init.xavier_normal_(part, gain=1.0 if draws_one else beta)
-                    nn.init.zeros_(_original(module, "bias"))
+                    if module.bias is not None:
+                        nn.init.zeros_(_original(module, "bias"))
 
 
 __all__ = ["Injection", "InjectedConnection", "inject", "load_injected"]

@@ -74,7 +74,7 @@ def read_pairs(paths: Sequence[Path], languages: Sequence[str], source_only: boo
             line.
     """
     if not is_table(paths[0]):
-        sides = [_lines(path) for path in paths]
+        sides = [read_lines(path) for path in paths]
         for number, texts in enumerate(zip_longest(*sides), 1):
             if None in texts:
                 names = " and ".join(map(str, paths))
@@ -100,7 +100,8 @@ def _text(value: Any, path: Path, line: int, language: str) -> str | None:
     return value
 
 
-def _lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, without what ends them."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for line in file:
             yield line.removesuffix("\n").removesuffix("\r")
@@ -122,7 +123,7 @@ def _rows(path: Path, languages: Sequence[str], required: Sequence[str]) -> Iter
 def _cells(path: Path, languages: Sequence[str], required: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     split = _tsv_cells if path.suffix.lower() == ".tsv" else _csv_cells
     header: list[str] = []
-    for line, text in enumerate(_lines(path), 1):
+    for line, text in enumerate(read_lines(path), 1):
         cells = split(text, path, line)
         if line == 1:
             header = [name.strip() for name in cells]
@@ -192,7 +193,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for line, text in enumerate(_lines(path), 1):
+    for line, text in enumerate(read_lines(path), 1):
         begin = _end_of_space(text, 0)
         if begin < len(text):
             value, end = _json_value(text, begin, path, line)

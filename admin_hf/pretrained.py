@@ -114,7 +114,7 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load an Admin checkpoint, or a stock Marian one, which goes on with ω = 1.
+        """Load an Admin checkpoint, or a Marian one, such as a vanilla model, which goes on with ω = 1.
 
         As [`~transformers.PreTrainedModel.from_pretrained`], but for what it does with a checkpoint that cannot be
         used: pickles are refused unless `use_safetensors=False`, and what is damaged gets one sentence.

@@ -148,7 +148,7 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
     Args:
         model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems; or
             a model that [`inject`] has given an ω. There the chain of variances starts behind the stack's first
-            LayerNorm, so that no ω starts below 1.
+            LayerNorm, so that no ω starts below 1, but for the LayerNorm's ε.
         batch: what the model's forward takes, as tensors; moved to the model's device. Of a batch of more than 8,192
             tokens (rows times the longer side) the first rows are used. Padding is left out, as
             [`~admin_hf.observation.stack_inputs`] finds it.

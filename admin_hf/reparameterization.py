@@ -1,4 +1,4 @@
-"""Folding a trained model into the plain Transformer that it is equal to (Appendix C of the paper).
+"""Folding a trained model into the vanilla Transformer that it is equal to (Appendix C of the paper).
 
 Scales on the shortcut and on the branch of a Post-LN connection, ``x_i = LN(s_i ⊙ x_{i-1} + r_i ⊙ f_i(x_{i-1}))``,
 are only another way to write weights: s_i goes into the LayerNorm before and, as its inverse, into the projections
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -28,7 +28,7 @@ from .vocabulary import fit_vocabulary
 # Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
 MIN_SCALE = 1e-4
 
-# Largest difference between logits of model and export, as a share of the largest logit, by the export's dtype. Both
+# Largest difference between logits of model and vanilla model, as a share of the largest, by the latter's dtype. Both
 # run in float64, so only the rounding of the weights is left: seen are 2e-7, 2e-3 and 2e-2. A number on the first
 # shortcut of a stack adds the ε of LayerNorm, 1e-5.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
@@ -67,7 +67,7 @@ _UNFOLDED = (
 def reparameterize(
     model: PreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Return the stock Transformers model that computes what `model` computes, with no scale left on any shortcut.
+    """Return the vanilla model: a stock Transformers model that computes what `model` does, with no shortcut scale.
 
     Folded in float64, rounded once, and verified: on random batches (with padding, and with a row of the greatest
     length, up to 1,024) the logits of both are compared in float64, and the tokens of greedy decoding wherever no tie
@@ -107,23 +107,24 @@ def reparameterize(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
-    if (injection := getattr(model, "injection", None)) is not None:
-        return injection.folded(model, dtype, MIN_SCALE)
+    if hasattr(model, "injection"):
+        model = _bare_copy(model)
+        return cast(Any, model).injection.fold(model, dtype, MIN_SCALE)
     stock = stock_architecture(model)
     dtype = dtype or model.dtype
     check_finite(model, "The model")
     original = _exact_copy(model)
     with torch.random.fork_rng(devices=[]):  # a constructor draws weights
-        folded = _stock_model(original, stock).eval()
+        vanilla = _stock_model(original, stock).eval()
     for precision in dict.fromkeys((torch.float32, dtype)):
-        rounded = copy.deepcopy(folded).to(precision)
-        check_finite(rounded, f"The folded model, rounded to {precision},")
+        rounded = copy.deepcopy(vanilla).to(precision)
+        check_finite(rounded, f"The vanilla model, rounded to {precision},")
         verify(original, rounded.double(), TOLERANCES[precision])
     if model.can_generate():
-        folded.generation_config = copy.deepcopy(model.generation_config)
+        vanilla.generation_config = copy.deepcopy(model.generation_config)
     if tokenizer is not None:
-        folded = fit_vocabulary(folded, tokenizer)
-    return folded.to(model.device, dtype)
+        vanilla = fit_vocabulary(vanilla, tokenizer)
+    return vanilla.to(model.device, dtype)
 
 
 # --- folding --------------------------------------------------------------------------------------
@@ -133,26 +134,31 @@ def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself in float64 and eval mode, on the CPU, without hooks and autocast.
 
     Raises:
-        ValueError: its positions are not the sinusoidal table, which is all that a stock checkpoint has.
+        ValueError: its positions are not the sinusoidal table, which is all that a vanilla checkpoint has.
     """
     rounding = torch.finfo(model.dtype).eps
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
-    memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
-    original: Any = extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
+    original = _bare_copy(model)
     original.cpu().double().eval()
     for name, module in original.named_modules():
         if isinstance(module, MarianSinusoidalPositionalEmbedding):
             standard = module.create_weight().double()
             if bool((module.weight - standard).abs().gt(rounding).any()):
-                raise ValueError(f"{name} is not the sinusoidal table, which is all that stock checkpoints have.")
+                raise ValueError(f"{name} is not the sinusoidal table, which is all that vanilla checkpoints have.")
             module.weight.data = standard
     original.set_attn_implementation("sdpa")  # flash attention knows no float64
     return original
 
 
+def _bare_copy(model: PreTrainedModel) -> Any:
+    """The model without hooks and autocast."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
+    memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
+    return extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
+
+
 def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel:
-    """The folded model, in float64 as `model` is."""
+    """The vanilla model, in float64 as `model` is."""
     own = {field.name for field in dataclasses.fields(type(model.config))}
     foreign = own - {field.name for field in dataclasses.fields(stock.config)}
     foreign |= {"model_type", "architectures", "auto_map", "dtype", "transformers_version"}
@@ -160,9 +166,9 @@ def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel
     is_base = model.base_model is model
     if stock is PEGASUS:  # as Google's own checkpoints say; CTranslate2's converter asks for it
         values |= {"normalize_before": True, "normalize_embedding": False}
-    folded = (stock.base if is_base else stock.translation)(stock.config(**values)).double()
-    _load(folded, folded_weights(model))
-    return folded
+    vanilla = (stock.base if is_base else stock.translation)(stock.config(**values)).double()
+    _load(vanilla, folded_weights(model))
+    return vanilla
 
 
 def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from .special_tokens import BANNED
 MAX_LENGTH = 1024
 
 
-def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) -> None:
+def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -> None:
     """Compare two models on random batches, both in eval mode and of the same dtype.
 
     Args:
@@ -30,24 +30,24 @@ def verify(model: PreTrainedModel, folded: PreTrainedModel, tolerance: float) ->
     longest = min(model.config.max_position_embeddings, MAX_LENGTH)
     for rows, length in ((4, min(24, longest)), (1, longest)):
         batch = _random_batch(model, rows, length, generator)
-        expected, found = _outputs(model, batch), _outputs(folded, batch)
+        expected, found = _outputs(model, batch), _outputs(vanilla, batch)
         largest = float((expected - _bias(model)).abs().max())
         difference = float((expected - found).abs().max())
         if not difference <= tolerance * largest:
             raise ValueError(
-                f"The folded model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
+                f"The vanilla model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
                 "is allowed, so nothing was exported. The first to differ is "
-                f"{_first_difference(model, folded, batch)}: its connection, or the one before, computes something "
+                f"{_first_difference(model, vanilla, batch)}: its connection, or the one before, computes something "
                 "else than its scales say."
             )
         if rows > 1 and model.can_generate():
-            _compare_greedy(model, folded, batch, 2 * tolerance * largest)
+            _compare_greedy(model, vanilla, batch, 2 * tolerance * largest)
 
 
-def _first_difference(model: PreTrainedModel, folded: PreTrainedModel, batch: dict[str, Tensor]) -> str:
+def _first_difference(model: PreTrainedModel, vanilla: PreTrainedModel, batch: dict[str, Tensor]) -> str:
     """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
     ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
-    expected, found = (_branch_outputs(either, ends, batch) for either in (model, folded))
+    expected, found = (_branch_outputs(either, ends, batch) for either in (model, vanilla))
     differing = (name for name, output in expected.items() if not output.allclose(found[name], 1e-5, 1e-7))
     return next(differing, "the output layer")
 
@@ -93,7 +93,7 @@ def _bias(model: Any) -> Tensor | float:
     return model.final_logits_bias.masked_fill(model.final_logits_bias < BANNED, 0.0)
 
 
-def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: float) -> None:
+def _compare_greedy(model: Any, vanilla: Any, batch: dict[str, Tensor], margin: float) -> None:
     config = model.config
     settings = GenerationConfig(
         do_sample=False,
@@ -106,9 +106,9 @@ def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: f
         return_dict_in_generate=True,
     )
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    for m in (model, folded):  # copies; `generate` would fill the settings up from their own
+    for m in (model, vanilla):  # copies; `generate` would fill the settings up from their own
         m.generation_config = settings
-    expected, found = (m.generate(**source) for m in (model, folded))
+    expected, found = (m.generate(**source) for m in (model, vanilla))
     steps = min(expected.sequences.shape[1], found.sequences.shape[1])
     differs = expected.sequences[:, :steps] != found.sequences[:, :steps]
     for row in differs.any(1).nonzero().flatten().tolist():
@@ -116,7 +116,7 @@ def _compare_greedy(model: Any, folded: Any, batch: dict[str, Tensor], margin: f
         best, second = expected.logits[step][row].topk(2).values.tolist()
         if best - second > margin:
             raise ValueError(
-                f"The folded model decodes other tokens than the model: at step {step} of greedy decoding the best "
+                f"The vanilla model decodes other tokens than the model: at step {step} of greedy decoding the best "
                 f"two logits are {best - second:.2g} apart, so nothing was exported."
             )
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a folded model: the embeddings that converters expect beside its tokenizer."""
+"""The vocabulary of a vanilla model: the embeddings that converters expect beside its tokenizer."""
 
 import copy
 from typing import Any, TypeVar, cast
@@ -25,7 +25,7 @@ def fit_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
     comes behind it. The logits of all entries stay what they are.
 
     Args:
-        model: a stock model, as [`reparameterize`] makes it. It is returned itself if it fits.
+        model: a vanilla model, as [`reparameterize`] makes it. It is returned itself if it fits.
         tokenizer: of both languages; one with a vocabulary for each of them is left alone.
 
     Raises:

@@ -50,15 +50,8 @@ def main(argv: Sequence[str] | None = None, docs: Path = page.DOCS) -> int:
     for option in ("threads", "rounds"):
         if getattr(arguments, option) < 1:
             parser.error(f"--{option} {getattr(arguments, option)} must be at least 1.")
-    settings = Settings(
-        threads=arguments.threads,
-        rounds=arguments.rounds,
-        data=arguments.data,
-        checkpoint=arguments.checkpoint,
-        output=arguments.output or docs / "performance",
-        seconds=arguments.seconds,
-        parts=tuple(arguments.parts),
-    )
+    given = {name: value for name, value in vars(arguments).items() if name != "names"}
+    settings = Settings(**given | {"output": arguments.output or docs / "performance"})
     quiet()
     code = 0
     for name in arguments.names or BENCHMARKS:

@@ -100,7 +100,7 @@ def more(results: dict[str, Any]) -> str:
 
 
 def prepare(settings: Settings, shape: Shape, folder: Path, pairs: int | None) -> None:
-    """Write a tokenizer, the tokenised pairs and the stock weights for all systems to a folder.
+    """Write a tokenizer, the tokenised pairs and the vanilla weights for all systems to a folder.
 
     Raises:
         Missing: there is no Multi30k.

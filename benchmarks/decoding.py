@@ -1,4 +1,4 @@
-"""Translation by Transformers and by CTranslate2, before and after the export of a trained model."""
+"""Translation by Transformers and by CTranslate2, of a trained model and of its vanilla model."""
 
 import statistics
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from admin_hf import AdminForConditionalGeneration
+from admin_hf.parallel_text import read_lines
 from training.metrics import TranslationMetric
 from training.tokenization import lowercases
 
@@ -25,7 +27,7 @@ TITLE = "Decoding"
 ABOUT = (
     "A trained model and what becomes of it when it is exported and converted. All get the same batches of sentences "
     "sorted by length and the same search, and take turns in one process. Measured is the way from source tokens in "
-    "memory to target tokens, padding included. How much of the exported model's time the one with ω needs, and how "
+    "memory to target tokens, padding included. How much of the vanilla model's time the one with ω needs, and how "
     "many times as fast as Transformers CTranslate2 is:"
 )
 
@@ -40,10 +42,6 @@ WARM_UP = 2  # batches
 OMEGA, INT8 = 1.03, 4.0  # targets
 
 
-def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-
-
 # --- the systems ----------------------------------------------------------------------------------
 
 
@@ -55,14 +53,14 @@ def load_systems(checkpoint: Path, tokenizer: PreTrainedTokenizerBase, threads: 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(vanilla := f"{folder}/vanilla", reparameterize=True)
         tokenizer.save_pretrained(vanilla)
-        stock = AutoModelForSeq2SeqLM.from_pretrained(vanilla)
-        systems["Transformers, exported", "float32"] = with_transformers(stock)
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(vanilla)
+        systems["Transformers, vanilla", "float32"] = with_transformers(loaded)
         for quantization in ("float32", "int8"):
             out = f"{folder}/{quantization}"
             options = ["--model", vanilla, "--output_dir", out, "--quantization", quantization]
             subprocess.run([CONVERTER, *options], check=True)
             translator = ctranslate2.Translator(out, inter_threads=threads, intra_threads=1)
-            systems["CTranslate2, exported", translator.compute_type] = with_ctranslate2(translator, tokenizer)
+            systems["CTranslate2, vanilla", translator.compute_type] = with_ctranslate2(translator, tokenizer)
     return systems
 
 
@@ -116,7 +114,7 @@ def measure(
     files = [settings.data / f"{split}.{language}" for language in ("en", "de")]
     need([settings.checkpoint / "config.json"], "A trained model (--checkpoint)")
     need(files, "Multi30k (--data)")
-    sources, references = (lines(path)[:sentences] for path in files)
+    sources, references = ([*islice(read_lines(path), sentences)] for path in files)
     tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint)
     ids = tokenizer(sources)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -141,16 +139,16 @@ def measure(
 
 
 def figures(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """ω model to exported model, and CTranslate2 to Transformers."""
+    """ω model to vanilla model, and CTranslate2 to Transformers."""
     found = []
     for beams in BEAMS:
         search = f"{beams} beams" if beams > 1 else "greedy"
         measured = {f"{e['system']}, {e['dtype']}": e for e in measurements if e["beams"] == beams}
-        omega, exported, *converted = measured
-        found.append(cost(f"{search}: ω", measured, omega, exported, at_most=OMEGA))
+        omega, vanilla, *converted = measured
+        found.append(cost(f"{search}: ω", measured, omega, vanilla, at_most=OMEGA))
         for name in converted:
             target = {"at_least": INT8} if beams == max(BEAMS) and "int8" in name else {}
-            found.append(speed(f"{search}: times as fast", measured, name, exported, **target))
+            found.append(speed(f"{search}: times as fast", measured, name, vanilla, **target))
     return found
 
 
@@ -174,7 +172,7 @@ def spread(count: int, seconds: list[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
 
 
-def table(results: dict[str, Any]) -> str:
+def more(results: dict[str, Any]) -> str:
     """Speed and BLEU of all systems as a table in Markdown, and below it the conditions."""
     rows = ["| system | dtype | beams | target tokens/s | sentences/s | BLEU |"]
     rows += ["| --- | --- | ---: | ---: | ---: | ---: |"]
@@ -191,6 +189,3 @@ def table(results: dict[str, Any]) -> str:
         f"{results['rounds']} rounds. {versions}. BLEU: `{results['measurements'][0]['bleu_signature']}`."
     )
     return "\n".join([*rows, "", conditions])
-
-
-more = table  # on the page, below the ratios

@@ -51,16 +51,9 @@ def without(turns: Turns, lever: str, shape: Shape, dtype: str, folder: Path) ->
 # --- the plain computations -----------------------------------------------------------------------
 
 
-def plain_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    labels: Tensor,
-    pad_token_id: int,
-    label_smoothing: float,
-    num_items_in_batch: Tensor | int | None,
-) -> tuple[Tensor, Tensor]:
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, *of_loss: Any) -> tuple[Tensor, Tensor]:
     """The loss through the logits of the whole batch; without smoothing, as the benchmarks train."""
+    labels, *_, num_items_in_batch = of_loss
     logits = nn.functional.linear(hidden, weight) + bias
     loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     loss = loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -41,7 +41,7 @@ class Settings:
     checkpoint: Path = Path("runs/multi30k-4-4-tiny")
     output: Path = Path("docs/performance")
     seconds: float = 225
-    parts: tuple[str, ...] = ()
+    parts: Sequence[str] = ()
 
 
 class Missing(Exception):
@@ -75,9 +75,10 @@ def write(path: Path, results: dict[str, Any]) -> None:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def figure(
-    what: str, a: str, b: str, ratios: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
-) -> dict[str, Any]:
+Figure = dict[str, Any]
+
+
+def figure(what: str, a: str, b: str, ratios: Sequence[float], **target: float) -> Figure:
     """A ratio of two systems, with an entry for each round, and the target it should reach.
 
     Args:
@@ -85,29 +86,25 @@ def figure(
         a: the first system, with its median.
         b: the second.
         ratios: of a to b.
+        target: `at_least` or `at_most`, if there is one.
     """
-    target = {"at_least": at_least} if at_least is not None else {"at_most": at_most} if at_most is not None else {}
-    return {"what": what, "a": a, "b": b, "ratios": list(ratios)} | target
+    return {"what": what, "a": a, "b": b, "ratios": list(ratios), **target}
 
 
-def speed(
-    what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float
-) -> dict[str, Any]:
+def speed(what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float) -> Figure:
     """How many times as fast as b a is; `per` names the fact that says how much was done in a turn."""
     inverse = cost(what, measured, a, b, per, **target)
     return inverse | {"ratios": [1 / ratio for ratio in inverse["ratios"]]}
 
 
-def cost(
-    what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float
-) -> dict[str, Any]:
+def cost(what: str, measured: dict[str, Measured], a: str, b: str, per: str | None = None, **target: float) -> Figure:
     """How much of b's time a takes; `per` as in [`speed`]."""
     first, second = (_seconds(measured[name], per) for name in (a, b))
     ratios = [x / y for x, y in zip(first, second, strict=True)]
     return figure(what, _with_time(a, first), _with_time(b, second), ratios, **target)
 
 
-def memory(what: str, measured: dict[str, Measured], a: str, b: str, **target: float) -> dict[str, Any]:
+def memory(what: str, measured: dict[str, Measured], a: str, b: str, **target: float) -> Figure:
     """How much of b's peak memory a has, both without what they have before a model is made."""
     used = {name: own_bytes(measured[name]) for name in (a, b)}
     labels = [f"{name}: {used[name] / 1e6:,.0f} MB" for name in (a, b)]

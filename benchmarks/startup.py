@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoConfig, MarianConfig
 
-from training.embedded_data import write_embedded_data
+from training.embedded_data import generate_pairs
 from training.tokenization import save_tokenizer, train_tokenizer
 
 from .first_update import REPO
@@ -68,20 +68,14 @@ def run(command: list[str], threads: int) -> float:
 
 def prepare(folder: Path, pairs: int, vocab_size: int) -> None:
     """Write generated pairs as JSON lines, a tokenizer for them and the stock model's configuration."""
-    write_embedded_data(folder / "data", train=pairs, validation=1, test=1)
-    sides = {
-        language: (folder / "data" / f"train.{language}").read_text(encoding="utf-8").splitlines()
-        for language in ("en", "de")
-    }
-    rows = ({"translation": dict(zip(sides, pair, strict=True))} for pair in zip(*sides.values(), strict=True))
-    (folder / "train.json").write_text(
-        "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
-    )
-    tokenizer = train_tokenizer(sides.values(), vocab_size)
+    generated = generate_pairs(pairs, seed=1)
+    rows = ({"translation": {"en": english, "de": german}} for english, german in generated)
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    (folder / "train.json").write_text(lines, encoding="utf-8")
+    tokenizer = train_tokenizer(map(list, generated), vocab_size)
     save_tokenizer(tokenizer, folder / "tokenizer")
     config = AutoConfig.from_pretrained(REPO / "hub_configs" / "demo").to_dict()
     config |= {"model_type": "marian", "vocab_size": vocab_size, "decoder_vocab_size": vocab_size}
     special = dict.fromkeys(("pad_token_id", "decoder_start_token_id"), tokenizer.pad_token_id)
-    MarianConfig.from_dict(config | special | {"eos_token_id": tokenizer.eos_token_id}).save_pretrained(
-        folder / "stock"
-    )
+    config |= special | {"eos_token_id": tokenizer.eos_token_id}
+    MarianConfig.from_dict(config).save_pretrained(folder / "stock")

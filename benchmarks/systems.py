@@ -1,10 +1,10 @@
 """What the benchmarks train: shapes, batches, this project's trainer and the stock one with the same arguments."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import numpy as np
@@ -142,7 +142,7 @@ def plain_trainer(
 
 
 def export_stock(shape: Shape, folder: Path) -> Path:
-    """Write the stock form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
+    """Write the vanilla form of the model that `our_trainer` starts with; ω is 1, so its weights are the same."""
     arguments = our_arguments(shape, training_options(folder, "float32"))
     set_seed(SEED)
     model = build_model(arguments, word_tokenizer(shape.vocab_size))
@@ -254,20 +254,8 @@ def _batch_options(folder: Path, dtype: str) -> dict[str, Any]:
 def loss_without_dropout(trainer: Trainer, batch: Batch) -> float:
     """The loss of a batch in train mode, in the trainer's precision."""
     model: AdminForConditionalGeneration | MarianMTModel = trainer.model.train()
-    with torch.no_grad(), trainer.accelerator.autocast(), _no_dropout(model):
+    with torch.no_grad(), trainer.accelerator.autocast(), contextlib.ExitStack() as stack:
+        for module in model.modules():
+            for name in {"dropout", "activation_dropout"} & vars(module).keys():
+                stack.enter_context(patch.object(module, name, 0.0))
         return float(model(**batch).loss)
-
-
-@contextlib.contextmanager
-def _no_dropout(model: nn.Module) -> Iterator[None]:
-    names = {"dropout", "activation_dropout"}
-    rates = [
-        (module, name, vars(module)[name]) for module in model.modules() for name in names if name in vars(module)
-    ]
-    for module, name, _ in rates:
-        setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, rate in rates:
-            setattr(module, name, rate)

@@ -42,7 +42,7 @@ def measure(settings: Settings, shapes: Mapping[str, Shape] = SHAPES) -> dict[st
 
 
 def compare(settings: Settings, shape: Shape, folder: Path, title: str) -> dict[str, Measured]:
-    """Let both trainers, in both precisions, take turns; `folder` has the stock weights.
+    """Let both trainers, in both precisions, take turns; `folder` has the vanilla weights.
 
     Raises:
         ValueError: their losses differ.

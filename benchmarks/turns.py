@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,8 @@ def take_turns(
     Raises:
         WorkerError: a process failed. None is left then.
     """
-    context = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple[Any, Connection]] = {}
-    try:
-        for name, system in systems.items():
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, threads, system), name=name)
-            with patch.dict(os.environ, (variables or {}).get(name, {})):
-                process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
-            workers[name] = process, ours
-        measured: dict[str, Measured] = {}
+    measured: dict[str, Measured] = {}
+    with _started(systems, threads, variables or {}) as workers:
         for name, worker in workers.items():
             measured[name] = {"ready": _receive(*worker)["facts"], "seconds": []}
         check({name: values["ready"] for name, values in measured.items()})
@@ -102,11 +93,29 @@ def take_turns(
             measured[name] |= result["memory"]
             for fact, value in result["facts"].items():
                 measured[name].setdefault(fact, []).append(value)
+    return measured
+
+
+@contextlib.contextmanager
+def _started(
+    systems: Mapping[str, System], threads: int, variables: Mapping[str, dict[str, str]]
+) -> Iterator[dict[str, tuple[Any, Connection]]]:
+    """The process of each system and the pipe to it; within this they live."""
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    try:
+        for name, system in systems.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, threads, system), name=name)
+            with patch.dict(os.environ, variables.get(name, {})):
+                process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            workers[name] = process, ours
+        yield workers
         for process, pipe in workers.values():
             with contextlib.suppress(OSError):
                 pipe.send(False)
             process.join(timeout=10)
-        return measured
     finally:
         for process, pipe in workers.values():
             pipe.close()

@@ -554,7 +554,7 @@ def test_decoding_is_measured_for_every_system(folder, tmp_path):
     )
     assert results["figures"][-1]["ratios"] == pytest.approx([b / a for a, b in zip(int8, exported, strict=True)])
     assert [f.get("at_least") for f in results["figures"]] == [None] * 5 + [4.0]
-    assert decoding.table(results) in "\n".join(page.section("decoding", results))
+    assert decoding.more(results) in "\n".join(page.section("decoding", results))
 
 
 def test_translations_are_scored_in_the_order_of_the_file(folder, tmp_path, monkeypatch):
@@ -576,6 +576,6 @@ def test_the_table_of_decoding_shows_median_and_spread():
     results = {"checkpoint": "run", "source": "test.en", "sentences": 1000, "batch_size": 32, "threads": 1}
     results |= {"rounds": 3, "versions": {"torch": "2.13"}}
     entry |= {"bleu": 30.125, "bleu_signature": "nrefs:1|x"}
-    text = decoding.table(results | {"measurements": [entry]})
+    text = decoding.more(results | {"measurements": [entry]})
     assert "| Marian | int8 | 5 | 1,234 (1,000–2,000) | 1,234.5 (1,000.0–2,000.0) | 30.12 |" in text
     assert "1,000 sentences of test.en" in text and "torch 2.13" in text and "`nrefs:1|x`" in text

@@ -62,7 +62,7 @@ def converted(exported, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(exported):
-    """What stock Transformers makes of the export, by the number of beams."""
+    """What stock Transformers makes of the vanilla model, by the number of beams."""
     model = AutoModelForSeq2SeqLM.from_pretrained(exported)
     assert type(model).__name__ == "MarianMTModel"
     return {beams: with_transformers(model, exported, beams) for beams in (1, 5)}

@@ -6,11 +6,13 @@ import re
 import statistics
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 import admin_hf
 from admin_hf.__main__ import build_parser
+from admin_hf.families import FAMILIES
 from admin_hf.residual import SYSTEMS
 from benchmarks import BENCHMARKS, decoding
 from benchmarks.__main__ import build_parser as build_benchmarks_parser
@@ -22,6 +24,8 @@ from training.model import config_changes
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 NAMES = ["README.md", *(f"docs/{name}.md" for name in "analysis distributed publishing systems training".split())]
+CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PACKAGES = ("admin_hf", "training", "benchmarks")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
 
@@ -42,9 +46,9 @@ def test_the_python_example_of_the_readme_runs(capsys):
     assert "encoder.layers.0.self_attn_layer_norm" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/tour.md", "CONTRIBUTING.md"])
 def test_what_a_page_links_to_exists(page):
-    links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / page).read_text(encoding="utf-8"))
     assert links
     for link in links:
         assert link.startswith("https://") or ((REPO / page).parent / link).exists(), link
@@ -59,10 +63,33 @@ def test_the_commands_of_the_library_are_understood(page):
 
 
 def test_names_that_the_pages_import_exist():
-    imported = re.findall(r"^from admin_hf import (.*)$", "\n".join(PAGES.values()), re.MULTILINE)
+    imported = re.findall(r"^from (admin_hf[.\w]*) import (.*)$", "\n".join(PAGES.values()), re.MULTILINE)
     assert len(imported) >= 4
-    for name in {name.strip() for line in imported for name in line.split(",")}:
-        assert hasattr(admin_hf, name), name
+    for module, names in imported:
+        for name in names.split(","):
+            assert hasattr(import_module(module), name.strip()), name
+
+
+def test_the_tour_names_what_there_is_to_read():
+    tour = (REPO / "docs/tour.md").read_text(encoding="utf-8")
+    stops = re.findall(r"\[`([\w/]+\.py)`\]\([^)]*\),\s+`([\w.]+)`", tour)
+    assert len(stops) > 20
+    for path, name in stops:
+        assert resolve_name(f"{path.removesuffix('.py').replace('/', '.')}:{name}"), name
+
+
+def test_the_tree_names_every_module_and_nothing_else():
+    (tree,) = re.findall(r"^```\n(run_translation\.py .*?)^```$", CONTRIBUTING, re.DOTALL | re.MULTILINE)
+    named, above = [], Path()
+    for line in tree.splitlines():
+        assert (row := re.fullmatch(r"((?:  )*)(?:# .*|([\w.]+/?) +\S.*)", line)), line
+        if row[2] is not None:
+            above = Path(*above.parts[: len(row[1]) // 2], row[2])
+            named.append(above)
+    assert len(named) == len(set(named))
+    assert [path for path in named if not (REPO / path).exists()] == []
+    modules = {path.relative_to(REPO) for name in PACKAGES for path in (REPO / name).rglob("*.py")}
+    assert {path for path in named if path.suffix == ".py"} == {Path("run_translation.py"), *modules}
 
 
 def test_the_readmes_commands_are_understood(tmp_path, capsys):
@@ -90,7 +117,7 @@ def test_the_commands_of_the_benchmarks_are_understood():
 
 def test_measured_tables_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
-    assert decoding.table(measured) in README
+    assert decoding.more(measured) in README
     assert markdown() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
 
 
@@ -100,3 +127,9 @@ def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
         same = [f for f in measured["figures"] if dtype in f["a"] and dtype in f["b"]]
         medians = [statistics.median(figure["ratios"]) for figure in same]
         assert f"{min(medians):.1f} to {max(medians):.1f} times as fast in {dtype}" in README.replace("\n", " ")
+
+
+def test_every_family_that_can_have_omega_is_listed():
+    text = (REPO / "docs" / "architectures.md").read_text(encoding="utf-8")
+    table = text[text.index("## Which models") : text.index("## Systems")]
+    assert {name for name in re.findall(r"`([a-z0-9_-]+)`", table) if name in FAMILIES} == set(FAMILIES)

@@ -1,4 +1,4 @@
-"""The vanilla export goes through Transformers' ONNX exporter, and ONNX Runtime translates as Transformers does."""
+"""The vanilla model goes through Transformers' ONNX exporter, and ONNX Runtime translates as Transformers does."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ EOS, MAX_NEW_TOKENS = 0, 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The vanilla export of a model that has learnt when to end a sentence."""
+    """The vanilla model of a model that has learnt when to end a sentence."""
     folder = tmp_path_factory.mktemp("onnx")
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     model, batch = tiny_model(d_model=32, encoder_layers=1, decoder_layers=1, **rates), padded_batch()

@@ -1,4 +1,4 @@
-"""The folded model against the one it was made from: stock classes, independent folds, refusals, atomic writes."""
+"""The vanilla model against the one it was made from: stock classes, independent folds, refusals, atomic writes."""
 
 import copy
 import json

@@ -198,7 +198,7 @@ def test_predictions_are_in_input_order_whatever_their_length(data, tmp_path):
 
 
 def test_what_is_written_is_what_is_scored(data, tmp_path, caplog):
-    """With lines that have nothing to translate, or nothing to compare with; the folded model likewise."""
+    """With lines that have nothing to translate, or nothing to compare with; the vanilla model likewise."""
     sources, targets = ((data / f"test.{lang}").read_text().splitlines()[:8] for lang in ("en", "de"))
     sources[1], sources[4], targets[4], targets[6] = " ", "\u200b\ufeff", "", "\u2060"
     for language, lines in (("en", sources), ("de", targets)):

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import get_int_from_env, is_torch_xla_available
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.debug_utils import DebugOption
+from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
@@ -29,6 +30,9 @@ from .optimization import RADAM
 
 # What an evaluation gives; the loss alone where nothing is translated
 SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
+
+# The flags that ask for the splits of the data
+SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 
 # What numbers may be. Those that are named nowhere must be at least 0; a default of -1 stands for "not given"
 AT_LEAST_1 = {
@@ -58,95 +62,76 @@ IMPOSSIBLE = {
 class ModelArguments:
     """Which model and tokenizer to train, or to go on from."""
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Admin or Marian checkpoint to go on from (folder or Hub id). Unset: a new model is trained."
-        },
+        help="Admin or Marian checkpoint to go on from (folder or Hub id). Unset: a new model is trained.",
     )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a new model: a folder with config.json, or a Hub id."}
+    config_name: str | None = HfArg(
+        default=None, help="Configuration of a new model: a folder with config.json, or a Hub id."
     )
-    config_overrides: str | None = field(
+    config_overrides: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Changes to the configuration of a new model, such as "
-            "'d_model=128,encoder_layers=4,encoder_residual=post_ln'; docs/systems.md lists the residual systems."
-        },
+        help="Changes to the configuration of a new model, such as "
+        "'d_model=128,encoder_layers=4,encoder_residual=post_ln'; docs/systems.md lists the residual systems.",
     )
-    tokenizer_name: str | None = field(
+    tokenizer_name: str | None = HfArg(
+        default=None, help="Tokenizer to use (folder or Hub id). Unset: the model's, or a new joint BPE is trained."
+    )
+    vocab_size: int = HfArg(default=10_000, help="Vocabulary size of a new tokenizer, both languages.")
+    lowercase: bool = HfArg(default=False, help="Lower-case all text in a new tokenizer; scores then ignore case too.")
+    residual_profile: str | None = HfArg(
         default=None,
-        metadata={"help": "Tokenizer to use (folder or Hub id). Unset: the model's, or a new joint BPE is trained."},
+        help="residual_profile.json of another run to take ω from, in place of profiling the first batch.",
     )
-    vocab_size: int = field(default=10_000, metadata={"help": "Vocabulary size of a new tokenizer, both languages."})
-    lowercase: bool = field(
-        default=False, metadata={"help": "Lower-case all text in a new tokenizer; scores then ignore case too."}
+    cache_dir: str | None = HfArg(
+        default=None, help="Folder for what is downloaded, and for data that was read and tokenised."
     )
-    residual_profile: str | None = field(
-        default=None,
-        metadata={
-            "help": "residual_profile.json of another run to take ω from, in place of profiling the first batch."
-        },
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for what is downloaded, and for data that was read and tokenised."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with a tokenizer from the Hub."}
-    )
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer from the Hub.")
 
 
 @dataclass
 class DataTrainingArguments:
     """Which sentence pairs to train on, to validate with and to translate."""
 
-    source_lang: str | None = field(default=None, metadata={"help": "Source language, such as 'en'."})
-    target_lang: str | None = field(default=None, metadata={"help": "Target language, such as 'de'."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set on the Hub, or a local folder with one, in place of files."}
+    source_lang: str | None = HfArg(default=None, help="Source language, such as 'en'.")
+    target_lang: str | None = HfArg(default=None, help="Target language, such as 'de'.")
+    dataset_name: str | None = HfArg(
+        default=None, help="Data set on the Hub, or a local folder with one, in place of files."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_file: str | None = field(
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
+    train_file: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Training pairs: .json/.jsonl/.csv/.tsv with a 'translation' column or one column for each "
-            "language, or the prefix DIR/train of parallel text in DIR/train.en and DIR/train.de."
-        },
+        help="Training pairs: .json/.jsonl/.csv/.tsv with a 'translation' column or one column for each "
+        "language, or the prefix DIR/train of parallel text in DIR/train.en and DIR/train.de.",
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Validation pairs, in the same forms."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "Test pairs in the same forms, or source text alone, to translate."}
+    validation_file: str | None = HfArg(default=None, help="Validation pairs, in the same forms.")
+    test_file: str | None = HfArg(
+        default=None, help="Test pairs in the same forms, or source text alone, to translate."
     )
-    overwrite_cache: bool = field(
-        default=False, metadata={"help": "Read and tokenise the data again instead of using the cache."}
-    )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenisation."})
-    max_source_length: int = field(
+    overwrite_cache: bool = HfArg(default=False, help="Read and tokenise the data again instead of using the cache.")
+    preprocessing_num_workers: int | None = HfArg(default=None, help="Processes for tokenisation.")
+    max_source_length: int = HfArg(
         default=1024,
-        metadata={
-            "help": "Longest source in tokens. Longer training pairs are skipped, longer sources to translate are "
-            "cut; both are counted."
-        },
+        help="Longest source in tokens. Longer training pairs are skipped, longer sources to translate are "
+        "cut; both are counted.",
     )
-    max_target_length: int = field(
-        default=128, metadata={"help": "Longest target in tokens; longer training pairs are skipped and counted."}
+    max_target_length: int = HfArg(
+        default=128, help="Longest target in tokens; longer training pairs are skipped and counted."
     )
-    val_max_target_length: int | None = field(
+    val_max_target_length: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Longest translation in tokens. Validation targets are cut to it for the loss, not for scores. "
-            "Defaults to max_target_length."
-        },
+        help="Longest translation in tokens. Validation targets are cut to it for the loss, not for scores. "
+        "Defaults to max_target_length.",
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first training pairs only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first validation pairs only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use the first test pairs only."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of evaluation and prediction. Default: 1."})
-    length_penalty: float | None = field(
-        default=None, metadata={"help": "Beams are compared by log-likelihood / length^length_penalty. Default: 1."}
+    max_train_samples: int | None = HfArg(default=None, help="Use the first training pairs only.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use the first validation pairs only.")
+    max_predict_samples: int | None = HfArg(default=None, help="Use the first test pairs only.")
+    num_beams: int | None = HfArg(default=None, help="Beams of evaluation and prediction. Default: 1.")
+    length_penalty: float | None = HfArg(
+        default=None, help="Beams are compared by log-likelihood / length^length_penalty. Default: 1."
     )
-    source_prefix: str | None = field(default=None, metadata={"help": "Text to put before every source."})
+    source_prefix: str | None = HfArg(default=None, help="Text to put before every source.")
 
     def __post_init__(self) -> None:
         if self.val_max_target_length is None:
@@ -157,71 +142,57 @@ class DataTrainingArguments:
 class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     """Trainer's own arguments, with the defaults that translation wants."""
 
-    predict_with_generate: bool = field(
-        default=True, metadata={"help": "Translate when evaluating, which BLEU needs. Off: only the loss."}
+    predict_with_generate: bool = HfArg(
+        default=True, help="Translate when evaluating, which BLEU needs. Off: only the loss."
     )
-    max_tokens: int | None = field(
+    max_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tokens of a batch on each device, in place of per_device_train_batch_size: pairs times longest "
-            "side, as fairseq counts. Pairs of similar length come together; longer pairs are skipped and counted."
-        },
+        help="Tokens of a batch on each device, in place of per_device_train_batch_size: pairs times longest "
+        "side, as fairseq counts. Pairs of similar length come together; longer pairs are skipped and counted.",
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Pad lengths to a multiple of this, such as 8 for the tensor cores of a GPU."}
+    pad_to_multiple_of: int | None = HfArg(
+        default=None, help="Pad lengths to a multiple of this, such as 8 for the tensor cores of a GPU."
     )
-    optim: str = field(
+    optim: str = HfArg(
         default=Seq2SeqTrainingArguments.default_optim,
-        metadata={"help": "'radam', or any optimiser of Trainer. Weight decay spares biases, norms and ω."},
+        help="'radam', or any optimiser of Trainer. Weight decay spares biases, norms and ω.",
     )
-    warmup_init_lr: float = field(
-        default=0.0, metadata={"help": "Learning rate that warm-up starts from (the paper: 1e-7)."}
+    warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (the paper: 1e-7).")
+    average_last: int | None = HfArg(
+        default=None, help="Average the last so many checkpoints when training is done; that is the run's model."
     )
-    average_last: int | None = field(
+    early_stopping_patience: int | None = HfArg(
         default=None,
-        metadata={"help": "Average the last so many checkpoints when training is done; that is the run's model."},
+        help="Stop after so many evaluations without a better score by metric_for_best_model ('bleu', 'loss').",
     )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many evaluations without a better score by metric_for_best_model ('bleu', 'loss')."
-        },
-    )
-    torch_compile: bool = field(
+    torch_compile: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Compile the layers for training and, on a GPU, replay each training pass as a CUDA graph: faster "
-            "by far, after a minute or so of compiling. Batches then have one of few shapes."
-        },
+        help="Compile the layers for training and, on a GPU, replay each training pass as a CUDA graph: faster "
+        "by far, after a minute or so of compiling. Batches then have one of few shapes.",
     )
-    keep_freed_memory: bool = field(
+    keep_freed_memory: bool = HfArg(
         default=True,
-        metadata={
-            "help": "On a CPU under Linux: keep freed memory for the next update, and align it to pages. Giving it "
-            "back to the system, which clears it every time, takes up to a fifth of an update."
-        },
+        help="On a CPU under Linux: keep freed memory for the next update, and align it to pages. Giving it "
+        "back to the system, which clears it every time, takes up to a fifth of an update.",
     )
-    fp16_scale_window: int = field(
-        default=256, metadata={"help": "Updates without an overflow after which the loss scale of fp16 is doubled."}
+    fp16_scale_window: int = HfArg(
+        default=256, help="Updates without an overflow after which the loss scale of fp16 is doubled."
     )
-    fp16_min_scale: float = field(
-        default=0.03125, metadata={"help": "Smallest loss scale of fp16. Ten overflows in a row there are divergence."}
+    fp16_min_scale: float = HfArg(
+        default=0.03125, help="Smallest loss scale of fp16. Ten overflows in a row there are divergence."
     )
-    logging_steps: float = field(default=100, metadata={"help": "Log every so many updates."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Leave losses that are not finite out of the log; reads each loss. They end a run anyway."},
+    logging_steps: float = HfArg(default=100, help="Log every so many updates.")
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Leave losses that are not finite out of the log; reads each loss. They end a run anyway."
     )
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = HfArg(
         default="tensorboard" if is_tensorboard_available() else "none",
-        metadata={"help": "Where logs go: 'tensorboard' (if installed), 'wandb', 'trackio', 'all' or 'none'."},
+        help="Where logs go: 'tensorboard' (if installed), 'wandb', 'trackio', 'all' or 'none'.",
     )
-    push_to_hub: bool = field(
-        default=False, metadata={"help": "Push the vanilla model with tokenizer and model card to the Hub at the end."}
+    push_to_hub: bool = HfArg(
+        default=False, help="Push the vanilla model with tokenizer and model card to the Hub at the end."
     )
-    hub_strategy: str = field(
-        default="end", metadata={"help": "'end' is the only choice: checkpoints stay in output_dir."}
-    )
+    hub_strategy: str = HfArg(default="end", help="'end' is the only choice: checkpoints stay in output_dir.")
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -286,7 +257,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         similar = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
         raise InputError(f"There is no {flag}{f'; is {similar[0]} meant?' if similar else ': see --help.'}")
     arguments = Arguments(*groups)
-    check_arguments(*arguments)
+    check_arguments(arguments)
     return arguments
 
 
@@ -356,29 +327,10 @@ def _json_flags(path: Path) -> list[str]:
     return flags
 
 
-def check_arguments(
-    model: ModelArguments, data: DataTrainingArguments, training: TranslationTrainingArguments
-) -> None:
+def check_arguments(arguments: Arguments) -> None:
     """Raise an InputError for arguments that are missing or contradict each other."""
-    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    if not any(wanted.values()):
-        raise InputError("Nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
-    if not training.output_dir.strip():
-        raise InputError("--output_dir is empty: name the folder of the run.")
-    if data.dataset_name is not None:
-        for name in ("train_file", "validation_file"):
-            if getattr(data, name) is not None:
-                raise InputError(f"--{name} and --dataset_name name the same data: give one of them.")
-    for name in ("source_lang", "target_lang"):
-        if not getattr(data, name):
-            raise InputError(f"--{name} is missing: give a language key such as 'en'.")
-    if data.source_lang == data.target_lang:
-        raise InputError(f"--source_lang and --target_lang are both {data.source_lang!r}.")
-    if data.dataset_name is None:
-        for split in (split for split, used in wanted.items() if used):
-            if getattr(data, f"{split}_file") is None:
-                flag = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
-                raise InputError(f"--{flag} needs --{split}_file (or --dataset_name).")
+    model, data, training = arguments
+    _check_data(data, training)
     for group in (model, data):
         _check_numbers(group)
     for (name, value), reason in IMPOSSIBLE.items():
@@ -391,7 +343,7 @@ def check_arguments(
             "--accelerator_config: gradient_accumulation_kwargs are for scripts without Trainer; give "
             "--gradient_accumulation_steps."
         )
-    _check_beams(model, data, training)
+    _check_beams(arguments)
     if not 0 <= training.warmup_init_lr <= training.learning_rate:
         raise InputError(
             f"--warmup_init_lr {training.warmup_init_lr} must be at least 0 and at most the learning rate, "
@@ -407,23 +359,53 @@ def check_arguments(
         _check_compilation(training)
     if DebugOption.TPU_METRICS_DEBUG in training.debug and not is_torch_xla_available():
         raise InputError(f"--debug {shown(DebugOption.TPU_METRICS_DEBUG)} is for a TPU, and there is none.")
-    scores = SCORES if training.predict_with_generate else SCORES[:1]
-    metric = training.metric_for_best_model
-    if metric and metric.removeprefix("eval_") in set(SCORES) - set(scores):
-        raise InputError(f"--metric_for_best_model {metric} needs translations: give --predict_with_generate True.")
-    if metric and metric.removeprefix("eval_") not in scores:
-        raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
-    if "moses_bleu" in (metric or "") and not Language.parse(data.target_lang).has_moses_tokens:
-        raise InputError(
-            f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {data.target_lang}; use "
-            "bleu, whose tokens fit the language."
-        )
+    if training.metric_for_best_model:
+        _check_metric(training, data.target_lang)
     if training.average_last:
         _check_averaging(training)
     if training.push_to_hub and not training.do_train:
         raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
     if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
         raise InputError(f"--hub_strategy {strategy.value}: only 'end' is possible, checkpoints stay here.")
+    _check_start(model, training)
+
+
+def _check_data(data: DataTrainingArguments, training: TranslationTrainingArguments) -> None:
+    wanted = {split: flag for split, flag in SPLIT_FLAGS.items() if getattr(training, flag)}
+    if not wanted:
+        raise InputError("Nothing to do: give at least one of --do_train, --do_eval and --do_predict.")
+    if not training.output_dir.strip():
+        raise InputError("--output_dir is empty: name the folder of the run.")
+    if data.dataset_name is not None:
+        for name in ("train_file", "validation_file"):
+            if getattr(data, name) is not None:
+                raise InputError(f"--{name} and --dataset_name name the same data: give one of them.")
+    for name in ("source_lang", "target_lang"):
+        if not getattr(data, name):
+            raise InputError(f"--{name} is missing: give a language key such as 'en'.")
+    if data.source_lang == data.target_lang:
+        raise InputError(f"--source_lang and --target_lang are both {data.source_lang!r}.")
+    for split, flag in wanted.items():
+        if data.dataset_name is None and getattr(data, f"{split}_file") is None:
+            raise InputError(f"--{flag} needs --{split}_file (or --dataset_name).")
+
+
+def _check_metric(training: TranslationTrainingArguments, target_lang: str) -> None:
+    scores = SCORES if training.predict_with_generate else SCORES[:1]
+    metric = training.metric_for_best_model
+    name = metric.removeprefix("eval_")
+    if name in set(SCORES) - set(scores):
+        raise InputError(f"--metric_for_best_model {metric} needs translations: give --predict_with_generate True.")
+    if name not in scores:
+        raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
+    if name == "moses_bleu" and not Language.parse(target_lang).has_moses_tokens:
+        raise InputError(
+            f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {target_lang}; use "
+            "bleu, whose tokens fit the language."
+        )
+
+
+def _check_start(model: ModelArguments, training: TranslationTrainingArguments) -> None:
     if (resume := training.resume_from_checkpoint) and not Path(resume, "trainer_state.json").is_file():
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
@@ -463,7 +445,8 @@ def _check_compilation(training: TranslationTrainingArguments) -> None:
         raise InputError("--auto_find_batch_size changes the shapes of batches: leave --torch_compile out.")
 
 
-def _check_beams(model: ModelArguments, data: DataTrainingArguments, training: TranslationTrainingArguments) -> None:
+def _check_beams(arguments: Arguments) -> None:
+    model, data, training = arguments
     if None not in (given := {data.num_beams, training.generation_num_beams}) and len(given) > 1:
         raise InputError(
             f"--num_beams {data.num_beams} and --generation_num_beams {training.generation_num_beams} mean the same: "

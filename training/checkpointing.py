@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Sampler
-from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -169,17 +169,13 @@ class WholeCheckpoints(TrainerCallback):
     def __init__(self) -> None:
         self._waiting = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer saves before the end of the epoch, but resumes after it
         self._waiting = control.should_save and float(state.epoch or 0).is_integer()
         control.should_save &= not self._waiting
         control.should_log |= control.should_save  # or the loss since the last log is lost
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         control.should_save |= self._waiting
         control.should_log |= control.should_save
         self._waiting = False

@@ -13,7 +13,7 @@ from datasets import Dataset
 from admin_hf.parallel_text import TABLE_FORMATS, find_files, is_table
 
 from . import runs
-from .arguments import Arguments, DataTrainingArguments, ModelArguments
+from .arguments import SPLIT_FLAGS, Arguments, DataTrainingArguments, ModelArguments
 from .data_sets import checksum, load_by_name, local_tables
 from .errors import InputError
 from .files import TextFile, check_text, contents, load_files, place
@@ -160,8 +160,7 @@ def load_data(arguments: Arguments) -> Splits:
     """Load the splits that are used, after checking the files of all of them, and that the run has begun with them."""
     model, data, training = arguments
     check_cache(model)
-    used = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    splits = [split for split, is_used in used.items() if is_used]
+    splits = [split for split, flag in SPLIT_FLAGS.items() if getattr(training, flag)]
     files = {split: split_files(split, data, model) for split in splits}
     runs.check_data(arguments, {split: contents(found) for split, found in files.items() if found})
     raw = {split: load_pairs(split, data, model, files[split]) for split in splits}

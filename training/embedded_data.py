@@ -236,13 +236,6 @@ def generate_pairs(count: int, seed: int) -> list[Pair]:
 
     The same arguments and the same versions of Babel and num2words give the same pairs anywhere; a higher count only
     appends to them.
-
-    Args:
-        count: How many pairs.
-        seed: Seed of the random choices.
-
-    Returns:
-        (English, German) pairs.
     """
     rng = Random(seed)
     pairs: list[Pair] = []
@@ -260,12 +253,7 @@ def write_embedded_data(
 ) -> None:
     """Writes train.en, train.de, validation.en, … as UTF-8 with one sentence a line; each file appears whole.
 
-    Args:
-        directory: Where to write; made if missing.
-        train: Number of training pairs; the other two sets do not depend on it.
-        validation: Number of validation pairs.
-        test: Number of test pairs.
-        seed: Seed of `generate_pairs`.
+    The directory is made if it is missing. The validation and the test pairs do not depend on how many train.
     """
     pairs = iter(generate_pairs(test + validation + train, seed))
     directory = Path(directory)

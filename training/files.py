@@ -1,10 +1,11 @@
-"""Files: parallel text that is checked in one pass and cached by its content; text written whole."""
+"""Files of parallel text: checked in one pass, and cached by their content."""
 
 import codecs
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset, DownloadMode, Features, Value
@@ -147,9 +148,7 @@ def _rows(paths: Sequence[Path], languages: Sequence[str], source_only: bool) ->
 
 def place(paths: Sequence[Path], languages: Sequence[str], index: int) -> str:
     """File and line of a pair, counted from 0."""
-    for path in paths if is_table(paths[0]) else paths[-1:]:
-        for pair in read_pairs([path], languages, source_only=True):
-            if not index:
-                return f"{path}, line {pair.line}"
-            index -= 1
-    raise IndexError(f"There is no pair {index} more.")
+    files = paths if is_table(paths[0]) else paths[-1:]
+    pairs = ((path, pair.line) for path in files for pair in read_pairs([path], languages, source_only=True))
+    path, line = next(islice(pairs, index, None))
+    return f"{path}, line {line}"

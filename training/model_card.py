@@ -95,6 +95,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         _draw(omega, vanilla / FIGURE_NAME)
     weights = read_tensors(vanilla, lambda name: name != "final_logits_bias")
     is_admin = has_omega and found.is_profiled is not False
+    sentence = "A dog runs." if arguments["source_lang"].startswith("en") else "…"
     text = TEMPLATE.format(
         metadata=_metadata(arguments, scores, repo_id, is_admin).to_yaml(),
         title=repo_id.rpartition("/")[2],
@@ -106,7 +107,7 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         admin=ADMIN if is_admin else UNPROFILED if has_omega else "",
         architecture=Run(vanilla).config["model_type"].capitalize(),
         repo_id=repo_id,
-        example=_literal((arguments["source_prefix"] or "") + _sentence(arguments["source_lang"])),
+        example=json.dumps((arguments["source_prefix"] or "") + sentence, ensure_ascii=False),  # as Python writes it
         scores=_scores(scores),
         data=_data(arguments),
         encoder_residual=config["encoder_residual"],
@@ -115,15 +116,6 @@ def write_card(run: Path, repo_id: str, arguments: dict[str, Any], scores: dict[
         figure=FIGURE.format(profiled=PROFILED if found.profile else "") if has_omega else "",
     )
     write_whole(vanilla / "README.md", str(ModelCard(text)))
-
-
-def _sentence(language: str) -> str:
-    return "A dog runs." if language.startswith("en") else "…"
-
-
-def _literal(text: str) -> str:
-    """The text as Python writes it, in one line whatever it holds."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _dataset(arguments: dict[str, Any], split: str) -> str:
@@ -179,8 +171,7 @@ def _scores(scores: dict[str, Any]) -> str:
 def _data(arguments: dict[str, Any]) -> str:
     lines = []
     for split in ("train", "validation", "test"):
-        if arguments["dataset_name"] or arguments[f"{split}_file"]:
-            name = arguments["dataset_name"] or arguments[f"{split}_file"]
+        if name := arguments["dataset_name"] or arguments[f"{split}_file"]:
             lines.append(f"- {split}: {published(name, '' if arguments['dataset_name'] else '_file')}")
     case = "Text is lower-cased." if arguments["lowercase"] else "Text keeps its case."
     return "\n".join([*lines, "", case])
@@ -202,7 +193,7 @@ def _draw(omega: dict[str, StackOmega], path: Path) -> None:
     figure = new_figure(8, 3)
     panels = figure.subplots(1, len(omega), sharey=True)
     for axes, (name, stack) in zip(panels, omega.items(), strict=True):
-        add_omega(axes, name, stack, "profiled", "after training")
+        add_omega(axes, stack, "profiled", "after training")
         plain_axes(axes, title=name, xlabel="sub-layer")
     panels[0].set_ylabel("ω")
     panels[0].legend(frameon=False)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -158,23 +158,17 @@ class UpdateMonitor(TrainerCallback, ExportableState):
     def _catch_up(self, *args: Any, held_back: int = 0, **kwargs: Any) -> None:
         """Check all updates but the last `held_back`, in order."""
         for update, values in self._values.arrived(held_back):
-            self._check(update, *values)
+            self._check(update, values)
         for update, (overflows,) in self._overflows.arrived(held_back):
-            self._check_overflows(update, overflows)
+            if overflows >= MAX_OVERFLOWS:
+                what = f"{MAX_OVERFLOWS} updates in a row overflowed at the smallest loss scale, {self._scale}"
+                self._diverged(what, update)
 
-    def _check(
-        self,
-        update: _Update,
-        grad_norm: float,
-        loss: float,
-        nll: float,
-        targets: float,
-        sources: float,
-        scale: float | None = None,
-    ) -> None:
+    def _check(self, update: _Update, values: list[float]) -> None:
+        grad_norm, loss, nll, targets, sources, *scale = values
         self._read += nll, targets, sources
         self._updates_read += 1
-        self.loss, self._scale = loss, scale
+        self.loss, self._scale = loss, scale[0] if scale else None
         if not math.isfinite(loss):
             self._diverged(f"the loss of update {update.number} is {loss}", update)
         if self.accelerator.mixed_precision != "fp16" and not math.isfinite(grad_norm):
@@ -190,12 +184,6 @@ class UpdateMonitor(TrainerCallback, ExportableState):
                 f"{WINDOW} losses after warm-up are all above the {start:.2f} of "
                 f"{'a uniform guess' if start == guess else 'the start'}; now {loss:.2f}",
                 update,
-            )
-
-    def _check_overflows(self, update: _Update, overflows: float) -> None:
-        if overflows >= MAX_OVERFLOWS:
-            self._diverged(
-                f"{MAX_OVERFLOWS} updates in a row overflowed at the smallest loss scale, {self._scale}", update
             )
 
     def _diverged(self, what: str, update: _Update) -> None:
@@ -223,26 +211,20 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         self._skips = skipping_optimizer(optimizer)
         self._start_clock()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         self._start_clock()
         if args.logging_strategy == IntervalStrategy.EPOCH:
-            self._watch_residuals(args)
+            self._watch_residuals()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         if args.logging_strategy == IntervalStrategy.STEPS and (state.global_step + 1) % state.logging_steps == 0:
-            self._watch_residuals(args)
+            self._watch_residuals()
 
-    def _watch_residuals(self, args: TrainingArguments) -> None:
+    def _watch_residuals(self) -> None:
         if self.residuals is not None:
             self.residuals.watch_next_pass()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         sums, self._sums = self._sums, None
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -252,7 +234,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
             parts.append(self._scale_before.reshape(1))
         values = torch.cat(parts)
         warm = state.global_step >= args.get_warmup_steps(state.max_steps) + WINDOW
-        self._update = _Update(state.global_step + 1, warm, model, self._inputs)
+        self._update = _Update(state.global_step + 1, warm, kwargs["model"], self._inputs)
         self._values.push(self._update, values)
         self._catch_up(held_back=int(self.late))
         if self.late and self._skips is not None and scaler is None:

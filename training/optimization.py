@@ -11,9 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 RADAM = "radam"
 
 
-def radam(
-    learning_rate: float, betas: tuple[float, float], eps: float
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def radam(learning_rate: float, betas: tuple[float, float], eps: float) -> tuple[type[Optimizer], dict[str, Any]]:
     """PyTorch's RAdam with decoupled weight decay, as class and arguments.
 
     While its variance cannot be estimated, the first updates, PyTorch's takes a step of momentum alone; that of the
@@ -77,11 +75,7 @@ class LossScaleClamp:
         return scaler.scale(self._one)
 
     def update(self, scaler: torch.amp.GradScaler, scale_before: Tensor) -> Tensor:
-        """Clamp after the scaler's own update.
-
-        Args:
-            scaler: the scaler, already updated for this step.
-            scale_before: the scale that the step was computed with.
+        """Clamp after the scaler's own update of a step that was computed with `scale_before`.
 
         Returns:
             The number of overflows in a row at the clamp, float32.

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration
-from admin_hf.callback import sharding
+from admin_hf.sharding import sharding
 
 from .arguments import TranslationTrainingArguments, shown
 from .batching import TranslationCollator
@@ -26,33 +26,15 @@ def rehearse(training_args: TranslationTrainingArguments) -> None:
     if sharding(training_args):  # which sets up the processes for the model that is sharded, once
         return
     args = copy.copy(training_args)
-    vocabulary = {"</s>": 0, "<pad>": 1}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="</s>")), eos_token="</s>", pad_token="<pad>"
-    )
-    shape = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 8}
-    layers = {f"{stack}_{what}": 1 for stack in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    model = AdminForConditionalGeneration(
-        AdminConfig(**shape, **layers, vocab_size=2, pad_token_id=1, eos_token_id=0, decoder_start_token_id=1)
-    )
-    pairs = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]], "length": [1]})
     with TemporaryDirectory() as args.output_dir:
         args.report_to, args.push_to_hub = [], False
         with refusing("The arguments cannot be used"):
-            trainer = TranslationTrainer(
-                metric=None,  # nothing is scored
-                model=model,
-                args=args,
-                train_dataset=pairs,
-                eval_dataset=pairs,
-                processing_class=tokenizer,
-                data_collator=TranslationCollator(tokenizer, model),
-            )
+            trainer = _toy_trainer(args)
             trainer.get_eval_dataloader()
-        if not args.do_train:
-            return
-        with refusing("The arguments cannot be used"):
+            if not args.do_train:
+                return
             trainer.get_train_dataloader()
+        model = trainer.model
         if args.optim_target_modules is None:  # or they are to be sought in the real model
             with refusing(f"--optim {shown(args.optim)} cannot be used"):
                 _check_optim_args(args, model)
@@ -64,7 +46,26 @@ def rehearse(training_args: TranslationTrainingArguments) -> None:
             with refusing("--activation_checkpointing_kwargs cannot be used"):
                 every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
                 model.activation_checkpointing_enable(options or None, every, offload)
-                model.train()(**trainer.data_collator([pairs[0]]))
+                model.train()(**trainer.data_collator([trainer.train_dataset[0]]))
+
+
+def _toy_trainer(args: TranslationTrainingArguments) -> TranslationTrainer:
+    tokenizer = Tokenizer(WordLevel({"</s>": 0, "<pad>": 1}, unk_token="</s>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    shape = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 8, "vocab_size": 2}
+    layers = {f"{stack}_{what}": 1 for stack in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    ids = {"pad_token_id": 1, "eos_token_id": 0, "decoder_start_token_id": 1}
+    model = AdminForConditionalGeneration(AdminConfig(**shape, **layers, **ids))
+    pairs = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]], "length": [1]})
+    return TranslationTrainer(
+        metric=None,  # nothing is scored
+        model=model,
+        args=args,
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        processing_class=tokenizer,
+        data_collator=TranslationCollator(tokenizer, model),
+    )
 
 
 def _check_optim_args(args: TranslationTrainingArguments, model: AdminForConditionalGeneration) -> None:

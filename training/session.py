@@ -9,9 +9,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from admin_hf import AdminForConditionalGeneration, AdminProfilingCallback, KeepFreedMemory, average_checkpoints
-from admin_hf.callback import profile_and_initialize, sharding
+from admin_hf.callback import profile_and_initialize
 from admin_hf.monitoring import ResidualMonitor
 from admin_hf.run.folder import DIVERGENCE_NAME
+from admin_hf.sharding import sharding
 
 from . import runs
 from .arguments import Arguments, shown

@@ -78,9 +78,7 @@ class StopOnSignal(TrainerCallback):
     # Also in the middle of an evaluation, which comes before the save of the same update
     on_step_end = on_prediction_step = on_evaluate = _stop
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Trainer says so when training stops, in the middle of an epoch too
         if self.received is not None and state.epoch != int(state.epoch or 0):
             control.should_save = control.should_evaluate = control.should_log = False

@@ -49,13 +49,8 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     tokenizer.normalizer = normalizers.Sequence([*clean, normalizers.Lowercase()] if lowercase else clean)
     # A space marks where words begin. The usual mark, U+2581, is a character that texts have
     words = {"replacement": " ", "prepend_scheme": "always"}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(**words),
-            pre_tokenizers.Punctuation("isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-        ]
-    )
+    no_words = [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(**words), *no_words])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**words)])
     spelling = BYTES if vocab_size >= BYTES_FROM else []
     # One entry is left for <pad>, which must come last

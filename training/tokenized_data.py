@@ -253,14 +253,7 @@ def check_references(
             what = "have targets without spaces between words, which are scored as if they had them, because "
             what += f"--target_lang {metric.language.code} says so: give the code of the language, such as zh or th"
             _warn(joined, len(rows), which, what)
-        lost = {}
-        for index, _, target, labels in scored:
-            if (composed := unicodedata.normalize("NFC", target)) != target:  # it is scored in this form
-                labels = tokenizer(text_target=composed)["input_ids"]
-            texts = target, tokenizer.decode(labels, skip_special_tokens=True)
-            if len(labels) < longest and len(set(map(metric.normalize, texts))) > 1:
-                lost[index] = [metric.normalize(text) for text in texts]
-        if lost:
+        if lost := _lost(metric, tokenizer, scored, longest):
             first = next(iter(lost.values()))
             start = len(os.path.commonprefix(first))
             given, found = (text[start : start + 20] for text in first)
@@ -271,3 +264,17 @@ def check_references(
 
 def _is_spaceless(text: str) -> bool:
     return 2 * len(_SPACELESS.findall(text)) > len(_LETTER.findall(text))
+
+
+def _lost(
+    metric: TranslationMetric, tokenizer: PreTrainedTokenizerBase, rows: list[tuple], longest: int
+) -> dict[int, list[str]]:
+    """Targets that the tokenizer does not give back, and what it gives, as they are scored, by their places."""
+    lost = {}
+    for index, _, target, labels in rows:
+        if (composed := unicodedata.normalize("NFC", target)) != target:  # it is scored in this form
+            labels = tokenizer(text_target=composed)["input_ids"]
+        texts = [metric.normalize(text) for text in (target, tokenizer.decode(labels, skip_special_tokens=True))]
+        if len(labels) < longest and texts[0] != texts[1]:
+            lost[index] = texts
+    return lost

@@ -22,10 +22,10 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from admin_hf.callback import sharding
 from admin_hf.compilation import CompiledPass, why_not_compiled
 from admin_hf.monitoring import ResidualMonitor, perplexity
 from admin_hf.parallel_text import is_blank
+from admin_hf.sharding import sharding
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
@@ -266,9 +266,7 @@ class TranslationTrainer(ResumableTrainer):
         scale = {} if scaler is None else {"scale": scaler.scale}
         return CompiledPass(model, loss, backend=self.args.torch_compile_backend, **scale)
 
-    def training_step(
-        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self.compiled_pass is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -283,9 +281,7 @@ class TranslationTrainer(ResumableTrainer):
 
     # --- what a run shows ---
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             # Trainer has multiplied the loss by the number of processes, over which DDP averages gradients
@@ -333,9 +329,7 @@ class TranslationTrainer(ResumableTrainer):
 class EarlyStopping(EarlyStoppingCallback):
     """Trainer's, with a checkpoint when it stops, so that the run is seen to be finished."""
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_save = True

@@ -51,7 +51,7 @@ def export(trainer: TranslationTrainer) -> str | None:
 
 
 def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
-    """Load the exported model as anybody would, to evaluate it as the trained one is."""
+    """Load the vanilla model as anybody would, to evaluate it as the trained one is."""
     model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
     training_args = copy.copy(trainer.args)
     training_args.report_to, training_args.push_to_hub = [], False

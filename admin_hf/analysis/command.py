@@ -1,7 +1,6 @@
 """The command `python -m admin_hf analyze WHAT SOURCE…`: measures, and writes WHAT.png and WHAT.json."""
 
 import argparse
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from ..checkpoints import write_whole
-from ..modeling_admin import AdminForConditionalGeneration
 from ..profiling import ResidualProfile
 from ..run.folder import PROFILE_NAME
 from . import drawing
 from .dependency import LayerDependency, layer_dependency
 from .gradients import GradientNorms, gradient_norms
-from .inputs import load_config, load_model, random_batch, run_checkpoints, text_batch
+from .inputs import find_tokenizer, load_config, load_model, random_batch, run_checkpoints, text_batch
 from .omega import OmegaHistory, omega_history
 from .output_change import SUBLAYERS, OutputChange, output_change
 from .updates import UpdateNorms, update_norms
@@ -46,12 +43,15 @@ class _Analysis:
     joint: bool = False  # whether several sources share a figure
 
 
-def _dependency(source: str, arguments: argparse.Namespace) -> LayerDependency:
-    return layer_dependency(*_model_and_batch(source, arguments))
+def _of_model(analysis: Callable[..., Any]) -> Callable[[str, argparse.Namespace], Any]:
+    """Measures a model on a text, or on random tokens."""
 
+    def measure(source: str, arguments: argparse.Namespace) -> Any:
+        batch = _text(source, arguments.text) if arguments.text else None
+        model = load_model(source, arguments.seed, batch)
+        return analysis(model, batch or random_batch(model.config, seed=arguments.seed))
 
-def _gradients(source: str, arguments: argparse.Namespace) -> GradientNorms:
-    return gradient_norms(*_model_and_batch(source, arguments))
+    return measure
 
 
 def _output_change(source: str, arguments: argparse.Namespace) -> OutputChange:
@@ -82,7 +82,7 @@ _RUN = "output folder of a training run, with its checkpoints"
 ANALYSES = {
     "dependency": _Analysis(
         LayerDependency,
-        _dependency,
+        _of_model(layer_dependency),
         drawing.draw_dependency,
         "layer dependency: which branches a sub-layer's output is made of",
         _MODEL,
@@ -90,7 +90,7 @@ ANALYSES = {
     ),
     "gradients": _Analysis(
         GradientNorms,
-        _gradients,
+        _of_model(gradient_norms),
         drawing.draw_gradients,
         "gradient norms by sub-layer; several sources are compared in one figure",
         _MODEL,
@@ -219,29 +219,19 @@ def _data(result: Any) -> dict[str, Any]:
 
 def _write(path: Path, figure: Any, data: Any) -> None:
     """Write the figure and the numbers, each whole or not at all; neither where one cannot be made."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=drawing.DPI)
     numbers = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    drawing.save_figure(figure, path.with_name(f"{path.name}.png"))
     write_whole(path.with_name(f"{path.name}.json"), f"{numbers}\n")
-    write_whole(path.with_name(f"{path.name}.png"), buffer.getvalue())
     print(f"{path}.png, {path}.json")
 
 
 # --- what is measured on --------------------------------------------------------------------------
 
 
-def _model_and_batch(source: str, arguments: argparse.Namespace) -> tuple[AdminForConditionalGeneration, Any]:
-    batch = _text(source, arguments.text) if arguments.text else None
-    model = load_model(source, arguments.seed, batch)
-    return model, batch or random_batch(model.config, seed=arguments.seed)
-
-
 def _text(source: str, files: Sequence[str]) -> dict[str, Tensor]:
     """The first pairs of two text files, by the tokenizer of `source`."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # there is none, or a stranger's
-        raise ValueError(f"{source} has no tokenizer that can be loaded: leave out --text.") from error
+    if (tokenizer := find_tokenizer(source)) is None:
+        raise ValueError(f"{source} has no tokenizer that can be loaded: leave out --text.")
     sources, targets = (_first_lines(path) for path in files)
     length = min(128, load_config(source).max_position_embeddings)
     return text_batch(tokenizer, sources, targets, length)

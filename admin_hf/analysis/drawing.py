@@ -12,7 +12,6 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import STACKS
 from ..checkpoints import write_whole
 from .dependency import LayerDependency
 from .gradients import GradientNorms
@@ -84,9 +83,9 @@ def by_sublayer(values: Mapping[str, Sequence[float]]) -> Series:
     return {label: (range(1, len(column) + 1), column) for label, column in values.items()}
 
 
-def add_omega(axes: "Axes", stack: str, omega: StackOmega, first: str, last: str) -> None:
+def add_omega(axes: "Axes", omega: StackOmega, first: str, last: str) -> None:
     """Draw ω by sub-layer: its `first` and `last` means, labelled so, those between in grey, and the last's range."""
-    x = [STACKS[stack].index(name) + 1 for name in omega.names]
+    x = omega.places()
     (colour, style), (earlier, dashed) = STYLES[:2]
     for mean in omega.mean[1:-1]:
         axes.plot(x, mean, color=axes.xaxis.label.get_color(), alpha=0.25, linewidth=0.8)
@@ -113,13 +112,7 @@ def add_heat_map(axes: "Axes", beta: Sequence[Sequence[float]], largest: float) 
 
 
 def draw_lines(
-    path: str | os.PathLike | None,
-    title: str,
-    x_label: str,
-    y_label: str,
-    series: Series,
-    caption: str = "",
-    y_scale: str = "linear",
+    path: str | os.PathLike | None, title: str, x_label: str, y_label: str, series: Series, caption: str = ""
 ) -> "Figure":
     """Draw lines over one pair of axes: `series` has the x and y of each label.
 
@@ -129,7 +122,7 @@ def draw_lines(
     figure = new_figure(caption=caption)
     axes = figure.add_subplot()
     add_lines(axes, series)
-    plain_axes(axes, title=title, xlabel=x_label, ylabel=y_label, yscale=y_scale)
+    plain_axes(axes, title=title, xlabel=x_label, ylabel=y_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return _finished(figure, path)
@@ -197,7 +190,7 @@ def draw_omega(result: OmegaHistory, path: str | os.PathLike | None = None) -> "
     scale = Normalize(result.updates[0], result.updates[-1])
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (title, stack) in zip(panels, (("Encoder", result.encoder), ("Decoder", result.decoder)), strict=True):
-        x = range(2, len(stack.names) + 2)  # the first sub-layer has no ω
+        x = stack.places()
         axes.fill_between(x, stack.min[-1], stack.max[-1], color="0.88", label="range of entries at the end")
         for update, mean in zip(result.updates, stack.mean, strict=True):
             axes.plot(x, mean, color=dark(scale(update)), linewidth=1.2)

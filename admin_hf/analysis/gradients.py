@@ -101,13 +101,15 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
 
     ```
     """
-    if batch.get("labels") is None:
+    if batch.get("labels") is None and not hasattr(model, "injection"):
         raise ValueError(f"The batch has no labels, which the loss needs; got {', '.join(batch) or 'nothing'}.")
     connections, bottom = connections_of(model), _below_stacks(model)
     measured: dict[str, dict[str, float]] = {name: {} for name in connections}
     observers = {name: partial(_observe, norms) for name, norms in measured.items()}
     with _only_needs_gradient(model, bottom), observed_connections(model, observers), torch.enable_grad():
         loss = training_loss(model, batch)
+        if loss is None:
+            raise ValueError(f"The model returns no loss for this batch; got {', '.join(batch) or 'nothing'}.")
         if not bool(loss.isfinite()):
             raise ValueError(f"The training loss is {loss.item()}: the model or the batch is not usable.")
         torch.autograd.grad(loss, bottom, allow_unused=True)
@@ -125,8 +127,8 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
 
 def _below_stacks(model: Any) -> list[Tensor]:
     """The weights in front of the stacks, through which the gradient has to come: embeddings, as a rule."""
-    base = model.base_model
     if (injection := getattr(model, "injection", None)) is None:
+        base = model.base_model
         return [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
     inner = {
         id(p) for stack in injection.descriptions.values() for p in stack_layers(injection.base, stack).parameters()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -9,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checkpoints import check_source, check_weight_files, explained_errors, weight_files
 from ..configuration_admin import AdminConfig
@@ -110,7 +111,8 @@ def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
     with modes_restored(model):
         model.eval()
         model.training = True  # of the outermost module alone, which chooses the loss
-        return cast(Tensor, model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss)
+        device = next(model.parameters()).device
+        return cast(Tensor, model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss)
 
 
 @torch.no_grad()
@@ -157,6 +159,14 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     if eos is not None:
         ids[:, :, -1] = eos
     return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
+
+
+def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the first source that has one of ours or Transformers'; no code of a stranger runs."""
+    for source in sources:
+        with suppress(Exception):  # there is none, a damaged one, or one that brings its own code
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    return None
 
 
 def text_batch(

@@ -1,21 +1,22 @@
 """ω by sub-layer over a training run, from its checkpoints."""
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import ClassVar
 
-from ..architecture import STACKS
+from transformers.utils import CONFIG_NAME
+
+from ..architecture import STACKS, Stack
+from ..families import FAMILIES
 from ..profiling import ResidualProfile
 from ..run.folder import STATE_NAME, saved_step
 from .inputs import read_tensors
-
-
-_OMEGA = re.compile(rf"({'|'.join(STACKS)})\.(layers\.\d+\.\w+)\.omega$")
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,18 @@ class StackOmega:
     Attributes:
         names: the names of the residual connections with ω below the stack, in execution order.
         mean, min, max: over the entries of each ω.
+        first: the place in the stack, counted from 1, of the first sub-layer with an ω.
     """
 
     names: list[str]
     mean: list[list[float]]
     min: list[list[float]]
     max: list[list[float]]
+    first: int = 2
+
+    def places(self) -> range:
+        """The places in the stack, counted from 1, of the sub-layers with an ω."""
+        return range(self.first, self.first + len(self.names))
 
     def growth(self) -> list[float]:
         """The last mean of each sub-layer's ω over its first."""
@@ -109,8 +116,9 @@ def trained_omega(folder: str | os.PathLike, profile: ResidualProfile | None = N
     return _stacks(start, trained) if start.keys() == trained.keys() else _stacks(trained)
 
 
-# Mean, minimum and maximum of each ω, by stack and name such as layers.0.final_layer_norm in execution order.
-_Omegas = dict[tuple[str, str], tuple[float, float, float]]
+# Mean, minimum and maximum of each ω and its place in the stack, counted from 1; by stack and name such as
+# layers.0.final_layer_norm in execution order.
+_Omegas = dict[tuple[str, str], tuple[float, float, float, int]]
 
 
 def _stacks(*rows: _Omegas) -> dict[str, StackOmega]:
@@ -118,14 +126,15 @@ def _stacks(*rows: _Omegas) -> dict[str, StackOmega]:
     for stack in STACKS:
         keys = [key for key in rows[-1] if key[0] == stack]
         mean, low, high = ([[omegas[key][k] for key in keys] for omegas in rows] for k in range(3))
-        stacks[stack] = StackOmega([name for _, name in keys], mean, low, high)
+        first = rows[-1][keys[0]][3] if keys else 2
+        stacks[stack] = StackOmega([name for _, name in keys], mean, low, high, first)
     return stacks
 
 
 def _profiled(profile: ResidualProfile, omegas: _Omegas) -> _Omegas:
     """ω of the profile where the model has one."""
     return {
-        (stack, name): (value,) * 3
+        (stack, name): (value, value, value, omegas[stack, name][3])
         for stack, measured in profile.stacks.items()
         for name, value in zip(measured.names, measured.omega, strict=True)
         if (stack, name) in omegas
@@ -133,14 +142,27 @@ def _profiled(profile: ResidualProfile, omegas: _Omegas) -> _Omegas:
 
 
 def _omegas(folder: Path) -> _Omegas:
-    found = {}
-    for name, omega in read_tensors(folder, lambda name: _OMEGA.search(name) is not None):
-        stack, connection = _OMEGA.findall(name)[0]
-        values = (float(omega.float().mean()), float(omega.min()), float(omega.max()))
-        if not all(map(isfinite, values)):
-            raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
-        found[stack, connection] = values
-    return dict(sorted(found.items(), key=lambda item: STACKS[item[0][0]].index(item[0][1])))
+    found: _Omegas = {}
+    read = dict(read_tensors(folder, lambda name: name.endswith(".omega")))
+    for stack in _descriptions(folder):
+        path = re.compile(rf"(?:^|\.){re.escape(stack.path)}\.(\d+\..+)\.omega$")
+        names = {f"{stack.layers}.{match[1]}": name for name in read if (match := path.search(name))}
+        for connection in sorted(names, key=stack.index):
+            omega, name = read[names[connection]].float(), names[connection]
+            values = (float(omega.mean()), float(omega.min()), float(omega.max()), stack.index(connection) + 1)
+            if not all(map(isfinite, values)):
+                raise ValueError(f"{folder} has NaN or infinite entries in {name}.")
+            found[stack.name, connection] = values
+    return found
+
+
+def _descriptions(folder: Path) -> Iterable[Stack]:
+    """The stacks of the checkpoint's model: of an Admin model, or of a stock one with an injected ω."""
+    try:
+        model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        model_type = None
+    return FAMILIES.get(model_type, STACKS.values())
 
 
 def _update(folder: Path) -> int:

@@ -138,6 +138,3 @@ def _flat(norms: LayerNorms) -> list[float]:
 def _median_ratio(groups: Iterable[list[float]]) -> float:
     """The median over groups of largest over smallest; infinite where most have a zero."""
     return median(max(group) / min(group) if min(group) > 0 else float("inf") for group in groups)
-
-
-__all__ = ["UpdateNorms", "update_norms"]

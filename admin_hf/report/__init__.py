@@ -82,6 +82,3 @@ def report(arguments: argparse.Namespace) -> None:
     """
     path = write_report(arguments.run_folder, arguments.output)
     print(f"{path}: {path.stat().st_size / 1e3:,.0f} kB")
-
-
-__all__ = ["write_report"]

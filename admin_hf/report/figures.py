@@ -33,10 +33,9 @@ MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page, with what it shows for those who cannot see it."""
+    """A figure of the page, with what it shows, also for those who cannot see it."""
 
     svg: Markup
-    alt: str
     caption: str
 
 
@@ -71,7 +70,7 @@ def bands(caption: str, series: dict[str, tuple[Sequence[float], ...]], label: s
         return _picture(figure, caption)
 
 
-def history(caption: str, stack: str, updates: Sequence[int], omega: StackOmega) -> Picture:
+def history(caption: str, updates: Sequence[int], omega: StackOmega) -> Picture:
     """Draw ω by sub-layer over time: first and last of its means, those between in grey, the last one's range.
 
     Args:
@@ -79,7 +78,7 @@ def history(caption: str, stack: str, updates: Sequence[int], omega: StackOmega)
     """
     with matplotlib.rc_context(_PARAMETERS):
         figure, axes = _panel()
-        add_omega(axes, stack, omega, f"update {updates[0]:,}", f"update {updates[-1]:,}")
+        add_omega(axes, omega, f"update {updates[0]:,}", f"update {updates[-1]:,}")
         _finish(axes, "ω", "sub-layer", log=False, legend=True)
         return _picture(figure, caption)
 
@@ -138,4 +137,4 @@ def _picture(figure: Figure, caption: str) -> Picture:
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return Picture(Markup(svg.replace(_INK, "currentColor")), caption, caption)
+    return Picture(Markup(svg.replace(_INK, "currentColor")), caption)

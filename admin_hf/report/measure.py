@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from ..analysis.dependency import LayerDependency, layer_dependency
 from ..analysis.gradients import GradientNorms, gradient_norms
-from ..analysis.inputs import (
-    Batch,
-    initialized_model,
-    load_model,
-    observe_connections,
-    random_batch,
-    text_batch,
-)
+from ..analysis.inputs import Batch, initialized_model, load_model, observe_connections, random_batch, text_batch
 from ..checkpoints import one_line
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration

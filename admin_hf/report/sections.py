@@ -112,27 +112,15 @@ def divergence(run: Run) -> Section:
     record = run.divergence
     layer, checkpoint = record.get("first_non_finite"), Path(str(record.get("last_checkpoint") or "")).name
     kept = f"The weights of {checkpoint} are from before it." if checkpoint else "There is no checkpoint."
-    return Section(
-        "divergence",
-        "Divergence",
-        [
-            _text(record.get("reason")),
-            "More updates would not bring it back: try a smaller learning rate, a longer warm-up or another residual "
-            f"system. {kept}",
-        ],
-        tables=[
-            Table(
-                ("record", "value"),
-                [
-                    ("updates done before", _text(record.get("step"))),
-                    ("loss of the update", _text(record.get("loss"))),
-                    ("loss scale of float16", _text(record.get("scale"))),
-                    ("first that is not finite", _text(layer) if layer else "nothing: all outputs are finite"),
-                ],
-            )
-        ],
-        alarm=True,
-    )
+    advice = "More updates would not bring it back: try a smaller learning rate, a longer warm-up or another residual "
+    text = [_text(record.get("reason")), f"{advice}system. {kept}"]
+    rows = [
+        ("updates done before", _text(record.get("step"))),
+        ("loss of the update", _text(record.get("loss"))),
+        ("loss scale of float16", _text(record.get("scale"))),
+        ("first that is not finite", _text(layer) if layer else "nothing: all outputs are finite"),
+    ]
+    return Section("divergence", "Divergence", text, tables=[Table(("record", "value"), rows)], alarm=True)
 
 
 # --- scores ---------------------------------------------------------------------------------------

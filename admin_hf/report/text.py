@@ -4,9 +4,10 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import parallel_text
+from ..analysis.inputs import find_tokenizer
 from ..modeling_admin import AdminForConditionalGeneration
 from ..parallel_text import find_files, is_blank
 from ..run.folder import PREDICTIONS_NAME, Run, regular_file
@@ -47,12 +48,7 @@ def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the newest weights or in the run's folder, if there is one; no code of a stranger runs."""
-    for folder in filter(None, (run.weights, run.folder)):
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except Exception:  # none, a damaged one, or one that brings its own code
-            continue
-    return None
+    return find_tokenizer(*filter(None, (run.weights, run.folder)), local_files_only=True)
 
 
 def predictions(run: Run, count: int) -> list[Sample]:

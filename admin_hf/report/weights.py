@@ -53,7 +53,7 @@ def omega(run: Run) -> Section:
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
                 caption = f"Mean of each ω, {stack}; grey: between, band: range of the entries at the end"
-                section.pictures.append(figures.history(caption, stack, history.updates, part))
+                section.pictures.append(figures.history(caption, history.updates, part))
     return section
 
 

@@ -1,7 +1,8 @@
 """The mean of the weights of a run's last checkpoints, which translates better than the last one alone.
 
 Vaswani et al. (2017, section 6.1) take the last 5 or 20 checkpoints, the Admin paper those of the last 10 epochs.
-Average first and export then: ω is folded into other weights, so the mean of exports is not the export of the mean.
+Average first and export then: ω is folded into other weights, so the mean of vanilla models is not the vanilla model
+of the mean.
 """
 
 import os
@@ -157,6 +158,3 @@ def _common(name: str, files: list[Path], block: slice) -> Tensor:
                 f"{name} is no floating-point tensor, and differs between {files[0].parent} and {file.parent}."
             )
     return value
-
-
-__all__ = ["average_checkpoints"]

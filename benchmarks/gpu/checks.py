@@ -1,13 +1,12 @@
 """What must hold on a GPU: it computes what a CPU does, captured passes what eager ones do, and updates never wait."""
 
-import contextlib
 import copy
 import math
 import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -105,23 +104,13 @@ def chunks(bench: Bench) -> list[Check]:
         results = []
         for elements in (2**40, shape.vocab_size * 7):
             model = new_model(bench, shape).to(bench.device).train()
-            with _replaced(loss, "GPU_CHUNK_ELEMENTS", elements), _replaced(loss, "CHUNK_ELEMENTS", elements):
+            # No argument of the product has the size of chunks, which is chosen for every device once
+            with patch.multiple(loss, GPU_CHUNK_ELEMENTS=elements, CHUNK_ELEMENTS=elements):
                 results.append(_loss_and_gradients(model, batch, dtype))
         (one, of_one), (several, of_several) = results
         found.append(within(f"loss in chunks, {dtype}", abs(several / one - 1), 1e-6))
         found.append(within(f"gradients in chunks, {dtype}", difference(of_several, of_one), TO_EAGER[dtype][1]))
     return found
-
-
-# No argument of the product has the size of chunks, which is chosen for every device once
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def generation(bench: Bench) -> list[Check]:
@@ -139,11 +128,11 @@ def generation(bench: Bench) -> list[Check]:
 
 def export(bench: Bench) -> list[Check]:
     model, source = _profiled_model(bench)
-    stock = reparameterize(model).eval()
+    vanilla = reparameterize(model).eval()
     decoder_input_ids = source["input_ids"].flip(0)
     with torch.no_grad():
-        pair = [each(**source, decoder_input_ids=decoder_input_ids).logits for each in (model, stock)]
-    return [within("logits of the exported model", float((pair[0] - pair[1]).abs().max()), 2e-5)]
+        pair = [each(**source, decoder_input_ids=decoder_input_ids).logits for each in (model, vanilla)]
+    return [within("logits of the vanilla model", float((pair[0] - pair[1]).abs().max()), 2e-5)]
 
 
 def _profiled_model(bench: Bench) -> tuple[AdminForConditionalGeneration, Batch]:

@@ -1,4 +1,4 @@
-"""Decoding on a GPU: `generate` of an exported model with a static cache and compiled steps, against its defaults.
+"""Decoding on a GPU: `generate` of a vanilla model with a static cache and compiled steps, against its defaults.
 
 Transformers compiles the steps of greedy search with a static cache by itself, but not those of beam search, whatever
 `compile_config` says: `_beam_search` calls the model as it is. To reorder the beams it also puts new tensors into the
@@ -7,7 +7,6 @@ static cache in every step, and asks each layer on the host whether it is empty.
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +24,7 @@ TARGET = 2.0  # times as fast as stock
 
 
 def decode(bench: Bench, name: str, rows: int) -> dict[str, Any]:
-    """Greedy search and 5 beams over `rows` sources, as long as they are, by an exported model in bfloat16."""
+    """Greedy search and 5 beams over `rows` sources, as long as they are, by a vanilla model in bfloat16."""
     shape = bench.shapes[name]
     model = stock_model(new_model(bench, shape)).eval().to(bench.device, torch.bfloat16)
     model.generation_config.eos_token_id = None  # all sentences are of one length
@@ -40,7 +39,7 @@ def decode(bench: Bench, name: str, rows: int) -> dict[str, Any]:
         static = functools.partial(generate, cache_implementation="static")
         ways: dict[str, Callable[[], Tensor]] = {STOCK: generate, STATIC: static}
         if beams > 1:
-            ways[COMPILED] = functools.partial(_with_compiled_steps, model, static, bench.backend)
+            ways[COMPILED] = compiled_steps(model, bench.backend)(static)
         found = measured[search] = take_turns(bench, ways)
         for result in found.values():
             result |= {"rows": len(batch["input_ids"]), "new_tokens": shape.length}
@@ -56,7 +55,7 @@ def take_turns(bench: Bench, ways: dict[str, Callable[[], Tensor]]) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     expected = None
     for name, generate in ways.items():
-        seconds, ids = _timed(bench, generate)
+        seconds, ids = bench.timed(generate)
         expected = ids if expected is None else expected
         same = float((ids == expected).all(1).float().mean()) if ids.shape == expected.shape else 0.0
         found[name] = {"seconds": [], "first_seconds": seconds, "same_sentences": same}
@@ -64,24 +63,11 @@ def take_turns(bench: Bench, ways: dict[str, Callable[[], Tensor]]) -> dict[str,
             generate()
     for _ in range(bench.rounds):
         for name, generate in ways.items():
-            found[name]["seconds"].append(_timed(bench, generate)[0])
+            found[name]["seconds"].append(bench.timed(generate)[0])
     return found
 
 
-def _timed(bench: Bench, generate: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    bench.synchronize()
-    start = time.perf_counter()
-    ids = generate()
-    bench.synchronize()
-    return time.perf_counter() - start, ids
-
-
 # --- beams in compiled steps ----------------------------------------------------------------------
-
-
-def _with_compiled_steps(model: PreTrainedModel, generate: Callable[[], Tensor], backend: str) -> Tensor:
-    with compiled_steps(model, backend):
-        return generate()
 
 
 @contextmanager

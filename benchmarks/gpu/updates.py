@@ -8,7 +8,7 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,14 @@ class Bench:
         if self.is_gpu:
             torch.cuda.synchronize()
 
+    def timed(self, compute: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds of a computation, and its result; the GPU is waited for at the ends alone."""
+        self.synchronize()
+        start = time.perf_counter()
+        result = compute()
+        self.synchronize()
+        return time.perf_counter() - start, result
+
     def to_device(self, batch: Batch) -> Batch:
         return {name: x.to(self.device) for name, x in batch.items()}
 
@@ -162,7 +170,7 @@ def new_model(bench: Bench, shape: GPUShape) -> AdminForConditionalGeneration:
 
 
 def stock_model(model: AdminForConditionalGeneration) -> MarianMTModel:
-    """Stock Marian of the same shape, with new weights: what a model is exported to."""
+    """Stock Marian of the same shape, with new weights: what a vanilla model is."""
     names = {field.name for field in dataclasses.fields(MarianConfig)}
     names -= {"model_type", "architectures", "transformers_version", "dtype"}
     return MarianMTModel(MarianConfig(**{name: x for name, x in model.config.to_dict().items() if name in names}))
@@ -206,12 +214,8 @@ class Stepper:
             raise error
 
     def turn(self, bench: Bench, updates: int) -> float:
-        """Seconds of so many updates; the GPU is waited for at the ends alone."""
-        bench.synchronize()
-        start = time.perf_counter()
-        self.step(updates)
-        bench.synchronize()
-        return time.perf_counter() - start
+        """Seconds of so many updates."""
+        return bench.timed(lambda: self.step(updates))[0]
 
     def __enter__(self) -> "Stepper":
         return self
@@ -260,7 +264,12 @@ def compare(bench: Bench, name: str, dtype: str, names: Sequence[str] = SYSTEMS)
                 measured[system]["seconds"].append(stepper.turn(bench, updates[system]))
         for system, stepper in steppers.items():
             measured[system] |= kernels(bench, stepper)
-        figures = [_times_as_fast(name, dtype, measured, system) for system in names if system != STOCK]
+        figures = []
+        for system in names:
+            if system != STOCK:
+                target = COMPILED_TARGETS[name] if system == COMPILED else EAGER_TARGET
+                what = f"{name}, {dtype}: times as fast"
+                figures.append(speed(what, measured, system, STOCK, "updates", at_least=target))
         if COMPILED in names:
             measured["profiling"] = _profiling(bench, steppers[OURS].trainer.model, shape)
             figures.append(cost(f"{name}: profiling", measured, "profiling", OURS, "updates", at_most=PROFILING))
@@ -272,20 +281,10 @@ def compare(bench: Bench, name: str, dtype: str, names: Sequence[str] = SYSTEMS)
     return {"measured": measured, "figures": figures}
 
 
-def _times_as_fast(name: str, dtype: str, measured: dict[str, Any], system: str) -> dict[str, Any]:
-    target = COMPILED_TARGETS.get(name) if system == COMPILED else EAGER_TARGET
-    return speed(f"{name}, {dtype}: times as fast", measured, system, STOCK, "updates", at_least=target)
-
-
 def _profiling(bench: Bench, model: AdminForConditionalGeneration, shape: GPUShape) -> dict[str, Any]:
-    batch, seconds = bench.to_device(batches(shape)[0]), []
-    for _ in range(bench.rounds + 1):  # the first warms up
-        bench.synchronize()
-        start = time.perf_counter()
-        profile_residuals(model, batch)
-        bench.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "updates": [1] * bench.rounds}
+    batch = bench.to_device(batches(shape)[0])
+    seconds = [bench.timed(lambda: profile_residuals(model, batch))[0] for _ in range(bench.rounds + 1)]
+    return {"seconds": seconds[1:], "updates": [1] * bench.rounds}  # the first warms up
 
 
 def peak_memory(bench: Bench, name: str, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -20,18 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
     arguments = parse(argv)
-    scales = {name: SCALES[arguments.scale or EXPERIMENTS[name].scales[0]] for name in arguments.names}
-
-    def plan() -> dict[str, PlannedRun]:
-        """The runs in the order in which they start. Those of `converged` are known when `dropout` is done."""
-        runs: dict[str, PlannedRun] = {}
-        for name, scale in scales.items():
-            done = {run for run, record in kept(name).items() if not record.begun} if arguments.missing else set()
-            runs |= {run.name: run for run in planned(name, scale, arguments.seeds) if run.name not in done}
-        return dict(sorted(runs.items(), key=lambda item: item[1].order))
-
-    runs = plan()
-    for name, scale in scales.items():
+    runs = plan(arguments)
+    for name, scale in arguments.scales.items():
         print(announce(name, scale, planned(name, scale, arguments.seeds)), flush=True)
     left = [run for run in runs.values() if state_of(run) in TO_DO]
     hours = sum(run.seconds for run in left) / 3600 / arguments.jobs
@@ -40,6 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(f"{state_of(run):>9}  {run.name}" for run in runs.values()))
         return 0
+    return run_all(arguments, runs, left)
+
+
+def plan(arguments: argparse.Namespace) -> dict[str, PlannedRun]:
+    """The runs in the order in which they start. Those of `converged` are known when `dropout` is done."""
+    runs: dict[str, PlannedRun] = {}
+    for name, scale in arguments.scales.items():
+        done = {run for run, record in kept(name).items() if not record.begun} if arguments.missing else set()
+        runs |= {run.name: run for run in planned(name, scale, arguments.seeds) if run.name not in done}
+    return dict(sorted(runs.items(), key=lambda item: item[1].order))
+
+
+def run_all(arguments: argparse.Namespace, runs: dict[str, PlannedRun], left: Sequence[PlannedRun]) -> int:
+    """Do what is `left` and make the page; returns what `main` does."""
     # Transformers and matplotlib take seconds to load
     from .page import update
     from .preparation import prepare
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def after(run: PlannedRun) -> Iterable[PlannedRun]:
         update(seeds)
-        return plan().values()
+        return plan(arguments).values()
 
     runner = Runner(arguments.jobs, after)
     try:
@@ -97,6 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{name} is not planned at scale {arguments.scale}; choose from {', '.join(scales)}.")
     if arguments.jobs < 1:
         parser.error(f"--jobs {arguments.jobs} must be at least 1.")
+    arguments.scales = {name: SCALES[arguments.scale or EXPERIMENTS[name].scales[0]] for name in arguments.names}
     return arguments
 
 

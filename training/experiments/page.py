@@ -59,18 +59,17 @@ def section(
     """The text on an experiment at a scale, and its outcome in a few words; draws its figure."""
     experiment = EXPERIMENTS[name]
     command = f"`python -m training.experiments {name} --scale {scale.name}`"
-    if not runs:
-        claims = _verdicts(experiment.claims, [claim.verdict({}) for claim in experiment.claims])
-        return [f"{command}: the runs are known when dropout is chosen.", "", *claims], "cannot be judged yet"
     ended = {run: record for run, record in records.items() if not record.begun}
     table = make_table(runs, ended)
     verdicts = [claim.verdict(table) for claim in experiment.claims]
+    claims = _verdicts(experiment.claims, verdicts)
+    if not runs:
+        return [f"{command}: the runs are known when dropout is chosen.", "", *claims], "cannot be judged yet"
     known = [holds for holds, _ in verdicts if holds is not None]
     summary = f"{sum(known)} of {len(known)} reproduced" if known else "cannot be judged yet"
     summary += f", {len(verdicts) - len(known)} open" if 0 < len(known) < len(verdicts) else ""
     done = f"{len(ended)} of {len(runs)} runs are done"
     lines = [f"{command}: {done}. {settings(runs)}"]
-    claims = _verdicts(experiment.claims, verdicts)
     if experiment.outcome:
         claims = [f"- {sentence}" for sentence in experiment.outcome(scale, records)]
         summary = f"{len(claims)} chosen" if claims else "not chosen yet"

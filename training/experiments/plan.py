@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -73,42 +74,21 @@ def hybrid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
 
 
 def warmup_runs(scale: Scale, seed: int) -> list[PlannedRun]:
-    warmup = scale.recipe(scale.large, 18)["warmup_steps"]
-    longer = [
-        make_run(
-            scale,
-            scale.large,
-            18,
-            "post_ln",
-            seed,
-            f"Post-LN, warm-up × {factor}",
-            tag=f"warmup{factor * warmup}" if factor > 1 else "",
-            warmup_steps=factor * warmup,
-        )
-        for factor in (1, 2, 3, 4)
-    ]
-    return [*longer, make_run(scale, scale.large, 18, "admin", seed, "Admin, warm-up × 1")]
+    runs = []
+    for factor in (1, 2, 3, 4):
+        steps = factor * scale.recipe(scale.large, 18)["warmup_steps"]
+        changes = {"tag": f"warmup{steps}" if factor > 1 else "", "warmup_steps": steps}
+        runs.append(make_run(scale, scale.large, 18, "post_ln", seed, f"Post-LN, warm-up × {factor}", **changes))
+    return [*runs, make_run(scale, scale.large, 18, "admin", seed, "Admin, warm-up × 1")]
 
 
 def grid_runs(scale: Scale, seed: int) -> list[PlannedRun]:
-    return [
-        make_run(
-            scale,
-            scale.small,
-            scale.grid_layers,
-            system,
-            seed,
-            f"{TITLES[system]}, β₂ {beta2}",
-            f"{rate:g}",
-            tag=f"no_warmup-lr{rate:g}-beta{beta2}",
-            **scale.no_warmup,
-            learning_rate=rate,
-            adam_beta2=beta2,
-        )
-        for system in COMPARED
-        for beta2 in (0.99, 0.995, 0.999)
-        for rate in scale.learning_rates
-    ]
+    runs = []
+    for system, beta2, rate in product(COMPARED, (0.99, 0.995, 0.999), scale.learning_rates):
+        changes = {**scale.no_warmup, "learning_rate": rate, "adam_beta2": beta2}
+        place = f"{TITLES[system]}, β₂ {beta2}", f"{rate:g}", f"no_warmup-lr{rate:g}-beta{beta2}"
+        runs.append(make_run(scale, scale.small, scale.grid_layers, system, seed, *place, **changes))
+    return runs
 
 
 def rezero_runs(scale: Scale, seed: int) -> list[PlannedRun]:
@@ -129,25 +109,14 @@ def batch_runs(scale: Scale, seed: int) -> list[PlannedRun]:
 
 
 def deep_runs(scale: Scale, seed: int) -> list[PlannedRun]:
-    first = min(scale.deep)
-    rates = {"": 1.0, "quarter_rate": 0.25}
-    return [
-        make_run(
-            scale,
-            scale.large,
-            layers,
-            system,
-            seed,
-            TITLES[system],
-            f"{layers}-{layers}" + (", quarter rate" if tag else ""),
-            tag=tag,
-            **changes | {"learning_rate": share * scale.recipe(scale.large, layers)["learning_rate"]},
-        )
-        for tag, share in rates.items()
-        for layers, changes in scale.deep.items()
-        for system in ("admin", "post_ln")
-        if layers == first or (system == "admin" and not tag)
-    ]
+    runs = []
+    for tag, layers, system in product(("", "quarter_rate"), scale.deep, ("admin", "post_ln")):
+        if layers == min(scale.deep) or (system == "admin" and not tag):
+            rate = scale.recipe(scale.large, layers)["learning_rate"] * (0.25 if tag else 1.0)
+            place = TITLES[system], f"{layers}-{layers}" + (", quarter rate" if tag else ""), tag
+            changes = {**scale.deep[layers], "learning_rate": rate}
+            runs.append(make_run(scale, scale.large, layers, system, seed, *place, **changes))
+    return runs
 
 
 def dropout_run(

@@ -71,11 +71,11 @@ class Scale:
     """
 
     name: str
-    seeds: tuple[int, ...]
-    large: str
-    small: str
     recipe: Callable[[str, int], dict[str, Any]]
     seconds: Callable[[str, int, Mapping[str, Any]], float]
+    seeds: tuple[int, ...] = (1111, 2222, 3333)
+    large: str = "multi30k"
+    small: str = "multi30k"
     grid_layers: int = 0
     learning_rates: Sequence[float] = ()
     no_warmup: Mapping[str, Any] = field(default_factory=dict)
@@ -89,12 +89,11 @@ def cpu_recipe(data_set: str, layers: int) -> dict[str, Any]:
     The optimiser is Adam: RAdam has a warm-up of its own, of about 2 / (1 − β₂) updates, which is a fiftieth of the
     paper's runs but more than the whole of these.
     """
-    shape = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
-    shape |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = {"encoder_layers": layers, "decoder_layers": layers, "d_model": 64, "encoder_ffn_dim": 128}
+    model |= {"decoder_ffn_dim": 128, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model |= {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
     return {
-        "config_overrides": {"encoder_layers": layers, "decoder_layers": layers}
-        | shape
-        | {"dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0},
+        "config_overrides": model,
         "source_lang": "en",
         "target_lang": "de",
         "train_file": f"runs/data/{data_set}/train",
@@ -214,43 +213,26 @@ def stock_seconds(data_set: str, layers: int, arguments: Mapping[str, Any]) -> f
 SCALES = {
     "cpu": Scale(
         "cpu",
-        seeds=(1111, 2222, 3333),
-        large="multi30k",
-        small="multi30k",
-        recipe=cpu_recipe,
-        seconds=cpu_seconds,
+        cpu_recipe,
+        cpu_seconds,
         grid_layers=18,
         learning_rates=(1e-3, 2e-3, 3e-3, 4e-3, 5e-3),
         no_warmup={"warmup_steps": 0, "lr_scheduler_type": "linear", "max_steps": 150},
         batches={"256 tokens": {"max_tokens": 256}, "4,096 tokens": {"max_tokens": 4096, "max_steps": 200}},
         deep={layers: {"max_tokens": 512, "max_steps": 300} for layers in (100, 500)},
     ),
-    "tiny": Scale(
-        "tiny",
-        seeds=(1111, 2222, 3333),
-        large="multi30k",
-        small="multi30k",
-        recipe=tiny_recipe,
-        seconds=tiny_seconds,
-    ),
+    "tiny": Scale("tiny", tiny_recipe, tiny_seconds),
     **{
-        name: Scale(
-            name,
-            seeds=(1111, 2222, 3333),
-            large="tatoeba",
-            small="multi30k",
-            recipe=partial(stock_recipe, updates=updates),
-            seconds=stock_seconds,
-        )
+        name: Scale(name, partial(stock_recipe, updates=updates), stock_seconds, large="tatoeba")
         for name, updates in (("architectures", 600), ("architectures-long", 2000))
     },
     "paper": Scale(
         "paper",
+        paper_recipe,
+        paper_seconds,
         seeds=(1111, 2222, 3333, 4444, 5555),
         large="wmt14-en-de",
         small="iwslt14-de-en",
-        recipe=paper_recipe,
-        seconds=paper_seconds,
         grid_layers=6,
         learning_rates=(1e-4, 2e-4, 3e-4, 4e-4, 5e-4),
         no_warmup={"warmup_steps": 0, "lr_scheduler_type": "linear"},

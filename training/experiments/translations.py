@@ -9,6 +9,7 @@ from sacrebleu.metrics.base import Metric
 from sacrebleu.significance import PairedTest
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.parallel_text import read_lines
 from admin_hf.run.folder import PREDICTIONS_NAME
 
 from .. import data as parallel
@@ -97,7 +98,7 @@ def update(
         if name in before and not is_new[name] and not is_new[pair.name]:
             comparisons[name] = before[name]
         elif references := _references(run):
-            texts = [_lines(kept_path(one, folder)) for one in (run, pair)]
+            texts = [list(read_lines(kept_path(one, folder))) for one in (run, pair)]
             metric = TranslationMetric(run.arguments["lowercase"], run.arguments["target_lang"]).scorers["bleu"]
             comparisons[name] = compare(*texts, references, metric)
     if comparisons != before:
@@ -108,10 +109,6 @@ def update(
 
 def _match(one: PlannedRun, other: PlannedRun) -> bool:
     return (one.column, one.arguments["seed"]) == (other.column, other.arguments["seed"])
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def _references(run: PlannedRun) -> list[str] | None:
