@@ -1,6 +1,6 @@
 """docs/experiments.md with its figures and numbers, made of what the runs recorded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,6 +17,7 @@ from .translations import update as update_comparisons
 
 
 DOCS = REPO / "docs"
+PANELS = 5  # of a figure, beside each other
 
 
 def update(seeds: Sequence[int] = ()) -> None:
@@ -73,7 +74,7 @@ def section(
         claims = [f"- {sentence}" for sentence in experiment.outcome(scale, records)]
         summary = f"{len(claims)} chosen" if claims else "not chosen yet"
     lines += ["", *claims] if claims else []
-    lines += ["", *markdown(table)]
+    lines += ["", *(loss_list if experiment.lists_losses else markdown)(table)]
     if experiment.reference:
         path = DOCS / "experiments" / f"{name}-comparisons.json"
         found = update_comparisons(path, path.parent / "translations", runs, ended, experiment.reference)
@@ -84,7 +85,7 @@ def section(
         figure = DOCS / "figures" / f"experiments-{name}{'' if first else f'-{scale.name}'}.png"
         lines += ["", f"![{experiment.title}](figures/{figure.name})"]
         if redraw or not figure.exists():
-            draw = draw_map if experiment.is_grid else draw_curves
+            draw = draw_map if experiment.is_grid else draw_losses if experiment.lists_losses else draw_curves
             caption = f"Paper: {experiment.paper}\nHere, at scale {scale.name}: {done}; claims: {summary}."
             draw(table, figure, experiment.title, caption)
     return lines, summary
@@ -159,6 +160,29 @@ def markdown(table: Table) -> list[str]:
     return lines
 
 
+def loss_list(table: Table) -> list[str]:
+    """The table of losses at the end, a line for each cell: mean and standard deviation over seeds, ω of the first."""
+    lines = [
+        "| model, initialisation | system | training loss | validation loss | ω at the start | runs that failed |"
+    ]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    rows, columns = axes(table)
+    for column in columns:
+        for row in rows:
+            records, wanted = table.get((row, column), ([], 0))
+            if not wanted:
+                continue
+            cells = ["…"] * 4
+            if records:
+                losses = [[r.train_loss[-1][1] for r in records], [record.final_loss for record in records]]
+                omega = " to ".join(f"{value:.2f}" for value in records[0].omega)
+                failed = sum(record.failed for record in records)
+                cells = [*map(_spread, losses), omega, f"{f'**{failed}**' if failed else 0} of {len(records)}"]
+                cells[-1] += f" ({wanted} are planned)" if len(records) < wanted else ""
+            lines.append(f"| {column} | {row} | {' | '.join(cells)} |")
+    return lines
+
+
 def describe(records: Sequence[Record], wanted: int) -> str:
     """What a cell says: the runs that trained, and how many failed."""
     if not records:
@@ -197,19 +221,37 @@ def _anchor(title: str) -> str:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
+def draw_losses(table: Table, path: Path, title: str, caption: str) -> None:
+    """As [`draw_curves`], of the validation loss."""
+    draw_curves(table, path, title, caption, value=float, label="validation loss", yscale="linear")
+
+
+def draw_curves(
+    table: Table,
+    path: Path,
+    title: str,
+    caption: str,
+    value: Callable[[float], float] = perplexity,
+    label: str = "development perplexity",
+    yscale: str = "log",
+) -> None:
     """Development perplexity by update, a panel for each column and a line for each row: the mean over seeds."""
     columns = [column for column in axes(table)[1] if any(table[cell][0] for cell in table if cell[1] == column)]
-    figure = new_figure(width=max(6, 3.4 * len(columns)) + 2, height=4, caption=caption)  # 2 for the legend
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    wide, high = min(len(columns), PANELS), -(-len(columns) // PANELS)
+    figure = new_figure(width=max(6, 3.4 * wide) + 2, height=4 * high, caption=caption)  # 2 for the legend
+    panels = figure.subplots(high, wide, sharey=True, squeeze=False).ravel()
+    for panel in panels[len(columns) :]:
+        panel.remove()
+    panels = panels[: len(columns)]
     for panel, column in zip(panels, columns, strict=True):
         records = {row: table[row, column][0] for row, other in table if other == column}
-        add_lines(panel, {row: mean_curve(there) for row, there in records.items()})
+        add_lines(panel, {row: mean_curve(there, value) for row, there in records.items()})
         if all_records := [record for there in records.values() for record in there]:
-            blind = perplexity(all_records[0].blind_loss)
+            blind = value(all_records[0].blind_loss)
             panel.axhline(blind, color="#666666", linewidth=0.8, linestyle=":", label="blind guess")
-        plain_axes(panel, title=column, xlabel="updates", yscale="log")
-    panels[0].set_ylabel("development perplexity")
+        plain_axes(panel, title=column, xlabel="updates", yscale=yscale)
+    for panel in panels[::PANELS]:
+        panel.set_ylabel(label)
     lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
     if lines:
         figure.legend(handles=list(lines.values()), loc="outside right upper", frameon=False)
@@ -217,11 +259,13 @@ def draw_curves(table: Table, path: Path, title: str, caption: str) -> None:
     save_figure(figure, path)
 
 
-def mean_curve(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    """Updates that all runs evaluated at, and the perplexity of their mean loss there."""
+def mean_curve(
+    records: Sequence[Record], value: Callable[[float], float] = perplexity
+) -> tuple[list[float], list[float]]:
+    """Updates that all runs evaluated at, and the perplexity (or another value) of their mean loss there."""
     curves = [dict(map(tuple, record.eval_loss)) for record in records]
     steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
-    return steps, [perplexity(mean(curve[step] for curve in curves)) for step in steps]
+    return steps, [value(mean(curve[step] for curve in curves)) for step in steps]
 
 
 def draw_map(table: Table, path: Path, title: str, caption: str) -> None:

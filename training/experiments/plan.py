@@ -6,6 +6,7 @@ from itertools import product
 from statistics import mean
 from typing import Any
 
+from .architectures import CLAIMS, architecture_runs
 from .claims import Claim, fail, fail_somewhere, lower, lower_in_most, score_higher, train
 from .records import Record, kept, known
 from .scales import PlannedRun, Scale, make_run
@@ -39,6 +40,8 @@ class Experiment:
         is_grid: whether the figure is a map of the table, in place of curves.
         scales: names of those that it is planned at; the first is the default.
         outcome: what the records say where nothing is claimed: sentences, none while they cannot say.
+        lists_losses: whether table and figure have losses in place of perplexities, the table with a line for each
+            cell, with the training loss and ω.
         reference: the row that the translations of the others are compared with.
     """
 
@@ -51,6 +54,7 @@ class Experiment:
     scales: Sequence[str] = ("cpu", "paper")
     outcome: Callable[[Scale, Mapping[str, Record]], list[str]] | None = None
     reference: str | None = None
+    lists_losses: bool = False
 
 
 def depth_runs(scale: Scale, seed: int) -> list[PlannedRun]:
@@ -321,6 +325,22 @@ EXPERIMENTS = {
         ),
         scales=("tiny",),
         reference="Admin",
+    ),
+    "architectures": Experiment(
+        "Stock architectures with an injected ω",
+        "Not of the paper: what `inject` does for stock models that are trained from scratch, and when. OPT is a "
+        "language model and BERT fills in masked tokens, in blocks of 32 tokens of the English side of Tatoeba; BART "
+        "translates Multi30k. The Pre-LN counterparts are OPT with `do_layer_norm_before=True`, Megatron-BERT and "
+        "mBART, of the same shape. Embeddings are as the class has them. Projections have a standard deviation of "
+        "0.02, as the class has it, of 0.07, which at width 64 gives branches the variances that 0.02 gives at width "
+        "768, or are Xavier-uniform. Admin's chain of variances starts at 1 behind the first LayerNorm, as `inject` "
+        "has it; the naive chain starts at the variance of the embeddings. A run failed if its validation loss does "
+        "not end 0.1 nats below a blind guess: how often tokens occur (for BART: below how often they stand at a "
+        "place).",
+        architecture_runs,
+        CLAIMS,
+        scales=("architectures", "architectures-long"),
+        lists_losses=True,
     ),
 }
 

@@ -33,6 +33,9 @@ class Record:
         train_loss: the same of the training loss, with smoothed labels.
         train_nll: the same of the negative log-likelihood in training, with dropout on.
         scores: of the translations of the development and the test set, with signatures, by name.
+        margin: how far below the blind loss a run must end, or it has failed.
+        omega: the smallest and the largest ω at the start, where a profile set them.
+        seconds: of the training, where one session did it all.
         begun: whether the run is still to go on, so that the curves end before it does.
         sessions: what computed it: commit, processor, threads and PyTorch, each combination once.
     """
@@ -48,13 +51,16 @@ class Record:
     train_loss: list[list[float]]
     train_nll: list[list[float]] = field(default_factory=list)
     scores: dict[str, float | str] = field(default_factory=dict)
+    margin: float = 0.0
+    omega: list[float] = field(default_factory=list)
+    seconds: float | None = None
     begun: bool = False
     sessions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def failed(self) -> bool:
         """Whether the run diverged, or ends no better than blind."""
-        return self.loss is None or not self.loss < self.blind_loss
+        return self.loss is None or not self.loss < self.blind_loss - self.margin
 
     @property
     def final_loss(self) -> float:
@@ -115,6 +121,7 @@ def _record(run: PlannedRun, how: str, history: list[dict[str, Any]]) -> Record:
     divergence = _read(folder / "divergence.json") if how == "diverged" else {}
     results = _read(folder / "results.json") if how in ("trained", "finished") else {}
     scores = results.get("scores", {})
+    blind = _read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)
     # Another experiment may have its folder in common, and translate with it
     translates = bool(run.scoring) or run.arguments.get("predict_with_generate", True)
     names = [f"{split}_{name}" for split in ("eval", "test") for name in SCORES]
@@ -124,13 +131,16 @@ def _record(run: PlannedRun, how: str, history: list[dict[str, Any]]) -> Record:
         diverged_at=divergence.get("step"),
         reason=divergence.get("reason"),
         loss=scores["eval_loss"] if how in ("trained", "finished") else None,
-        blind_loss=_read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)["loss"],
+        blind_loss=blind["loss"],
         bleu=scores.get("test_bleu", scores.get("eval_bleu")) if translates else None,
         parameters=results.get("parameters"),
         eval_loss=_curve(history, "eval_loss"),
         train_loss=_curve(history, "loss"),
         train_nll=_curve(history, "nll"),
         scores={name: scores[name] for name in names if name in scores} if translates else {},
+        margin=blind.get("margin", 0.0),
+        omega=results.get("omega", []),
+        seconds=results.get("seconds"),
         begun=how in ("begun", "trained"),
         sessions=_sessions(folder / SESSIONS_NAME),
     )

@@ -92,7 +92,7 @@ class Runner:
             _note_session(run, environment)
             changes = run.scoring if how == "trained" else {}
             process = subprocess.Popen(
-                [sys.executable, "run_translation.py", *flags(run.arguments | changes | FLAGS)],
+                [sys.executable, "-m", run.program, *flags(run.arguments | changes | FLAGS)],
                 cwd=REPO,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -157,6 +157,7 @@ def _note_session(run: PlannedRun, environment: dict[str, str]) -> None:
         "processor": processor_name(),
         "threads": int(environment["OMP_NUM_THREADS"]),
         "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers"),
     }
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / SESSIONS_NAME).open("a", encoding="utf-8") as file:
