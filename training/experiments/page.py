@@ -86,7 +86,8 @@ def section(
         lines += ["", f"![{experiment.title}](figures/{figure.name})"]
         if redraw or not figure.exists():
             draw = draw_map if experiment.is_grid else draw_losses if experiment.lists_losses else draw_curves
-            caption = f"Paper: {experiment.paper}\nHere, at scale {scale.name}: {done}; claims: {summary}."
+            text = experiment.paper if experiment.paper.startswith("Not of") else f"Paper: {experiment.paper}"
+            caption = f"{text}\nHere, at scale {scale.name}: {done}; claims: {summary}."
             draw(table, figure, experiment.title, caption)
     return lines, summary
 
