@@ -90,6 +90,7 @@ REQUIRED: dict[str, tuple[Any, str]] = {
     "do_layer_norm_before": (False, "it is Pre-LN otherwise"),
     "do_stable_layer_norm": (False, "it is Pre-LN otherwise"),
     "use_weighted_layer_sum": (False, "it reads the outputs of all layers, which ω scales"),
+    "chunk_size_feed_forward": (0, "profiling sees whole sequences"),
     "layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
     "encoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
     "decoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),

@@ -11,18 +11,19 @@ are the parameters, and PyTorch's parametrizations compute the products in every
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +32,7 @@ from .checkpoints import check_finite, explained_errors, one_line, weight_files
 from .families import base_of, stack_layers, stacks_of
 from .observation import Places
 from .omega_state import OmegaState
+from .parametrization import Scaled, original, remove, scale
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,53 +43,6 @@ OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
     "O(1)": math.sqrt,
     "O(n)": lambda n: 1.0,
 }
-
-
-class Product(Tensor):
-    """A weight that is computed. What is written to it would be lost, so that all that writes raises an error."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            "This weight is the product of a parameter and ω, and what is written to it would be lost: write to "
-            "`parametrizations.weight.original`; or call `reparameterize` first, as before adapters are merged."
-        )
-
-    @property
-    def data(self) -> Tensor:
-        return super().data.as_subclass(Product)
-
-    @data.setter
-    def data(self, value: Tensor) -> NoReturn:
-        self._refuse()
-
-
-for _name in dir(Tensor):
-    if re.fullmatch(r"[a-z]\w*[a-z\d]_|__(i(add|sub|mul|truediv)|setitem)__", _name) and _name != "requires_grad_":
-        setattr(Product, _name, Product._refuse)
-
-
-class Scaled(nn.Module):
-    """A parametrization: a weight or bias times ω, or divided by it along the inputs of a matrix.
-
-    Args:
-        norm: the LayerNorm behind the sub-layer, which holds ω.
-        divides: whether the weight is divided.
-        transposed: whether the inputs are the rows of the matrix, as in a `Conv1D`.
-    """
-
-    def __init__(self, norm: nn.Module, divides: bool = False, transposed: bool = False) -> None:
-        super().__init__()
-        # Not the norm itself: a copy of one would copy the next, and so on, and run out of stack in a deep model
-        self._holder = norm._parameters if "omega" in norm._parameters else norm._buffers
-        self.divides, self.transposed = divides, transposed
-
-    def forward(self, weight: Tensor) -> Tensor:
-        omega: Any = self._holder["omega"].to(weight)  # type: ignore[union-attr]
-        omega = omega.unsqueeze(1) if self.transposed else omega
-        scaled = weight / omega if self.divides else weight * omega
-        return scaled if torch.compiler.is_compiling() else scaled.as_subclass(Product)
 
 
 class InjectedConnection:
@@ -140,21 +95,15 @@ class InjectedConnection:
 
     @property
     def weight(self) -> Tensor:
-        return _original(self.norm, "weight")
+        return original(self.norm, "weight")
 
     @property
     def bias(self) -> Tensor:
-        return _original(self.norm, "bias")
+        return original(self.norm, "bias")
 
     @property
     def eps(self) -> float:
         return float(self.norm.eps)
-
-
-def _original(module: Any, name: str) -> Tensor:
-    is_scaled = parametrize.is_parametrized(module, name)
-    value: Tensor = module.parametrizations[name].original if is_scaled else getattr(module, name)
-    return value
 
 
 class Injection(OmegaState):
@@ -167,6 +116,8 @@ class Injection(OmegaState):
 
     def __init__(self, model: nn.Module, system: str, stacks: Sequence[Stack]) -> None:
         self.base, self.system = base_of(model), system
+        # Of a decoder, not classes of sentences
+        self.labels_are_targets = getattr(model, "can_generate", bool)()
         self.descriptions = {stack.name: stack for stack in stacks}
         self.stacks = {stack.name: _connections(self.base, stack) for stack in stacks}
 
@@ -214,19 +165,22 @@ class Injection(OmegaState):
     def _length(self, name: str, x: Tensor) -> int:
         """The tokens in a row of an input."""
         if name == "input_values":
-            return int(cast(Any, self.base)._get_feat_extract_output_lengths(torch.tensor(x.shape[1])))
+            lengths = cast(Any, self.base)._get_feat_extract_output_lengths
+            return int(lengths(torch.tensor(x.shape[1]), **_without_adapter(lengths)))
         return math.prod(x.shape[1:]) if name.endswith("input_ids") else 1
 
     def _real_tokens(self, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
         """True where a token of the stack is no padding, `(rows, length)`; None where nothing says so."""
         base: Any = self.base
-        if stack.prefix and (labels := inputs.get("labels")) is not None and labels.dim() > 1:
+        if stack.prefix and self.labels_are_targets and (labels := inputs.get("labels")) is not None:
             return cast(Tensor, labels.ne(-100))
-        if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:
-            if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
-                mask = base._get_feature_vector_attention_mask(self._length("input_values", mask), mask)
-            return mask.bool()
         ids, pad = inputs.get(f"{stack.prefix}input_ids"), getattr(getattr(base, "config", None), "pad_token_id", None)
+        mask = inputs.get(f"{stack.prefix}attention_mask")
+        if mask is not None and (mask.dim() == 2 or (ids is not None and mask.shape == ids.shape)):
+            if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
+                of_frames = base._get_feature_vector_attention_mask
+                mask = of_frames(self._length("input_values", mask), mask, **_without_adapter(of_frames))
+            return cast(Tensor, mask.bool())
         if ids is None or pad is None:
             return None
         tokens: Tensor = ids.ne(pad)
@@ -248,33 +202,18 @@ class Injection(OmegaState):
                         f"too near to zero to be folded (|entry| must be at least {min_scale:g}): fold an earlier "
                         "checkpoint."
                     )
-        self.remove()
+        remove(self.base, folds=True)
         for module in model.modules():  # of which the model is one within an adapter
             if vars(module).pop("injection", None) is not None:
                 vars(module).pop("save_pretrained", None)  # of a model that a Trainer publishes
-        check_finite(model, "The folded model")
-        return model.eval() if dtype is None else model.eval().to(dtype)
+        folded = model.eval() if dtype is None else model.eval().to(dtype)
+        check_finite(folded, f"The folded model{'' if dtype is None else f', rounded to {dtype},'}")
+        return folded
 
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Put the products with ω in place of the weights, computed in float64, and leave the model as stock."""
-        for module in self.base.modules():
-            for name in [*getattr(module, "parametrizations", ())]:
-                scaled: Any = module.parametrizations[name]  # type: ignore[index]
-                if not isinstance(scaled[0], Scaled):  # a weight norm of the model's own
-                    continue
-                # PyTorch takes properties from the class, which the model has that this one is a copy of
-                kind = type(module)
-                module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-                value = scaled.original.to("cpu", torch.float64)
-                for scale in scaled:
-                    value = scale(value)
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-                getattr(module, name).copy_(value)
-        for module in self.base.modules():  # of which some may be an adapter's copies
-            for name in ("omega", "omega_profiled"):
-                if name in module._parameters or name in module._buffers:
-                    delattr(module, name)
+
+def _without_adapter(of_sound: Any) -> dict[str, bool]:
+    """For functions of lengths, which may count behind an adapter that follows the stack."""
+    return {"add_adapter": False} if "add_adapter" in inspect.signature(of_sound).parameters else {}
 
 
 class _Shortcut:
@@ -357,32 +296,49 @@ def inject(
         raise ValueError(f"system={system!r} must be 'admin', 'admin_uniform' or 'deepnorm'.")
     if output_change not in OUTPUT_CHANGES:
         raise ValueError(f"output_change={output_change!r} must be one of {', '.join(OUTPUT_CHANGES)}.")
-    if getattr(model, "injection", None) is not None:
+    if any(isinstance(module, Scaled) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} has an ω already.")
     base = base_of(model)
     found = stacks_of(model) if stacks is None else stacks
     injection = Injection(model, system, found)
-    _check(injection)
+    _check(model, injection)
     is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
+    if system == "deepnorm" and stacks is not None:
+        raise ValueError("'deepnorm' initialises queries, keys and values apart, which `stacks=` does not name.")
     if system == "deepnorm" and is_loaded:
         raise ValueError(
             "'deepnorm' initialises the branches anew, which a loaded model would lose: make a fresh one."
         )
     constants = _constants(injection, output_change)
-    for name, connections in injection.stacks.items():
-        for place, connection in enumerate(connections):
-            if connection.front is None and system != "deepnorm":
-                continue
-            is_profiled = system == "admin" and place > (connections[0].front is None)
-            connection.profiled, connection.initialized = is_profiled, is_loaded
-            is_trained = system == "admin" or (system == "admin_uniform" and trained)
-            _add_omega(connection, constants[name], is_trained)
+    try:
+        for name, connections in injection.stacks.items():
+            for place, connection in enumerate(connections):
+                if connection.front is None and system != "deepnorm":
+                    continue
+                is_profiled = system == "admin" and place > (connections[0].front is None)
+                connection.profiled, connection.initialized = is_profiled, is_loaded
+                is_trained = system == "admin" or (system == "admin_uniform" and trained)
+                _add_omega(connection, constants[name], is_trained)
+    except BaseException:
+        remove(base, folds=False)
+        raise
     if system == "deepnorm":
         _initialize_deepnorm(injection)
     if system == "admin":
         base.register_buffer("omega_profiled", torch.zeros((), device=next(base.parameters()).device))
+    if any(each.kind == "encoder-attention" and not stack.prefix for stack in found for each in stack.sublayers):
+        base.register_forward_pre_hook(_check_encoder_states, with_kwargs=True)
     model.injection = injection  # type: ignore[assignment]
     return model
+
+
+def _check_encoder_states(base: Any, args: tuple, inputs: dict[str, Any]) -> None:
+    """BERT leaves its encoder-attention out without these; the LayerNorm in front would hold its ω all the same."""
+    if inputs.get("encoder_hidden_states") is None and len(args) < 6:
+        raise ValueError(
+            f"{type(base).__name__} has encoder-attention with an ω, and got no encoder_hidden_states: give them, or "
+            "make it without add_cross_attention."
+        )
 
 
 def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **options: Any) -> Any:
@@ -412,7 +368,10 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
     missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]
     if missing or result.unexpected_keys:
         kind, name = ("lacks", missing[0]) if missing else ("has no place for", result.unexpected_keys[0])
-        raise ValueError(f"{folder} {kind} {name}: it holds no {model_class.__name__} with these ω.")
+        advice = (
+            "" if any(name.endswith(".omega") for name in weights) else " It has no ω: load it by from_pretrained."
+        )
+        raise ValueError(f"{folder} {kind} {name}: it holds no {model_class.__name__} with these ω.{advice}")
     if model.can_generate() and Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for connection in model.injection.profiled_connections():
@@ -443,21 +402,27 @@ def _matrix(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
     return (found, "weight") if isinstance(found, nn.Module) else (owner, name)
 
 
-def _check(injection: Injection) -> None:
+def _check(model: nn.Module, injection: Injection) -> None:
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     for stack, connections in injection.stacks.items():
         if not connections:
             raise ValueError(f"The {stack} has no sub-layers.")
         norms = [connection.norm for connection in connections]
-        if len(set(norms)) < len(norms):
-            raise ValueError(f"Layers of the {stack} share a LayerNorm, which would hold the ω of several sub-layers.")
         for norm in (*norms, connections[0].front):
             if norm is not None and (not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None):
                 raise ValueError(
                     f"The model gets no ω: its {stack} has {norm}, where a LayerNorm with weight and bias is needed."
                 )
         for connection in connections:
+            weights = [("weight", connection.norm)] + [(name, matrix) for matrix, name in connection.reads]
+            weights += [] if connection.front is None else [("weight", connection.front)]
+            if any(uses[id(getattr(module, name, None))] != 1 for name, module in weights):
+                raise ValueError(
+                    f"The model gets no ω: at {stack}.{connection.name} a weight is shared with another module, which "
+                    "would get the ω of several sub-layers, or it is computed."
+                )
             for matrix, name in connection.reads:
-                weight: Any = getattr(matrix, name, None)
+                weight: Any = getattr(matrix, name)
                 width = connection.norm.weight.numel()
                 inputs = 0 if isinstance(matrix, Conv1D) else 1
                 if getattr(weight, "ndim", 0) != 2 or weight.shape[inputs] != width or not weight.is_floating_point():
@@ -474,17 +439,11 @@ def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -
     else:
         norm.register_buffer("omega", torch.full_like(norm.weight[:1], value))
     if connection.front is not None:
-        _scale(connection.front, norm)
+        scale(connection.front, norm)
         for matrix, name in connection.reads:
-            _scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
+            scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
     else:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
-        _scale(connection.ends, norm, divides=True)
-
-
-def _scale(module: Any, norm: nn.Module, names: Sequence[str] = ("weight", "bias"), **how: bool) -> None:
-    for name in names:
-        if getattr(module, name) is not None:
-            parametrize.register_parametrization(module, name, Scaled(norm, **how))
+        scale(connection.ends, norm, divides=True)
 
 
 # --- constants ------------------------------------------------------------------------------------
@@ -519,14 +478,14 @@ def _initialize_deepnorm(injection: Injection) -> None:
         for layer in stack_layers(injection.base, injection.descriptions[name]):
             for path, module in layer.named_modules():
                 if isinstance(module, (nn.Linear, Conv1D)):
-                    weight = _original(module, "weight")
+                    weight = original(module, "weight")
                     is_query_or_key = path.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin")
                     parts = weight.chunk(3, 1) if path.endswith("c_attn") else (weight,)
                     for place, part in enumerate(parts):
                         draws_one = is_query_or_key or (len(parts) == 3 and place < 2)
                         nn.init.xavier_normal_(part, gain=1.0 if draws_one else beta)
                     if module.bias is not None:
-                        nn.init.zeros_(_original(module, "bias"))
+                        nn.init.zeros_(original(module, "bias"))
 
 
 __all__ = ["Injection", "InjectedConnection", "inject", "load_injected"]

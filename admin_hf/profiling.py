@@ -183,7 +183,7 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
     profile = ResidualProfile({name: StackProfile() for name in connections})
     observers = {}
     for name, stack in connections.items():
-        first = next(place for place, (_, connection) in enumerate(stack) if connection.is_in_chain)
+        first = next((place for place, (_, connection) in enumerate(stack) if connection.is_in_chain), 0)
         observers[name] = partial(_observe, profile.stacks[name], tokens[name], first)
     with torch.no_grad(), _restored_state(model), observed_connections(model, observers, before=True):
         run_stacks(model, inputs)
@@ -223,6 +223,7 @@ def _restored_state(model: Any) -> Iterator[None]:
     connections = [connection for stack in connections_of(model).values() for _, connection in stack]
     omegas = [(c.omega, c.omega.detach().clone()) for c in connections if hasattr(c, "omega")]
     masks = np.random.get_state()  # which speech models draw
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # such as running means
     device = next(model.parameters()).device
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
@@ -238,6 +239,8 @@ def _restored_state(model: Any) -> Iterator[None]:
             for omega, value in omegas:
                 omega.data.copy_(value)
             np.random.set_state(masks)
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _observe(

@@ -78,18 +78,32 @@ class _SaveInjected:
     def __init__(self, model: Any, folder: Path) -> None:
         self.model, self.folder = model, folder
 
-    def __call__(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        save: Any = type(self.model).save_pretrained
-        if Path(save_directory).resolve() == self.folder:
-            try:
-                vanilla = fold(self.model)
-            except ValueError as error:
-                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
-            else:
-                with replaced_model(save_directory) as staging:
-                    vanilla.save_pretrained(staging)
-                return
-        save(self.model, save_directory, *args, **kwargs)
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        published = is_main_process and Path(save_directory).resolve() == self.folder
+        try:
+            vanilla = self._vanilla(state_dict) if published else None
+        except ValueError as error:
+            logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
+            vanilla = None
+        if vanilla is None:
+            save: Any = type(self.model).save_pretrained
+            save(self.model, save_directory, is_main_process, state_dict, **kwargs)
+            return
+        with replaced_model(save_directory) as staging:
+            vanilla.save_pretrained(staging, **kwargs)
+
+    def _vanilla(self, state_dict: dict[str, Tensor] | None) -> Any:
+        model = self.model
+        if state_dict is not None:
+            model = copy.deepcopy(model)
+            model.load_state_dict(state_dict)
+        return fold(model)
 
 
 class PublishableModel(PreTrainedModel):

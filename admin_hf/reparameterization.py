@@ -107,6 +107,10 @@ def reparameterize(
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
+    if not hasattr(model, "injection") and any("injection" in vars(module) for module in model.modules()):
+        raise ValueError(
+            f"The ω of {type(model).__name__} is that of a part of it: fold the part, or inject the whole."
+        )
     if hasattr(model, "injection"):
         model = _bare_copy(model)
         return cast(Any, model).injection.fold(model, dtype, MIN_SCALE)

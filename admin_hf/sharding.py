@@ -29,7 +29,7 @@ def make_embedding_one_module(model: AdminPreTrainedModel) -> None:
     again in which the weight of one module has several names.
     """
     base: Any = model.base_model
-    if not base.config.share_encoder_decoder_embeddings:
+    if hasattr(model, "injection") or not base.config.share_encoder_decoder_embeddings:
         return
     base.set_input_embeddings(base.get_input_embeddings())
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

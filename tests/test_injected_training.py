@@ -34,8 +34,8 @@ from admin_hf import (
 )
 from admin_hf.__main__ import main as admin_hf_main
 from admin_hf.analysis import gradient_norms, layer_dependency, omega_history, run_checkpoints
-from admin_hf.injection import Product
 from admin_hf.monitoring import ResidualMonitor
+from admin_hf.parametrization import Product
 
 
 def scaled(family="bert", **changes):

@@ -4,6 +4,7 @@ import copy
 import re
 from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from admin_hf import (
 )
 from admin_hf.analysis import gradient_norms, layer_dependency
 from admin_hf.monitoring import ResidualMonitor
+from admin_hf.parametrization import scale
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -247,13 +249,14 @@ def test_profiling_leaves_everything_as_it_was(family):
     base = model.injection.base
     next(iter(base.children())).eval()
     before = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     torch.manual_seed(5), np.random.seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = profile_residuals(model, batch)
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     assert [m.training for m in model.modules()] == before[1]
     assert all(torch.equal(value, before[0][name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     assert profile_residuals(model, batch) == first, "the same dropout"
 
 
@@ -497,7 +500,7 @@ PLAIN = Stack(
 )
 
 
-@pytest.mark.parametrize("system", ["admin", "admin_uniform", "deepnorm"])
+@pytest.mark.parametrize("system", ["admin", "admin_uniform"])
 def test_a_model_of_ones_own_is_described_by_its_sublayers(system):
     torch.manual_seed(0)
     stock = randomize(Plain(), scale=0.3).double()
@@ -509,15 +512,14 @@ def test_a_model_of_ones_own_is_described_by_its_sublayers(system):
         check_profile(stock, model, batch)
         assert model.injection.is_profiled
         set_random_omega(model)
-    if system != "deepnorm":
-        expected = outputs(reference(stock, model)[0], batch)
-        assert difference(outputs(model, batch), expected) < 1e-12
+    expected = outputs(reference(stock, model)[0], batch)
+    assert difference(outputs(model, batch), expected) < 1e-12
     profile_residuals(model, batch)
     monitor = ResidualMonitor(model)
     monitor.watch_next_pass()
     model.train()(**batch).loss.backward()
     assert monitor.metrics()["encoder_variance_ratio_max"] > 0
-    assert all((each.omega.grad is not None) == (system != "deepnorm") for each in connections(model))
+    assert all(each.omega.grad is not None for each in connections(model))
     assert len(layer_dependency(model, batch).encoder.beta) == 6
     assert len(gradient_norms(model, batch).encoder.relative_norms) == 6
     folded = reparameterize(model)
@@ -553,3 +555,103 @@ def test_pytorchs_own_layers_are_described_by_their_packed_matrix():
     scaled, _ = reference(without_dropout(stock), model)
     (expected,) = scaled.train()(**batch)  # in evaluation mode PyTorch computes layers without their modules
     assert difference(outputs(model, batch), [expected]) < 1e-12
+
+
+# --- what would be wrong without a word -----------------------------------------------------------
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_refused_whole(model: nn.Module, sentence: str, **options: Any) -> None:
+    """Refused, and left as it was."""
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=sentence):
+        inject(model, **options)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_model_and_its_head_get_one_omega():
+    model = family_model("bert")
+    inject(model.bert)
+    with pytest.raises(ValueError, match="has an ω already"):
+        inject(model)
+    with pytest.raises(ValueError, match="fold the part"):
+        reparameterize(model)
+    model = inject(family_model("bert"))
+    with pytest.raises(ValueError, match="has an ω already"):
+        inject(model.bert)
+
+
+def test_weights_that_modules_share_are_refused():
+    model = family_model("bert")
+    layers = model.bert.encoder.layer
+    layers[1].attention.self.query.weight = layers[0].attention.self.query.weight
+    assert_refused_whole(model, "a weight is shared")
+    model = family_model("bert")
+    layers = model.bert.encoder.layer
+    layers[1].intermediate.dense = layers[0].intermediate.dense
+    assert_refused_whole(model, "a weight is shared")
+    model = family_model("bart")
+    model.model.decoder.layernorm_embedding = model.model.encoder.layernorm_embedding
+    assert_refused_whole(model, "a weight is shared")
+    model = family_model("bert")
+    nn.utils.parametrizations.weight_norm(model.bert.encoder.layer[1].intermediate.dense)
+    assert_refused_whole(model, "or it is computed")
+
+
+def test_what_stops_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model = family_model("bert")
+    before, batch = weights_of(model), family_batch(model)
+    expected, count = outputs(model, batch), iter(range(100))
+
+    def scale_some(*args: Any, **kwargs: Any) -> None:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        scale(*args, **kwargs)
+
+    monkeypatch.setattr("admin_hf.injection.scale", scale_some)
+    with pytest.raises(KeyboardInterrupt):
+        inject(model, "admin_uniform")
+    after = model.state_dict()
+    assert before.keys() == after.keys() and difference(outputs(model, batch), expected) == 0
+
+
+def test_encoder_attention_is_not_left_out_silently():
+    model = inject(family_model("bert-decoder"))
+    batch = {name: x for name, x in family_batch(model).items() if name != "encoder_hidden_states"}
+    with pytest.raises(ValueError, match="got no encoder_hidden_states"):
+        model(**batch)
+    assert not reparameterize(model).base_model._forward_pre_hooks
+
+
+def test_classes_of_sentences_are_no_targets():
+    model = inject(without_dropout(stock_model("BartForSequenceClassification", **FAMILIES["bart"][1], num_labels=4)))
+    ids = torch.randint(5, 48, (3, 9))
+    ids[:, -1] = model.config.eos_token_id
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with_labels = batch | {"labels": torch.ones(3, 4)}
+    assert profile_residuals(model, with_labels).stacks == profile_residuals(model, batch).stacks
+
+
+def test_a_fold_that_overflows_half_precision_is_refused():
+    model = inject(family_model("bert"))
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.parametrizations.weight.original.fill_(5000.0)
+        model.injection.stacks["encoder"][0].omega.fill_(30.0)
+    with pytest.raises(ValueError, match="rounded to torch.float16"):
+        reparameterize(model, torch.float16)
+
+
+def test_running_means_are_not_moved_by_a_profile():
+    model = inject(family_model("hubert", conv_pos_batch_norm=True)).train()
+    before = weights_of(model)
+    profile_residuals(model, family_batch(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_deepnorm_is_refused_where_its_initialisation_is_not_known():
+    with pytest.raises(ValueError, match="initialises queries, keys and values apart"):
+        inject(Plain(), "deepnorm", stacks=[PLAIN])
