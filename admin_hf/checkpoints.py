@@ -153,13 +153,7 @@ def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, s
 
     shards = {SAFE_WEIGHTS_NAME}
     if find(SAFE_WEIGHTS_NAME) is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        try:
-            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
-        for shard in shards:
-            if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
-                raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+        shards = _shards(Path(index), source)
     dtypes: dict[str, str] = {}
     for path in filter(None, map(find, sorted(shards))):
         with safe_open(path, framework="pt") as weights:
@@ -167,16 +161,32 @@ def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, s
     return {name: dtype for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")}
 
 
+def _shards(index: Path, source: str | os.PathLike) -> set[str]:
+    """The names of the files that an index of weights names.
+
+    Raises:
+        OSError: it is damaged, or names anything but safetensors files beside it.
+    """
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
+    for shard in shards:
+        if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
+            raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+    return shards
+
+
 def weight_files(folder: str | os.PathLike) -> list[Path]:
     """The safetensors files that hold the weights in a folder: one, or the shards that its index names.
 
     Raises:
-        FileNotFoundError: there are none, or a shard is missing.
+        OSError: there are none, a shard is missing, or the index is damaged.
     """
     folder = Path(folder)
     names = [SAFE_WEIGHTS_NAME]
     if not (folder / SAFE_WEIGHTS_NAME).exists() and (index := folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(_shards(index, folder))
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no file named {name}, which its weights should be in.")

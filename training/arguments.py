@@ -20,7 +20,7 @@ from transformers.integrations import get_available_reporting_integrations, is_t
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.checkpoints import one_line
-from admin_hf.run import complete_checkpoints
+from admin_hf.run.folder import STATE_NAME, complete_checkpoints
 
 from .batching import MULTIPLE
 from .errors import InputError, refusing
@@ -406,7 +406,7 @@ def _check_metric(training: TranslationTrainingArguments, target_lang: str) -> N
 
 
 def _check_start(model: ModelArguments, training: TranslationTrainingArguments) -> None:
-    if (resume := training.resume_from_checkpoint) and not Path(resume, "trainer_state.json").is_file():
+    if (resume := training.resume_from_checkpoint) and not Path(resume, STATE_NAME).is_file():
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
         )

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from admin_hf.checkpoints import write_whole
-from admin_hf.run.folder import ARGUMENTS_NAME, DATA_NAME, complete_checkpoints
+from admin_hf.run.folder import ARGUMENTS_NAME, DATA_NAME, STATE_NAME, complete_checkpoints
 
 from .arguments import Arguments, TranslationTrainingArguments
 from .errors import InputError
@@ -34,7 +34,7 @@ def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
     checkpoint = last_checkpoint(training)
     if checkpoint is None:
         return None
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads(Path(checkpoint, STATE_NAME).read_text(encoding="utf-8"))
     done = state["global_step"] >= training.max_steps > 0 or (
         training.max_steps <= 0 and state["epoch"] >= training.num_train_epochs
     )

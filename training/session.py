@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from admin_hf import AdminForConditionalGeneration, AdminProfilingCallback, KeepFreedMemory, average_checkpoints
 from admin_hf.callback import profile_and_initialize
 from admin_hf.monitoring import ResidualMonitor
-from admin_hf.run.folder import DIVERGENCE_NAME
+from admin_hf.run.folder import DIVERGENCE_NAME, STATE_NAME
 from admin_hf.sharding import sharding
 
 from . import runs
@@ -151,9 +151,9 @@ def save(trainer: TranslationTrainer) -> None:
     """
     if trainer.state.global_step == 0:  # of an earlier session, which may have been killed before it saved this
         checkpoint = runs.last_checkpoint(trainer.args)
-        trainer.state = TrainerState.load_from_json(Path(str(checkpoint), "trainer_state.json"))
+        trainer.state = TrainerState.load_from_json(Path(str(checkpoint), STATE_NAME))
         with contextlib.suppress(OSError, ValueError):
-            state = TrainerState.load_from_json(Path(trainer.args.output_dir, "trainer_state.json"))
+            state = TrainerState.load_from_json(Path(trainer.args.output_dir, STATE_NAME))
             if state.global_step == trainer.state.global_step:
                 trainer.state = state  # with the log of the training as a whole
     with writing(f"The model in {trainer.args.output_dir}"):
