@@ -89,7 +89,7 @@ class CompiledPass:
         self._own: list[Any] | None = None  # forwards of the layers' own, as wrappers set them; of what is compiled
         self._compiled: list[Any] = []
         device = next(model.parameters()).device
-        self.record = CUDAGraphs(device) if record is None and device.type == "cuda" else record
+        self.record = CUDAGraphs(device) if record is None and records(device) else record
         self._recorded: dict[Any, _Recorded] = {}
         self._seen: set[Any] = set()
         self._gradients = _Gradients([])
@@ -231,6 +231,11 @@ class _Recorded:
             self.inputs[name].copy_(x, non_blocking=True)
         self.recording.replay()
         return tuple(x.clone() for x in self.recording.outputs)
+
+
+def records(device: torch.device) -> bool:
+    """Whether a device can replay what it was given to do."""
+    return device.type == "cuda"
 
 
 class CUDAGraphs:
