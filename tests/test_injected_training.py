@@ -127,7 +127,7 @@ def test_checkpoints_are_loaded(tmp_path, family, system):
 
 
 def test_the_stock_class_says_what_it_does_not_find_in_a_checkpoint_with_omega(run, caplog):
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", logger="transformers"):  # which a command of the library has silenced
         transformers.utils.logging.enable_propagation()
         transformers.BertForMaskedLM.from_pretrained(run[0] / "checkpoint-6")
     assert "MISSING" in caplog.text and "UNEXPECTED" in caplog.text and "omega" in caplog.text
