@@ -33,13 +33,15 @@ from .families import base_of, stack_layers, stacks_of
 from .observation import Places
 from .omega_state import OmegaState
 from .parametrization import Scaled, original, remove, scale
+from .reparameterization import check_scale
+from .residual import deepnorm_constants, uniform_omega
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 # ω of an output change that grows so in the number n of sub-layers of a stack, as in the authors' package admin-torch
 OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
-    "O(log n)": lambda n: math.sqrt((n + 1) / math.log(n + 1) - 1),
+    "O(log n)": uniform_omega,
     "O(1)": math.sqrt,
     "O(n)": lambda n: 1.0,
 }
@@ -189,19 +191,13 @@ class Injection(OmegaState):
 
     # --- leaving it ---
 
-    def fold(self, model: nn.Module, dtype: torch.dtype | None, min_scale: float) -> Any:
+    def fold(self, model: nn.Module, dtype: torch.dtype | None) -> Any:
         """Make of `model` the stock model that computes the same. See [`reparameterize`]."""
         check_finite(model, "The model")
         for stack, connections in self.stacks.items():
             for connection in connections:
-                scale = torch.as_tensor(connection.shortcut_scale).detach().reshape(-1)
-                if bool((scale.abs() < min_scale).any()):
-                    index = int(scale.abs().argmin())
-                    raise ValueError(
-                        f"{stack}.{connection.name}.omega has the entry {float(scale[index]):.3g} at {index}, "
-                        f"too near to zero to be folded (|entry| must be at least {min_scale:g}): fold an earlier "
-                        "checkpoint."
-                    )
+                omega = torch.as_tensor(connection.shortcut_scale).detach().reshape(-1)
+                check_scale(omega, f"{stack}.{connection.name}.omega", "fold an earlier checkpoint")
         remove(self.base, folds=True)
         for module in model.modules():  # of which the model is one within an adapter
             if vars(module).pop("injection", None) is not None:
@@ -459,16 +455,9 @@ def _constants(injection: Injection, output_change: str) -> dict[str, float]:
 
 
 def _deepnorm(injection: Injection) -> dict[str, tuple[float, float]]:
-    """α of the shortcuts and gain β of the branches, by stack (DeepNet, Wang et al., 2022, Figure 2)."""
+    """α of the shortcuts and gain β of the branches, by stack."""
     depths = {name: len(stack_layers(injection.base, stack)) for name, stack in injection.descriptions.items()}
-    if len(depths) == 1:  # N layers of an encoder or a decoder alone
-        ((name, n),) = depths.items()
-        return {name: ((2 * n) ** (1 / 4), (8 * n) ** (-1 / 4))}
-    (encoder, n), (decoder, m) = depths.items()
-    return {
-        encoder: (0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)),
-        decoder: ((3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)),
-    }
+    return deepnorm_constants(depths.get("encoder", 0), depths.get("decoder", 0))
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def reparameterize(
         )
     if hasattr(model, "injection"):
         model = _bare_copy(model)
-        return cast(Any, model).injection.fold(model, dtype, MIN_SCALE)
+        return cast(Any, model).injection.fold(model, dtype)
     stock = stock_architecture(model)
     dtype = dtype or model.dtype
     check_finite(model, "The model")
@@ -240,14 +240,20 @@ def _fold(
 def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
     value = getattr(connection, attribute)
     scale = torch.as_tensor(value, dtype=torch.float64, device=connection.weight.device).reshape(-1)
-    if attribute == "shortcut_scale" and bool((scale.abs() < MIN_SCALE).any()):
+    if attribute == "shortcut_scale":
         parameter = next((n for n, p in connection.named_parameters() if p is value), attribute)
+        check_scale(scale, f"{name}.{parameter}", "export an earlier checkpoint, or the model as it is")
+    return scale
+
+
+def check_scale(scale: Tensor, name: str, advice: str) -> None:
+    """Raise a ValueError for a shortcut scale, `(n,)`, with an entry that is too near to zero to be folded."""
+    if bool((scale.abs() < MIN_SCALE).any()):
         index = int(scale.abs().argmin())
         raise ValueError(
-            f"{name}.{parameter} has the entry {float(scale[index]):.3g} at {index}, too near to zero to be folded "
-            f"(|entry| must be at least {MIN_SCALE:g}): export an earlier checkpoint, or the model as it is."
+            f"{name} has the entry {float(scale[index]):.3g} at {index}, too near to zero to be folded (|entry| must "
+            f"be at least {MIN_SCALE:g}): {advice}."
         )
-    return scale
 
 
 __all__ = ["reparameterize"]

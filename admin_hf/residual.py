@@ -157,12 +157,16 @@ class AdminUniform(Admin):
 
     def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
-        n = STACKS[stack].depth(config)
-        self.omega = math.sqrt((n + 1) / math.log(n + 1) - 1)
+        self.omega = uniform_omega(STACKS[stack].depth(config))
+
+
+def uniform_omega(n: int) -> float:
+    """ω of a stack of n sub-layers whose output change is O(log n): sqrt((n + 1) / ln(n + 1) − 1)."""
+    return math.sqrt((n + 1) / math.log(n + 1) - 1)
 
 
 class DeepNorm(ResidualSystem):
-    """Post-LN with a constant α on the shortcut and smaller branches (DeepNet, Wang et al., 2022).
+    """Post-LN with a constant α on the shortcut and smaller branches (DeepNet, Wang et al., 2022, Figure 2).
 
     q_proj and k_proj have Xavier-normal weights of gain 1, the others of gain β. For N encoder and M decoder layers:
 
@@ -172,16 +176,23 @@ class DeepNorm(ResidualSystem):
 
     def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
-        n, m = config.encoder_layers, config.decoder_layers
-        if stack == "encoder":
-            self.alpha, beta = 0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)
-        else:
-            self.alpha, beta = (3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)
+        self.alpha, beta = deepnorm_constants(config.encoder_layers, config.decoder_layers)[stack]
         gains = dict.fromkeys(self.initializers, beta) | {"q_proj": 1.0, "k_proj": 1.0}
         self.initializers = {name: partial(init.xavier_normal_, gain=gain) for name, gain in gains.items()}
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         return DeepNormConnection(self.config.d_model, self.alpha)
+
+
+def deepnorm_constants(n: int, m: int = 0) -> dict[str, tuple[float, float]]:
+    """α of the shortcuts and gain β of the branches, by stack, of n encoder and m decoder layers, or of one stack."""
+    if not (n and m):
+        layers = n or m
+        return {"encoder" if n else "decoder": ((2 * layers) ** (1 / 4), (8 * layers) ** (-1 / 4))}
+    return {
+        "encoder": (0.81 * (n**4 * m) ** (1 / 16), 0.87 * (n**4 * m) ** (-1 / 16)),
+        "decoder": ((3 * m) ** (1 / 4), (12 * m) ** (-1 / 4)),
+    }
 
 
 class ReZero(ResidualSystem):
