@@ -2,7 +2,9 @@
 
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,13 +59,24 @@ class Publication:
     folder: Path
     tokenizer: PreTrainedTokenizerBase | None = None
 
+    def is_of(self, directory: str | os.PathLike) -> bool:
+        return Path(directory).resolve() == self.folder
+
+
+def _vanilla_or_none(make: Callable[[], Any], directory: str | os.PathLike) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        logger.error(f"{directory} gets the model with ω, for it cannot be folded: {error}")
+        return None
+
 
 def publish(model: Any, publication: Publication) -> None:
     """Make a choice for a model: an Admin model, or a stock one that [`inject`] has given an ω."""
     if isinstance(model, PublishableModel):
         model.publication = publication
     else:
-        model.save_pretrained = _SaveInjected(model, publication.folder)
+        model.save_pretrained = _SaveInjected(model, publication)
 
 
 def push_vanilla(model: Any, repo_id: str, **kwargs: Any) -> Any:
@@ -75,8 +88,8 @@ def push_vanilla(model: Any, repo_id: str, **kwargs: Any) -> Any:
 class _SaveInjected:
     """`save_pretrained` of a stock model with an injected ω, whose class knows nothing of it."""
 
-    def __init__(self, model: Any, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: Any, publication: Publication) -> None:
+        self.model, self.publication = model, publication
 
     def __call__(
         self,
@@ -85,12 +98,9 @@ class _SaveInjected:
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        published = is_main_process and Path(save_directory).resolve() == self.folder
-        try:
-            vanilla = self._vanilla(state_dict) if published else None
-        except ValueError as error:
-            logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
-            vanilla = None
+        vanilla = None
+        if is_main_process and self.publication.is_of(save_directory):
+            vanilla = _vanilla_or_none(partial(self._vanilla, state_dict), save_directory)
         if vanilla is None:
             save: Any = type(self.model).save_pretrained
             save(self.model, save_directory, is_main_process, state_dict, **kwargs)
@@ -139,15 +149,13 @@ class PublishableModel(PreTrainedModel):
             ValueError: the model cannot be folded (see [`reparameterize`]).
             NotADirectoryError: `save_directory` is a file.
         """
-        published = self.publication is not None and self.publication.folder == Path(save_directory).resolve()
+        published = self.publication is not None and self.publication.is_of(save_directory)
         vanilla = None
-        if is_main_process and reparameterize is not False and (reparameterize or published or push_to_hub):
-            try:
+        if is_main_process and reparameterize is not False:
+            if reparameterize or push_to_hub:
                 vanilla = self._vanilla(state_dict)
-            except ValueError as error:
-                if reparameterize or push_to_hub:
-                    raise
-                logger.error(f"{save_directory} gets the model with ω, for it cannot be folded: {error}")
+            elif published:
+                vanilla = _vanilla_or_none(partial(self._vanilla, state_dict), save_directory)
         if vanilla is not None and (reparameterize or published):
             with replaced_model(save_directory) as folder:
                 vanilla.save_pretrained(folder, **kwargs)
