@@ -121,9 +121,10 @@ class AdminProfilingCallback(_AdminCallback):
             self._remove_hook()
             if is_due:
                 profile_and_initialize(module, batch, output_dir, verbose=self.verbose)
+            elif not is_injected:
+                check_padding(batch, module.padding_id)
             if is_injected:
                 return
-            check_padding(batch, module.padding_id)
             eos = module.config.eos_token_id
             if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
                 logger.warning(
@@ -210,7 +211,7 @@ def _check_writable(args: TrainingArguments) -> None:
         )
 
 
-class AdminPublishingCallback(TrainerCallback):
+class AdminPublishingCallback(_AdminCallback):
     """Makes `push_to_hub=True` of any [`~transformers.Seq2SeqTrainer`] end with the vanilla model on the Hub.
 
     A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
@@ -248,7 +249,7 @@ class AdminPublishingCallback(TrainerCallback):
         model = _unwrapped(model)
         if not hasattr(model, "injection"):
             stock_architecture(model)
-        _check_processing_class(model, processing_class)
+        super().on_init_end(args, model=model, processing_class=processing_class)
         tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
         publish(model, Publication(Path(str(args.output_dir)).resolve(), tokenizer))
 

@@ -55,9 +55,9 @@ def observed_connections(
     """
     if (injection := getattr(model, "injection", None)) is not None:
         return injection.observed(observers, before)
-    hooks = ExitStack()
+    hooks, connections = ExitStack(), connections_of(model)
     for name, observe in observers.items():
-        hooks.enter_context(observed(residual_connections(getattr(model.base_model, name)), observe, before))
+        hooks.enter_context(observed(connections[name], observe, before))
     return hooks
 
 

@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from admin_hf import initialize_omega, inject, profile_residuals
 from admin_hf.checkpoints import write_whole
@@ -52,21 +53,18 @@ TEXT_SEED = 1  # of the order of sentences and of the masks, the same for all ru
 class StockArguments:
     """What tells these runs from those of run_translation.py."""
 
-    model_type: str = field(metadata={"help": f"{', '.join(CLASSES)}."})
-    initialization: str = field(
+    model_type: str = HfArg(help=f"{', '.join(CLASSES)}.")
+    initialization: str = HfArg(
         default="stock",
-        metadata={
-            "help": "'stock': as the class has it; 'xavier': Xavier-uniform projections; 'wide': normal ones with the "
-            "class's std times sqrt(768 / width), whose branches have the variances that width 768 has."
-        },
+        help="'stock': as the class has it; 'xavier': Xavier-uniform projections; 'wide': normal ones with the "
+        "class's std times sqrt(768 / width), whose branches have the variances that width 768 has.",
     )
-    chain: str | None = field(
-        default=None,
-        metadata={"help": "Where the variances of ω start: 'norm', behind the first LayerNorm, or 'embeddings'."},
+    chain: str | None = HfArg(
+        default=None, help="Where the variances of ω start: 'norm', behind the first LayerNorm, or 'embeddings'."
     )
-    block_size: int = field(default=32, metadata={"help": "Tokens of a block of text, and at most of a sentence."})
-    max_eval_blocks: int | None = field(default=None, metadata={"help": "Validate on the first examples only."})
-    masked: float = field(default=0.0, metadata={"help": "Share of tokens to mask and predict."})
+    block_size: int = HfArg(default=32, help="Tokens of a block of text, and at most of a sentence.")
+    max_eval_blocks: int | None = HfArg(default=None, help="Validate on the first examples only.")
+    masked: float = HfArg(default=0.0, help="Share of tokens to mask and predict.")
 
 
 # --- data -----------------------------------------------------------------------------------------
