@@ -21,8 +21,9 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def cast_once(x: Tensor) -> Tensor:
     """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient.
 
-    On a GPU, where an update is as long as its kernels take to be launched, this spares 66 of 2,489 operations of a
-    forward and backward pass of 6+6 layers. A CPU takes the same time without it.
+    The backward pass keeps one copy of it in place of three: in bfloat16, without it, models of 6+6 layers and width
+    512 keep 6% more. On a GPU, where an update is as long as its kernels take to be launched, it also spares 66 of
+    2,489 operations of a forward and backward pass. A CPU takes the same time without it.
     """
     dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
     return x if dtype is None else x.to(dtype)

@@ -1,15 +1,15 @@
 """What each lever is worth: a training step without it, against one with all of them."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from admin_hf import kernels, modeling_admin
+from admin_hf import kernels
 
 from . import systems
 from .record import Settings, conditions, cost
@@ -39,40 +39,52 @@ def measure(settings: Settings, shape: Shape = SHAPES["tiny"]) -> dict[str, Any]
 
 def without(turns: Turns, lever: str, shape: Shape, dtype: str, folder: Path) -> None:
     """Train with the plain computation in place of a lever."""
-    if lever in REPLACED:
-        patch.object(*REPLACED[lever]).start()
     changes = {"keep_freed_memory": False} if lever == MEMORY else {}
     trainer = systems.our_batch_trainer(shape, dtype, folder, **changes)
+    model = trainer.model
     if lever == ATTENTION:
-        trainer.model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa")
+    if plain := PLAIN.get(lever):
+        layers = [*model.model.encoder.layers, *model.model.decoder.layers]
+        for module in [model.lm_head] if plain is PlainOutput else layers:
+            module.__class__ = type(type(module).__name__, (plain, type(module)), {})
     systems.train_on_random_batches(turns, trainer, shape)
 
 
 # --- the plain computations -----------------------------------------------------------------------
 
 
-def plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, *of_loss: Any) -> tuple[Tensor, Tensor]:
-    """The loss through the logits of the whole batch; without smoothing, as the benchmarks train."""
-    labels, *_, num_items_in_batch = of_loss
-    logits = nn.functional.linear(hidden, weight) + bias
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-    loss = loss / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
-    return loss, loss.detach()
+class PlainOutput:
+    """An output layer with a forward pass of its own, as an adapter has: the loss is computed from its logits."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
 
 
-def plain_relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return kernels.dropout(nn.functional.relu(x), p, training)
+class PlainRelu:
+    """A layer with ReLU and its dropout apart."""
+
+    def feed_forward(self: Any, x: Tensor) -> Tensor:
+        return self.fc2(kernels.dropout(nn.functional.relu(self.fc1(x)), self.activation_dropout, self.training))
 
 
-def never(x: Tensor, p: float) -> bool:
-    return False
+class PlainDropout:
+    """A layer with PyTorch's dropout."""
+
+    def residual(self: Any, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        f = branch(kernels.cast_once(connection.branch_input(x)))
+        return connection(x, nn.functional.dropout(f, self.dropout, self.training))
+
+    def feed_forward(self: Any, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.fc1(x))
+        return self.fc2(nn.functional.dropout(x, self.activation_dropout, self.training))
 
 
 MEMORY, ATTENTION = "`keep_freed_memory`", "`admin_attention`"
-# The product has no options for these, which would choose what is slower; each process replaces one in itself
-REPLACED: dict[str, tuple[Any, str, Any]] = {
-    "`linear_cross_entropy`": (modeling_admin, "linear_cross_entropy", plain_cross_entropy),
-    "`dropout` and `relu_dropout`": (kernels, "_draws_bits", never),
-    "`relu_dropout`": (modeling_admin, "relu_dropout", plain_relu_dropout),
+# The product has no options for these, which would choose what is slower: modules get another class
+PLAIN: dict[str, type] = {
+    "`linear_cross_entropy`": PlainOutput,
+    "`dropout` and `relu_dropout`": PlainDropout,
+    "`relu_dropout`": PlainRelu,
 }
-LEVERS = (*REPLACED, MEMORY, ATTENTION)
+LEVERS = (*PLAIN, MEMORY, ATTENTION)

@@ -57,3 +57,23 @@ def test_all_linear_layers_but_the_output_are_cast(model):
     linears = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
     assert len(linear_weights(model.model)) == 2 * len(linears)
     assert all(parameters[name] is not model.lm_head.weight for parameters, name in linear_weights(model.model))
+
+
+def test_the_projections_of_a_sublayer_read_one_cast_tensor(model):
+    read = {}
+
+    def remember(module, inputs):
+        read.setdefault(module, []).append(inputs[0])
+
+    decoder = model.model.decoder.layers
+    attentions = [decoder[0].self_attn, model.model.encoder.layers[0].self_attn]
+    groups = [[getattr(attention, f"{name}_proj") for name in "qkv"] for attention in attentions]
+    groups.append([layer.encoder_attn.k_proj for layer in decoder] + [layer.encoder_attn.v_proj for layer in decoder])
+    for projection in (projection for group in groups for projection in group):
+        projection.register_forward_pre_hook(remember)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**padded_batch())
+    for group in groups:
+        inputs = [x for projection in group for x in read[projection]]
+        assert len(inputs) == len(group) and {x.data_ptr() for x in inputs} == {inputs[0].data_ptr()}
+        assert inputs[0].dtype == torch.bfloat16

@@ -6,7 +6,6 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -96,18 +95,26 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
 
 
-def chunks(bench: Bench) -> list[Check]:
-    """The loss in several chunks of rows against all rows at once."""
-    shape = bench.shapes["small"]
-    batch, found = bench.to_device(batches(shape)[0]), []
+def chunks(bench: Bench, vocab_size: int = 10_000, width: int = 64) -> list[Check]:
+    """The loss of so many rows that it takes two chunks, against the losses of rows that one chunk holds."""
+    is_cpu = torch.device(bench.device).type == "cpu"
+    chunk = (loss.CHUNK_ELEMENTS if is_cpu else loss.GPU_CHUNK_ELEMENTS) // vocab_size
+    rows, found = chunk + chunk // 2, []
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, width, generator=generator) / width**0.5 for size in (rows, vocab_size))
+    labels = torch.randint(1, vocab_size, (1, rows), generator=generator)
+    parts = [slice(None)], [slice(0, chunk), slice(chunk, rows)]
     for dtype in ("float32", "bfloat16"):
         results = []
-        for elements in (2**40, shape.vocab_size * 7):
-            model = new_model(bench, shape).to(bench.device).train()
-            # No argument of the product has the size of chunks, which is chosen for every device once
-            with patch.multiple(loss, GPU_CHUNK_ELEMENTS=elements, CHUNK_ELEMENTS=elements):
-                results.append(_loss_and_gradients(model, batch, dtype))
-        (one, of_one), (several, of_several) = results
+        for part in parts:
+            h, w = (x.to(bench.device, copy=True).requires_grad_() for x in (hidden[None], weight))
+            bias, y = h.new_zeros(1, vocab_size), labels.to(bench.device)
+            with autocast(h.device.type, dtype):
+                values = [loss.linear_cross_entropy(h[:, at], w, bias, y[:, at], 0, 0.1, rows)[0] for at in part]
+            value = sum(values[1:], values[0])
+            value.backward()
+            results.append((float(value.detach()), torch.cat([x.grad.flatten().double().cpu() for x in (h, w)])))
+        (several, of_several), (one, of_one) = results
         found.append(within(f"loss in chunks, {dtype}", abs(several / one - 1), 1e-6))
         found.append(within(f"gradients in chunks, {dtype}", difference(of_several, of_one), TO_EAGER[dtype][1]))
     return found

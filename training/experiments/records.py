@@ -1,4 +1,4 @@
-"""What a run recorded, in short: how it ended, its scores and its curves. Looking takes no more than reading JSON."""
+"""What a run recorded, in short: how it ended, its scores and its curves."""
 
 import json
 import math
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from admin_hf.run.folder import ARGUMENTS_NAME, DIVERGENCE_NAME, RESULTS_NAME, STATE_NAME, complete_checkpoints
 
 from ..errors import InputError
 from .scales import REPO, PlannedRun
@@ -74,7 +76,7 @@ def state(run: PlannedRun) -> str:
     Raises:
         InputError: its folder holds a run of other arguments, or its arguments.json is damaged.
     """
-    arguments = run.folder / "arguments.json"
+    arguments = run.folder / ARGUMENTS_NAME
     if not arguments.exists():
         return "new"
     there = _read(arguments)
@@ -88,9 +90,9 @@ def state(run: PlannedRun) -> str:
             f"{run.folder} holds a run of other arguments ({'; '.join(differing)}): remove it, or move it away."
         )
     # A session that trains removes both before it starts
-    if (run.folder / "divergence.json").exists():
+    if (run.folder / DIVERGENCE_NAME).exists():
         return "diverged"
-    if not (results := run.folder / "results.json").exists():
+    if not (results := run.folder / RESULTS_NAME).exists():
         return "begun"
     return "trained" if run.scoring and "test_bleu" not in _read(results).get("scores", {}) else "finished"
 
@@ -105,21 +107,19 @@ def collect(run: PlannedRun) -> Record | None:
         return None
     folder = run.folder
     if how == "begun":
-        from admin_hf.run import complete_checkpoints  # PyTorch takes seconds to load
-
         if not (checkpoints := complete_checkpoints(run.folder)):
             return None
         folder = checkpoints[-1]
     try:
-        return _record(run, how, _read(folder / "trainer_state.json")["log_history"])
+        return _record(run, how, _read(folder / STATE_NAME)["log_history"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"The files in {run.folder} are damaged ({error!r}).") from error
 
 
 def _record(run: PlannedRun, how: str, history: list[dict[str, Any]]) -> Record:
     folder = run.folder
-    divergence = _read(folder / "divergence.json") if how == "diverged" else {}
-    results = _read(folder / "results.json") if how in ("trained", "finished") else {}
+    divergence = _read(folder / DIVERGENCE_NAME) if how == "diverged" else {}
+    results = _read(folder / RESULTS_NAME) if how in ("trained", "finished") else {}
     scores = results.get("scores", {})
     blind = _read(REPO / run.arguments["tokenizer_name"] / BLIND_NAME)
     # Another experiment may have its folder in common, and translate with it
