@@ -34,7 +34,8 @@ class Sublayer:
         kind: what the branch is, for people.
         norm: the LayerNorm at the shortcut, whose place in an Admin model is taken by the residual connection.
         reads: the matrices that read the shortcut: modules with a weight, or parameters, such as
-            `self_attn.in_proj_weight`. Keys and values of encoder-attention read the encoder's output.
+            `self_attn.in_proj_weight`. Of attention, queries, keys and values in this order; keys and values of
+            encoder-attention read the encoder's output.
         ends: the matrix that ends the branch.
     """
 
@@ -102,16 +103,20 @@ class Architecture:
     translation: type[PreTrainedModel]
 
 
+# The matrices of a layer of Marian's: of an attention, and of the feed-forward branch
+QUERY, KEY, VALUE, OUTPUT = "q_proj", "k_proj", "v_proj", "out_proj"
+INNER, OUTER = "fc1", "fc2"
+
 _SELF_ATTENTION = Sublayer(
     "self-attention",
     "self_attn_layer_norm",
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.out_proj",
+    (f"self_attn.{QUERY}", f"self_attn.{KEY}", f"self_attn.{VALUE}"),
+    f"self_attn.{OUTPUT}",
 )
 _ENCODER_ATTENTION = Sublayer(
-    "encoder-attention", "encoder_attn_layer_norm", ("encoder_attn.q_proj",), "encoder_attn.out_proj"
+    "encoder-attention", "encoder_attn_layer_norm", (f"encoder_attn.{QUERY}",), f"encoder_attn.{OUTPUT}"
 )
-_FEED_FORWARD = Sublayer("feed-forward", "final_layer_norm", ("fc1",), "fc2")
+_FEED_FORWARD = Sublayer("feed-forward", "final_layer_norm", (INNER,), OUTER)
 
 ENCODER = Stack("encoder", (_SELF_ATTENTION, _FEED_FORWARD))
 DECODER = Stack("decoder", (_SELF_ATTENTION, _ENCODER_ATTENTION, _FEED_FORWARD), "decoder_")

@@ -464,11 +464,14 @@ def _deepnorm(injection: Injection) -> dict[str, tuple[float, float]]:
 def _initialize_deepnorm(injection: Injection) -> None:
     """Xavier-normal matrices: gain 1 for queries and keys, β for values, outputs and feed-forward; biases are 0."""
     for name, (_, beta) in _deepnorm(injection).items():
-        for layer in stack_layers(injection.base, injection.descriptions[name]):
+        stack = injection.descriptions[name]
+        of_three = [sublayer.reads for sublayer in stack.sublayers if len(sublayer.reads) == 3]
+        of_gain_one = {path.rpartition(".")[2] for query, key, _ in of_three for path in (query, key)}
+        for layer in stack_layers(injection.base, stack):
             for path, module in layer.named_modules():
                 if isinstance(module, (nn.Linear, Conv1D)):
                     weight = original(module, "weight")
-                    is_query_or_key = path.rpartition(".")[2] in ("q_proj", "k_proj", "query", "key", "q_lin", "k_lin")
+                    is_query_or_key = path.rpartition(".")[2] in of_gain_one
                     parts = weight.chunk(3, 1) if path.endswith("c_attn") else (weight,)
                     for place, part in enumerate(parts):
                         draws_one = is_query_or_key or (len(parts) == 3 and place < 2)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from transformers import MarianConfig
 from transformers import initialization as init
 
-from .architecture import STACKS
+from .architecture import INNER, KEY, OUTER, OUTPUT, QUERY, STACKS, VALUE
 from .connections import (
     AdminConnection,
     DeepNormConnection,
@@ -82,12 +82,12 @@ class ResidualSystem:
     # fairseq's standard initialisation: the profile, and so ω, depends on it. Biases are zero.
     # A decoder's system with an entry for "lm_head" gives the model an output layer of its own, tied to no embeddings.
     initializers: dict[str, Initializer] = {
-        "q_proj": partial(init.xavier_uniform_, gain=2**-0.5),
-        "k_proj": partial(init.xavier_uniform_, gain=2**-0.5),
-        "v_proj": partial(init.xavier_uniform_, gain=2**-0.5),
-        "out_proj": init.xavier_uniform_,
-        "fc1": init.xavier_uniform_,
-        "fc2": init.xavier_uniform_,
+        QUERY: partial(init.xavier_uniform_, gain=2**-0.5),
+        KEY: partial(init.xavier_uniform_, gain=2**-0.5),
+        VALUE: partial(init.xavier_uniform_, gain=2**-0.5),
+        OUTPUT: init.xavier_uniform_,
+        INNER: init.xavier_uniform_,
+        OUTER: init.xavier_uniform_,
     }
 
     def __init__(self, config: MarianConfig, stack: str) -> None:
@@ -177,7 +177,7 @@ class DeepNorm(ResidualSystem):
     def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
         self.alpha, beta = deepnorm_constants(config.encoder_layers, config.decoder_layers)[stack]
-        gains = dict.fromkeys(self.initializers, beta) | {"q_proj": 1.0, "k_proj": 1.0}
+        gains = dict.fromkeys(self.initializers, beta) | {QUERY: 1.0, KEY: 1.0}
         self.initializers = {name: partial(init.xavier_normal_, gain=gain) for name, gain in gains.items()}
 
     def connection(self, sublayer_idx: int) -> nn.Module:
@@ -230,12 +230,12 @@ class FixUp(ResidualSystem):
         depth = sum(stack.depth(config) for stack in STACKS.values())
         attention: Initializer = partial(init.xavier_uniform_, gain=2**-0.5 * depth ** (-1 / 6))
         self.initializers = {
-            "q_proj": attention,
-            "k_proj": attention,
-            "v_proj": attention,
-            "out_proj": init.zeros_,
-            "fc1": partial(init.xavier_uniform_, gain=depth ** (-1 / 2)),
-            "fc2": init.zeros_,
+            QUERY: attention,
+            KEY: attention,
+            VALUE: attention,
+            OUTPUT: init.zeros_,
+            INNER: partial(init.xavier_uniform_, gain=depth ** (-1 / 2)),
+            OUTER: init.zeros_,
             "lm_head": init.zeros_,
         }
 
@@ -264,8 +264,8 @@ class LookLinear(ResidualSystem):
     """
 
     initializers = ResidualSystem.initializers | {
-        "fc1": partial(_mirrored_xavier_, dim=0),
-        "fc2": partial(_mirrored_xavier_, dim=1),
+        INNER: partial(_mirrored_xavier_, dim=0),
+        OUTER: partial(_mirrored_xavier_, dim=1),
     }
 
     def __init__(self, config: MarianConfig, stack: str) -> None:

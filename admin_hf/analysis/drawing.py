@@ -231,7 +231,7 @@ def draw_updates(result: UpdateNorms, path: str | os.PathLike | None = None) -> 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
-    count = len(result.updates[0]["q_proj"])
+    count = len(next(iter(result.updates[0].values())))
     # Lighter in higher layers, as in the paper; one shade is left out, the lightest
     shades = [colormaps[COLOUR_MAP](layer / count) for layer in range(count)]
     steps = BoundaryNorm([layer + 0.5 for layer in range(count + 1)], count)

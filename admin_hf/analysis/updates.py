@@ -19,12 +19,14 @@ from typing import ClassVar
 
 import torch
 
+from ..architecture import ENCODER, KEY, OUTPUT, QUERY, VALUE
 from .inputs import Batch, load_model, read_tensors, training_loss
 
 
-MATRICES = {"q_proj": "W_Q", "k_proj": "W_K", "v_proj": "W_V", "out_proj": "W_O"}
+MATRICES = {QUERY: "W_Q", KEY: "W_K", VALUE: "W_V", OUTPUT: "W_O"}
 
-_WEIGHT = re.compile(rf"model\.encoder\.layers\.(\d+)\.self_attn\.({'|'.join(MATRICES)})\.weight")
+_ATTENTION = ENCODER.sublayers[0].ends.removesuffix(f".{OUTPUT}")
+_WEIGHT = re.compile(rf"model\.{ENCODER.path}\.(\d+)\.{_ATTENTION}\.({'|'.join(MATRICES)})\.weight")
 
 # By the name of the projection, a norm for each layer
 LayerNorms = dict[str, list[float]]
