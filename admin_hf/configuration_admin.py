@@ -21,9 +21,8 @@ class AdminConfig(MarianConfig):
 
     Args:
         encoder_residual (`str`, defaults to `"admin"`):
-            The residual system of the encoder: `"admin"`, `"post_ln"`, `"pre_ln"`, `"rezero"`, `"rezero_post_ln"`,
-            `"fixup"`, `"looklinear"`, `"deepnorm"`, `"admin_uniform"`, or one of your own
-            (see `admin_hf.residual.SYSTEMS` and docs/systems.md).
+            The residual system of the encoder: `"admin"`, `"post_ln"`, `"pre_ln"`, `"deepnorm"`, or another one of
+            `admin_hf.residual.SYSTEMS`, which may have one of your own (docs/systems.md has them all).
         decoder_residual (`str`, defaults to `"admin"`):
             The same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with Pre-LN. A decoder of
             `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.

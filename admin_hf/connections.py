@@ -54,11 +54,16 @@ class ResidualConnection(nn.Module):
 
     Attributes:
         shortcut_scale, branch_scale: what a subclass multiplies shortcut and branch by: a number, or a tensor of shape
-            `(1,)` or `(d_model,)`. [`reparameterize`] folds those of a Post-LN connection into the weights around it.
+            `(1,)` or `(d_model,)`. [`reparameterize`] folds those of a Post-LN connection into the weights around it,
+            and of a Pre-LN connection, whose shortcut is scaled by a number.
+        input_scale: what a Pre-LN connection multiplies its normalised input by, a number, which is folded as well.
+        adds_layer_input: whether the shortcut is the sum of x_{i-1} and the input of the whole layer.
     """
 
     shortcut_scale: Tensor | float = 1.0
     branch_scale: Tensor | float = 1.0
+    input_scale = 1.0
+    adds_layer_input = False
     output_scale = 1.0
     is_in_chain = True  # whether profiling adds its branch up: of an injected ω, not in front of the first LayerNorm
 
@@ -94,6 +99,81 @@ class PreLNConnection(nn.LayerNorm, ResidualConnection):
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
         return shortcut + branch
+
+
+class LayerNormScalingConnection(PreLNConnection):
+    """``x_i = x_{i-1} + f_i(LN(x_{i-1}) / √l)`` in layer l, counted from 1."""
+
+    def __init__(self, d_model: int, layer: int) -> None:
+        super().__init__(d_model)
+        self.input_scale = layer**-0.5
+
+    def branch_input(self, shortcut: Tensor) -> Tensor:
+        return self.input_scale * super().branch_input(shortcut)
+
+
+class LayerScaleConnection(ScaleModule, PreLNConnection):
+    """``x_i = x_{i-1} + λ ⊙ f_i(LN(x_{i-1}))`` with a trainable λ of shape `(d_model,)`."""
+
+    gain: nn.Parameter
+
+    def __init__(self, d_model: int, gain: float) -> None:
+        super().__init__(d_model)
+        self.add_scale("gain", gain, d_model)
+
+    @property
+    def branch_scale(self) -> Tensor:  # type: ignore[override]
+        return self.gain
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.addcmul(shortcut, self.gain.to(shortcut), branch.to(shortcut))
+
+
+class GPASConnection(ScaleModule, PreLNConnection):
+    """``x_i = y_i − SiLU(α_i) sg(y_i)`` of ``y_i = x_{i-1} + f_i(LN(x_{i-1}))``.
+
+    α_i is a trainable number, 0 at the start. sg stops the gradient: the output is scaled by 1 − SiLU(α_i), and the
+    gradient is not.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model)
+        self.add_scale("alpha", 0.0)
+
+    @property
+    def shortcut_scale(self) -> Tensor:  # type: ignore[override]
+        return 1 - nn.functional.silu(self.alpha)
+
+    @property
+    def branch_scale(self) -> Tensor:  # type: ignore[override]
+        return self.shortcut_scale
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        y = shortcut + branch
+        return y - nn.functional.silu(self.alpha).to(y) * y.detach()
+
+
+class B2TConnection(PostLNConnection):
+    """``x_i = LN(z + x_{i-1} + f_i(x_{i-1}))``, where z is the input of the layer, added to the shortcut before."""
+
+    adds_layer_input = True
+
+
+class KeelConnection(nn.LayerNorm, ResidualConnection):
+    """``x_i = LN(α x_{i-1} + f_i(LN'(x_{i-1})))`` with a constant α; LN' is `inner`."""
+
+    def __init__(self, d_model: int, alpha: float) -> None:
+        super().__init__(d_model)
+        self.shortcut_scale = alpha
+        self.inner = nn.LayerNorm(d_model)
+
+    def branch_input(self, shortcut: Tensor) -> Tensor:
+        return self.inner(shortcut)
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.shortcut_scale * shortcut + branch)
 
 
 class AdminConnection(ScaleModule, PostLNConnection):

@@ -42,10 +42,13 @@ class _ResidualLayer(nn.Module):
     fc1: nn.Linear
     fc2: nn.Linear
 
-    def residual(self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def residual(
+        self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor], layer_input: Tensor | None = None
+    ) -> Tensor:
         # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
         f = branch(cast_once(connection.branch_input(x)))
-        return connection(x, dropout(f, self.dropout, self.training))
+        shortcut = x + layer_input if layer_input is not None and connection.adds_layer_input else x
+        return connection(shortcut, dropout(f, self.dropout, self.training))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -71,7 +74,7 @@ class AdminEncoderLayer(_ResidualLayer, MarianEncoderLayer):
             return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
 
         x = self.residual(self.self_attn_layer_norm, hidden_states, self_attention)
-        return self.residual(self.final_layer_norm, x, self.feed_forward)
+        return self.residual(self.final_layer_norm, x, self.feed_forward, hidden_states)
 
 
 class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
@@ -102,7 +105,7 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         x = self.residual(self.self_attn_layer_norm, hidden_states, self_attention)
         if encoder_hidden_states is not None:
             x = self.residual(self.encoder_attn_layer_norm, x, encoder_attention)
-        return self.residual(self.final_layer_norm, x, self.feed_forward)
+        return self.residual(self.final_layer_norm, x, self.feed_forward, hidden_states)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
         ValueError: there is none: Post-LN is mixed with Pre-LN, or a connection is of neither family.
     """
     connections = [module for module in model.modules() if isinstance(module, ResidualConnection)]
-    if all(isinstance(connection, PostLNConnection) for connection in connections):
+    if all(isinstance(each, PostLNConnection) and not each.adds_layer_input for each in connections):
         return MARIAN
     if all(isinstance(connection, PreLNConnection) for connection in connections):
         if not (model.config.share_encoder_decoder_embeddings and model.config.tie_word_embeddings):
@@ -52,8 +52,8 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
         return PEGASUS
     raise ValueError(
         f"No architecture of Transformers computes encoder_residual={model.config.encoder_residual!r} with "
-        f"decoder_residual={model.config.decoder_residual!r}: only Post-LN systems (Marian) and pre_ln in both stacks "
-        "(Pegasus) can be folded. " + _UNFOLDED.format(name=type(model).__name__)
+        f"decoder_residual={model.config.decoder_residual!r}: only Post-LN systems (Marian) and Pre-LN ones in both "
+        "stacks (Pegasus) can be folded. " + _UNFOLDED.format(name=type(model).__name__)
     )
 
 
@@ -196,11 +196,14 @@ def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     weights.pop(f"{prefix}omega_profiled", None)
     for stack in STACKS.values():
-        before = None
+        before, total = None, torch.ones(())
         for path, connection in residual_connections(getattr(model.base_model, stack.name)):
             name = f"{prefix}{stack.name}.{path}"
             if isinstance(connection, PostLNConnection):
                 _fold(weights, name, connection, stack.sublayer(path), before)
+            else:
+                total = total * _scale(connection, "shortcut_scale", name)
+                _fold_pre_ln(weights, name, connection, stack.sublayer(path), total)
             for parameter, _ in connection.named_parameters():
                 if parameter not in ("weight", "bias"):
                     del weights[f"{name}.{parameter}"]
@@ -237,7 +240,23 @@ def _fold(
     weights[f"{layer}.{sublayer.ends}.bias"] *= r
 
 
-def _scale(connection: PostLNConnection, attribute: str, name: str) -> Tensor:
+def _fold_pre_ln(
+    weights: dict[str, Tensor], name: str, connection: ResidualConnection, sublayer: Sublayer, total: Tensor
+) -> None:
+    """Fold the scales s, r and n of ``x_i = s x_{i-1} + r ⊙ f(n LN(x_{i-1}))`` into the weights around it.
+
+    With c_i = s_i c_{i-1} (`total`), y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i, and every
+    LayerNorm reads it alike, but for its ε: LN(x_i) = LN(y_i).
+    """
+    layer = name.rpartition(".")[0]
+    r = _scale(connection, "branch_scale", name) / total
+    for parameter in ("weight", "bias"):
+        weights[f"{name}.{parameter}"] *= connection.input_scale  # γ ← n γ and ν ← n ν
+    weights[f"{layer}.{sublayer.ends}.weight"] *= r.reshape(-1, 1)  # W ← r / c W, along the output dimension
+    weights[f"{layer}.{sublayer.ends}.bias"] *= r
+
+
+def _scale(connection: Any, attribute: str, name: str) -> Tensor:
     value = getattr(connection, attribute)
     scale = torch.as_tensor(value, dtype=torch.float64, device=connection.weight.device).reshape(-1)
     if attribute == "shortcut_scale":

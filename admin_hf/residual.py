@@ -1,4 +1,4 @@
-"""Residual systems: what makes a Transformer Post-LN, Pre-LN, Admin, ReZero, FixUp, LookLinear or DeepNorm.
+"""Residual systems: what makes a Transformer Post-LN, Pre-LN, Admin, DeepNorm, ReZero or one of others.
 
 A Transformer stack is a chain of residual connections, one for each sub-layer (self-attention, encoder-attention,
 feed-forward) with its branch ``f_i``:
@@ -50,10 +50,15 @@ from transformers import initialization as init
 from .architecture import INNER, KEY, OUTER, OUTPUT, QUERY, STACKS, VALUE
 from .connections import (
     AdminConnection,
+    B2TConnection,
     DeepNormConnection,
     FixUpActivation,
     FixUpConnection,
     FixUpOutput,
+    GPASConnection,
+    KeelConnection,
+    LayerNormScalingConnection,
+    LayerScaleConnection,
     PostLNConnection,
     PreLNConnection,
     ResidualConnection,
@@ -94,6 +99,7 @@ class ResidualSystem:
         self.config = config
         self.stack = stack
         self.sublayers = STACKS[stack].sublayers
+        self.depth = STACKS[stack].depth(config)  # in sub-layers
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         """Return the connection of a sub-layer, counted through the stack from 0 in execution order."""
@@ -134,6 +140,11 @@ class PreLN(ResidualSystem):
         return nn.LayerNorm(self.config.d_model)
 
 
+def uniform_omega(n: int) -> float:
+    """ω of a stack of n sub-layers whose output change is O(log n): sqrt((n + 1) / ln(n + 1) − 1)."""
+    return math.sqrt((n + 1) / math.log(n + 1) - 1)
+
+
 class Admin(ResidualSystem):
     """Post-LN with a profiled shortcut scale ω on every sub-layer but the first of the stack.
 
@@ -152,17 +163,42 @@ class Admin(ResidualSystem):
 class AdminUniform(Admin):
     """Admin without profiling: one ω for a stack of n sub-layers, sqrt((n + 1) / ln(n + 1) − 1), then trained.
 
-    From the authors' package admin-torch.
+    From the authors' package admin-torch, as its variants below are.
     """
+
+    omega_of: Callable[[int], float] = staticmethod(uniform_omega)
 
     def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
-        self.omega = uniform_omega(STACKS[stack].depth(config))
+        self.omega = self.omega_of(self.depth)
 
 
-def uniform_omega(n: int) -> float:
-    """ω of a stack of n sub-layers whose output change is O(log n): sqrt((n + 1) / ln(n + 1) − 1)."""
-    return math.sqrt((n + 1) / math.log(n + 1) - 1)
+class AdminUniformO1(AdminUniform):
+    """As `admin_uniform`, with sqrt(n): an output change of O(1)."""
+
+    omega_of = staticmethod(math.sqrt)
+
+
+class AdminUniformOn(AdminUniform):
+    """As `admin_uniform`, with 1: an output change of O(n), as Post-LN's, but ω is trained."""
+
+    omega_of = staticmethod(lambda n: 1.0)
+
+
+class AdminConstant(AdminUniform):
+    """As `admin_uniform`, with an ω that is not trained."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        d_model = self.config.d_model
+        return (
+            DeepNormConnection(d_model, self.omega_of(self.depth)) if sublayer_idx > 0 else PostLNConnection(d_model)
+        )
+
+
+class AdminConstantO1(AdminConstant):
+    """As `admin_constant`, with sqrt(n)."""
+
+    omega_of = staticmethod(math.sqrt)
 
 
 class DeepNorm(ResidualSystem):
@@ -250,6 +286,75 @@ class FixUp(ResidualSystem):
         return FixUpOutput() if self.stack == "encoder" else nn.Identity()
 
 
+class DSInit(ResidualSystem):
+    """Post-LN whose layer l, counted from 1, has an initialisation smaller by 1/√l (Zhang et al., 2019, section 4.1).
+
+    The depth-scaled initialisation, without the paper's merged attention.
+    """
+
+    def connect(self, layer: nn.Module, layer_idx: int) -> None:
+        super().connect(layer, layer_idx)
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                module.initializer = partial(_scaled_, module.initializer, (layer_idx + 1) ** -0.5)  # type: ignore
+
+
+def _scaled_(initializer: Initializer, scale: float, weight: Tensor) -> None:
+    initializer(weight)
+    init.copy_(weight, scale * weight)
+
+
+class LayerNormScaling(PreLN):
+    """Pre-LN whose LayerNorms of layer l, counted from 1, are divided by √l (Sun et al., 2025, section 3)."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return LayerNormScalingConnection(self.config.d_model, 1 + sublayer_idx // len(self.sublayers))
+
+
+class LayerScale(PreLN):
+    """Pre-LN with a trained scale λ on every branch (Touvron et al., 2021, "Going deeper with image Transformers").
+
+    λ starts at 0.1 in stacks of up to 18 layers, at 1e-5 up to 24, at 1e-6 beyond.
+    """
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        layers = self.depth // len(self.sublayers)
+        return LayerScaleConnection(self.config.d_model, 0.1 if layers <= 18 else 1e-5 if layers <= 24 else 1e-6)
+
+
+class GPAS(PreLN):
+    """Pre-LN whose outputs are scaled down, but not their gradients (Chen et al., 2025, arXiv:2506.22049)."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return GPASConnection(self.config.d_model)
+
+
+class MixLN(PreLN):
+    """Post-LN in the first quarter of the layers, Pre-LN in the others (Li et al., 2024, arXiv:2412.13795)."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        layer, layers = sublayer_idx // len(self.sublayers), self.depth // len(self.sublayers)
+        return PostLNConnection(self.config.d_model) if layer < layers // 4 else super().connection(sublayer_idx)
+
+
+class B2T(ResidualSystem):
+    """Post-LN that adds the input of a layer before its last LayerNorm (Takase et al., 2022, arXiv:2206.00330)."""
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        is_last = (sublayer_idx + 1) % len(self.sublayers) == 0
+        return B2TConnection(self.config.d_model) if is_last else PostLNConnection(self.config.d_model)
+
+
+class Keel(ResidualSystem):
+    """Post-LN with a shortcut times α and a LayerNorm in front of each branch (Chen and Wei, 2026, arXiv:2601.19895).
+
+    α is the number of sub-layers of the stack.
+    """
+
+    def connection(self, sublayer_idx: int) -> nn.Module:
+        return KeelConnection(self.config.d_model, float(self.depth))
+
+
 def _mirrored_xavier_(weight: Tensor, dim: int) -> None:
     init.xavier_uniform_(weight)
     half = weight.chunk(2, dim)[0]
@@ -290,6 +395,17 @@ SYSTEMS: dict[str, type[ResidualSystem]] = {
     "looklinear": LookLinear,
     "deepnorm": DeepNorm,
     "admin_uniform": AdminUniform,
+    "admin_uniform_o1": AdminUniformO1,
+    "admin_uniform_on": AdminUniformOn,
+    "admin_constant": AdminConstant,
+    "admin_constant_o1": AdminConstantO1,
+    "ds_init": DSInit,
+    "b2t": B2T,
+    "keel": Keel,
+    "mix_ln": MixLN,
+    "layer_norm_scaling": LayerNormScaling,
+    "layer_scale": LayerScale,
+    "gpas": GPAS,
 }
 
 

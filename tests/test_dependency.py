@@ -6,6 +6,7 @@ from conftest import SYSTEM_PAIRS, randomize, tiny_config, tiny_model
 
 from admin_hf.analysis import initialized_model, layer_dependency, random_batch
 from admin_hf.analysis.dependency import MAX_TOKENS
+from admin_hf.connections import KeelConnection
 from admin_hf.residual import SYSTEMS, PostLNConnection, ResidualSystem, residual_connections
 
 
@@ -33,8 +34,11 @@ def slow_beta(seen):
         x, outputs = sizes[1] * seen[0][1], []
         for i, (connection, shortcut, branch, _) in enumerate(seen):
             s, r = (getattr(connection, name, 1.0) for name in ("shortcut_scale", "branch_scale"))
+            if i % (len(seen) // 2) == 0:  # of two layers
+                layer_input = x
+            x = x + layer_input if connection.adds_layer_input else x
             x = x * s + sizes[i + 2] * branch * r
-            if isinstance(connection, PostLNConnection):
+            if isinstance(connection, PostLNConnection | KeelConnection):
                 b = shortcut * s + branch * r
                 x = (x - x.mean(-1, keepdim=True)) / (b.var(-1, correction=0, keepdim=True) + connection.eps).sqrt()
                 x = x * connection.weight + sizes[0] * connection.bias

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from conftest import tiny_model
 
 from admin_hf.residual import SYSTEMS
 
@@ -97,11 +98,14 @@ def outcomes(common_tests) -> dict[str, Outcome]:
 CASES = [case for case in re.findall(r"^class (\w+)\(.*TestCase\)", ADAPTER.read_text(), re.M) if case != "MarianTest"]
 
 
-def test_every_residual_system_is_a_case():
-    adapter = ADAPTER.read_text()
-    assert len(CASES) > len(SYSTEMS)
-    for name in SYSTEMS:
-        assert f'{{"encoder_residual": "{name}", "decoder_residual": "{name}"}}' in adapter
+def test_every_residual_system_is_a_case_or_has_the_parameters_of_one():
+    def parameters(system):
+        model = tiny_model(encoder_residual=system, decoder_residual=system)
+        return frozenset(name for name, _ in model.named_parameters())
+
+    cases = re.findall(r'{"encoder_residual": "(\w+)", "decoder_residual": "\1"}', ADAPTER.read_text())
+    assert {parameters(name) for name in SYSTEMS} == {parameters(name) for name in cases}
+    assert {"admin", "post_ln", "pre_ln", "b2t", "deepnorm", "looklinear", "admin_uniform"} <= set(cases)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -281,7 +281,7 @@ def test_trusted_code_folds_into_a_vanilla_folder(remote, published):
 
 @pytest.mark.slow
 def test_trusted_code_refuses_to_fold_what_no_stock_model_computes(remote, published):
-    assert "only Post-LN systems (Marian) and pre_ln in both stacks" in remote.facts["mixed"]["fold"]
+    assert "only Post-LN systems (Marian) and Pre-LN ones in both stacks" in remote.facts["mixed"]["fold"]
     assert not (published.folder / "mixed_vanilla").exists()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import threading
 
 import pytest
@@ -22,6 +23,7 @@ from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, Residu
 
 POST_LN_FAMILY = [("admin", "admin"), ("post_ln", "post_ln"), ("admin", "post_ln"), ("post_ln", "admin")]
 POST_LN_FAMILY += [(name, name) for name in ("admin_uniform", "rezero_post_ln", "looklinear", "deepnorm")]
+POST_LN_FAMILY += [(name, name) for name in ("admin_uniform_o1", "admin_constant", "ds_init")]
 POST_LN_FAMILY += [("deepnorm", "rezero_post_ln"), ("looklinear", "admin_uniform")]
 
 
@@ -65,11 +67,54 @@ def test_a_model_that_was_trained_from_its_own_start_folds(system):
     assert_same_function(model, reparameterize(model), tolerance=1e-4 if system == "deepnorm" else 1e-5)
 
 
-def test_pre_ln_becomes_pegasus():
-    model = trained_model("pre_ln", "pre_ln")
+PRE_LN_FAMILY = [(name, name) for name in ("pre_ln", "layer_norm_scaling", "layer_scale", "gpas")]
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [*PRE_LN_FAMILY, ("gpas", "pre_ln"), ("layer_scale", "gpas")])
+def test_the_pre_ln_family_becomes_pegasus(encoder, decoder):
+    model = trained_model(encoder, decoder)
     folded = reparameterize(model)
     assert type(folded) is PegasusForConditionalGeneration
-    assert_same_function(model, folded)
+    # The LayerNorms of GPAS read what its scales have made smaller, beside which their ε is larger
+    assert_same_function(model, folded, tolerance=1e-4 if "gpas" in (encoder, decoder) else 1e-5)
+
+
+def test_the_fold_of_scaled_pre_ln_by_hand():
+    """γ and ν / √2 in the second layer, λ on the rows of what ends a branch, and 1 / Π (1 − SiLU(α)) on them."""
+    model = trained_model("layer_norm_scaling", "gpas")
+    before, after = model.state_dict(), reparameterize(model).state_dict()
+    for part in ("weight", "bias"):
+        for name, scale in (("self_attn_layer_norm", 2**-0.5), ("final_layer_norm", 2**-0.5)):
+            name = f"model.encoder.layers.1.{name}.{part}"
+            torch.testing.assert_close(after[name], scale * before[name])
+        total = 1.0
+        for layer in range(2):
+            branches = {"self_attn": "self_attn.out_proj", "encoder_attn": "encoder_attn.out_proj", "final": "fc2"}
+            for norm, end in branches.items():
+                name = f"model.decoder.layers.{layer}.{end}.{part}"
+                torch.testing.assert_close(after[name], before[name] / total, rtol=1e-5, atol=1e-7)
+                alpha = float(before[f"model.decoder.layers.{layer}.{norm}_layer_norm.alpha"])
+                total *= 1 - alpha / (1 + math.exp(-alpha))
+    model = trained_model("layer_scale", "layer_scale")
+    before, after = model.state_dict(), reparameterize(model).state_dict()
+    gain = before["model.encoder.layers.0.final_layer_norm.gain"]
+    expected = gain[:, None] * before["model.encoder.layers.0.fc2.weight"]
+    torch.testing.assert_close(after["model.encoder.layers.0.fc2.weight"], expected)
+
+
+@pytest.mark.parametrize("system", ["b2t", "keel", "mix_ln"])
+def test_systems_without_a_stock_architecture_are_refused(system):
+    with pytest.raises(ValueError, match=f"No architecture of Transformers computes encoder_residual='{system}'"):
+        reparameterize(
+            tiny_model(encoder_residual=system, decoder_residual=system, encoder_layers=4, decoder_layers=4)
+        )
+
+
+def test_a_gpas_scale_near_zero_is_refused():
+    model = trained_model("gpas", "gpas")
+    model.model.encoder.layers[0].final_layer_norm.alpha.data.fill_(1.2785)  # SiLU(1.2785) = 1.0000
+    with pytest.raises(ValueError, match=r"encoder.layers.0.final_layer_norm.shortcut_scale has the entry"):
+        reparameterize(model)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,13 @@ from transformers import Trainer
 from admin_hf import AdminForConditionalGeneration, initialize_omega, profile_residuals
 from admin_hf.connections import (
     AdminConnection,
+    B2TConnection,
     DeepNormConnection,
     FixUpConnection,
+    GPASConnection,
+    KeelConnection,
+    LayerNormScalingConnection,
+    LayerScaleConnection,
     PostLNConnection,
     PreLNConnection,
     ReZeroConnection,
@@ -53,7 +58,26 @@ KINDS = {
     "looklinear": PostLNConnection,
     "deepnorm": DeepNormConnection,
     "admin_uniform": AdminConnection,
+    "admin_uniform_o1": AdminConnection,
+    "admin_uniform_on": AdminConnection,
+    "admin_constant": DeepNormConnection,
+    "admin_constant_o1": DeepNormConnection,
+    "ds_init": PostLNConnection,
+    "keel": KeelConnection,
+    "layer_norm_scaling": LayerNormScalingConnection,
+    "layer_scale": LayerScaleConnection,
+    "gpas": GPASConnection,
 }
+
+
+def kind_of(system: str, index: int, per_layer: int) -> type:
+    """The connection of sub-layer `index` of a stack of two layers."""
+    if system == "b2t":
+        return B2TConnection if index % per_layer == per_layer - 1 else PostLNConnection
+    if system == "mix_ln":  # a quarter of two layers is none
+        return PreLNConnection
+    # The first sub-layer of a stack has no ω
+    return PostLNConnection if system.startswith("admin") and index == 0 else KINDS[system]
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), SYSTEM_PAIRS)
@@ -64,9 +88,7 @@ def test_every_sublayer_has_the_connection_of_its_system_in_execution_order(enco
         connections = dict(residual_connections(stack))
         assert len(connections) == 2 * per_layer
         for index, (name, connection) in enumerate(connections.items()):
-            # The first sub-layer of a stack has no ω
-            first_of_admin = system.startswith("admin") and index == 0
-            assert type(connection) is (PostLNConnection if first_of_admin else KINDS[system])
+            assert type(connection) is kind_of(system, index, per_layer)
             label = f"{per_layer}.{name}"
             connection.register_forward_pre_hook(lambda *_, label=label: order.append(label))
     model(**padded_batch())
@@ -86,9 +108,10 @@ def test_branches_read_what_the_connection_gives_them_and_are_scaled_as_it_says(
             connection.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(x=args[0], f=args[1]))
             connection.register_forward_hook(lambda m, args, output, seen=seen: seen.update(out=output))
             model(**padded_batch())
-            torch.testing.assert_close(seen["read"], connection.branch_input(seen["x"]))
+            if not connection.adds_layer_input:  # the shortcut is then more than what the branch reads
+                torch.testing.assert_close(seen["read"], connection.branch_input(seen["x"]))
             total = connection.shortcut_scale * seen["x"] + connection.branch_scale * seen["f"]
-            if isinstance(connection, PostLNConnection):
+            if isinstance(connection, PostLNConnection | KeelConnection):
                 total = nn.functional.layer_norm(total, (16,), connection.weight, connection.bias)
             torch.testing.assert_close(seen["out"], total)
 
@@ -196,6 +219,8 @@ def test_branches_start_with_the_systems_standard_deviations(system, meta):
         for name, module in getattr(model.model, stack).named_modules():
             if isinstance(module, nn.Linear):
                 std = expected[system][name.rpartition(".")[2]]
+                if system == "ds_init":
+                    std *= (1 + int(name.split(".")[1])) ** -0.5
                 assert not module.bias.any()
                 assert float(module.weight.detach().std()) == pytest.approx(std, rel=0.03), name
                 # Uniform entries lie within √3 standard deviations, normal ones do not
@@ -212,6 +237,71 @@ def test_scales_are_spared_from_weight_decay(system):
     decayed = {model.get_parameter(name) for name in Trainer.get_decay_parameter_names(None, model)}
     assert model.model.encoder.layers[0].fc1.weight in decayed
     assert not decayed & {scale for scale, _ in scales_of(model)}
+
+
+@pytest.mark.parametrize(
+    ("system", "encoder", "decoder"),
+    [
+        ("admin_uniform_o1", 200**0.5, 300**0.5),
+        ("admin_uniform_on", 1.0, 1.0),
+        ("admin_constant", 6.0746, 7.1931),  # as in the test of uniform ω above
+        ("admin_constant_o1", 200**0.5, 300**0.5),
+        ("keel", 200.0, 300.0),
+    ],
+)
+def test_constants_of_the_depth(system, encoder, decoder):
+    config = tiny_config(encoder_layers=100, decoder_layers=100)
+    for stack, expected in (("encoder", encoder), ("decoder", decoder)):
+        first, second = (SYSTEMS[system](config, stack).connection(index) for index in (0, 1))
+        scale = torch.as_tensor(second.shortcut_scale).detach()
+        torch.testing.assert_close(scale, torch.full_like(scale, expected), rtol=0, atol=1e-4)
+        assert system == "keel" or first.shortcut_scale == 1
+
+
+def test_layer_norm_scaling_divides_by_the_root_of_the_layers_number():
+    scales = [SYSTEMS["layer_norm_scaling"](tiny_config(), "decoder").connection(i).input_scale for i in range(12)]
+    assert scales == pytest.approx([1] * 3 + [0.70711] * 3 + [0.57735] * 3 + [0.5] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "start"), [(18, 0.1), (19, 1e-5), (24, 1e-5), (25, 1e-6)])
+def test_layer_scale_starts_smaller_where_it_is_deeper(layers, start):
+    connection = SYSTEMS["layer_scale"](tiny_config(encoder_layers=layers), "encoder").connection(0)
+    torch.testing.assert_close(connection.gain.detach(), torch.full((16,), start))
+
+
+@pytest.mark.parametrize(("layers", "post_ln"), [(3, 0), (4, 1), (11, 2), (12, 3)])
+def test_a_quarter_of_mix_ln_is_post_ln(layers, post_ln):
+    system = SYSTEMS["mix_ln"](tiny_config(decoder_layers=layers), "decoder")
+    kinds = [type(system.connection(index)) for index in range(3 * layers)]
+    assert kinds == [PostLNConnection] * 3 * post_ln + [PreLNConnection] * 3 * (layers - post_ln)
+
+
+def test_gpas_scales_what_comes_out_and_not_its_gradient():
+    connection = GPASConnection(16)
+    connection.alpha.data.fill_(0.5)
+    x, f = (torch.randn(3, 16, requires_grad=True) for _ in range(2))
+    out = connection(x, f)
+    gate = 0.5 / (1 + math.exp(-0.5))
+    torch.testing.assert_close(out, (1 - gate) * (x + f))
+    out.backward(direction := torch.randn(3, 16))
+    torch.testing.assert_close(x.grad, direction)
+    torch.testing.assert_close(f.grad, direction)
+    slope = gate / 0.5 + gate * (1 - gate / 0.5)  # SiLU'(a) = σ + a σ (1 − σ)
+    torch.testing.assert_close(connection.alpha.grad, -(slope * (x + f) * direction).sum().reshape(1).detach())
+
+
+def test_b2t_adds_the_input_of_the_layer_before_its_last_norm(batch):
+    model = randomize(model_of("b2t"))
+    for stack in (model.model.encoder, model.model.decoder):
+        layer, seen = stack.layers[1], {}
+        layer.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(z=args[0]))
+        layer.fc1.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(x=args[0]))
+        layer.register_forward_hook(lambda m, args, output, seen=seen: seen.update(out=output))
+        model(**batch)
+        norm = layer.final_layer_norm
+        total = seen["z"] + seen["x"] + layer.feed_forward(seen["x"])
+        expected = nn.functional.layer_norm(total, (16,), norm.weight, norm.bias)
+        torch.testing.assert_close(seen["out"], expected)
 
 
 # --- identity at the start ----------------------------------------------------------------------------
@@ -344,6 +434,10 @@ def test_fixups_output_layer_follows_when_embeddings_are_resized(batch, share):
 # --- half precision, training -------------------------------------------------------------------------
 
 
+WITHOUT_SCALES = {"post_ln", "pre_ln", "looklinear", "deepnorm", "admin_constant", "admin_constant_o1", "ds_init"}
+WITHOUT_SCALES |= {"b2t", "keel", "mix_ln", "layer_norm_scaling"}
+
+
 @pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16)])
 @every_system
 def test_scales_stay_float32_to_the_bit(system, convert):
@@ -353,7 +447,7 @@ def test_scales_stay_float32_to_the_bit(system, convert):
     convert(model)
     assert model.lm_head.weight.dtype in (torch.float16, torch.bfloat16)
     assert model.model.encoder.layers[0].fc1.weight.dtype == model.lm_head.weight.dtype
-    assert bool(scales_of(model)) == (system not in ("post_ln", "pre_ln", "looklinear", "deepnorm"))
+    assert bool(scales_of(model)) == (system not in WITHOUT_SCALES)
     for scale, _ in scales_of(model):
         assert scale.dtype == torch.float32 and bool((scale == torch.tensor(1.2345678)).all())
 
@@ -412,12 +506,16 @@ def test_the_example_of_the_documentation_runs():
         result = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
         assert result.attempted > 5 and result.failed == 0
     finally:
-        SYSTEMS.pop("layer_scale", None)
+        SYSTEMS.pop("small_branches", None)
 
 
 def test_the_page_of_systems_lists_them_all():
     table = PAGE.read_text(encoding="utf-8").partition("## All of them")[2].partition("## ")[0]
-    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(SYSTEMS)
+    assert [
+        name
+        for row in re.findall(r"^\| (`\w+`(?:, `\w+`)*) ", table, re.MULTILINE)
+        for name in re.findall(r"\w+", row)
+    ] == list(SYSTEMS)
 
 
 def test_an_unknown_system_is_refused_with_the_choices():

@@ -6,7 +6,7 @@ The decomposition is exact. A connection is linear in its two inputs once each t
 so every branch output is carried through the later connections by itself:
 
     b_i = x_{i-1} ⊙ s_i + a_i ⊙ r_i              s, r: the connection's `shortcut_scale` and `branch_scale`
-    x_i = (b_i − mean(b_i)) / σ_b ⊙ γ_i + ν_i     in a `PostLNConnection`; x_i = b_i in others
+    x_i = (b_i − mean(b_i)) / σ_b ⊙ γ_i + ν_i     where a LayerNorm is last; x_i = b_i in others
 
 β_{i,j} is the standard deviation of what is left of a_j in x_i, over that of x_i, both over all entries of the real
 tokens as one pool. In Pre-LN that is the paper's sqrt(Var a_j) / sqrt(Var Σ_k a_k); the LayerNorm by which branches
@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..connections import KeelConnection
 from ..injection import InjectedConnection
 from ..observation import Places, at, connections_of
 from ..pretrained import AdminPreTrainedModel
@@ -121,8 +122,7 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
     def observer(stack: str, tokens: Places) -> Callable[..., None]:
         if tokens is not None and not len(tokens[0]):
             raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
-        names = [name for name, _ in connections[stack]]
-        stacks[stack] = _Components(names, tokens)
+        stacks[stack] = _Components(connections[stack], tokens)
         return stacks[stack].observe
 
     observe_connections(model, batch, observer)
@@ -132,9 +132,11 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
 class _Components:
     """x_i of one stack as a sum: component 0 is that of the biases ν, 1 the embedding's, j + 1 that of branch j."""
 
-    def __init__(self, names: list[str], tokens: Places) -> None:
-        self.names, self.tokens = names, tokens
+    def __init__(self, connections: list[tuple[str, Any]], tokens: Places) -> None:
+        self.names, self.tokens = [name for name, _ in connections], tokens
         self.values = torch.empty(0)  # components × tokens × d_model, while the stack runs
+        self.adds_layer_input = any(getattr(each, "adds_layer_input", False) for _, each in connections)
+        self.layer, self.layer_input = "", torch.empty(0)  # its components, of the layer under way
         self.rows: list[list[float]] = []
         self.error = 0.0
 
@@ -146,12 +148,16 @@ class _Components:
             self.values = shortcut.new_zeros(len(self.names) + 2, *shortcut.shape)
             self.values[1] = shortcut
         present = self.values[: len(self.rows) + 3]
+        if self.adds_layer_input and (layer := name.rpartition(".")[0]) != self.layer:
+            self.layer, self.layer_input = layer, present[:-1].clone()
+        if getattr(connection, "adds_layer_input", False):
+            present[: len(self.layer_input)] += self.layer_input
         blocks = _carried(connection, present, shortcut, branch)
         deviations = torch.cat([_deviation(block) for block in blocks])
         self.rows.append((deviations / output.std(correction=0)).tolist())
         if len(self.rows) == len(self.names):
             self.error = float((present.sum(0) - output).abs().max() / output.std(correction=0))
-            self.values = torch.empty(0)
+            self.values = self.layer_input = torch.empty(0)
             self._check(connection, args[0].dtype)
 
     def _check(self, connection: Any, dtype: torch.dtype) -> None:
@@ -174,7 +180,7 @@ def _carried(connection: Any, components: Tensor, shortcut: Tensor, branch: Tens
     components[-1] = branch * branch_scale
     b = shortcut * shortcut_scale + branch * branch_scale
     blocks = components.split(max(1, _BLOCK // b.numel()))
-    if isinstance(connection, PostLNConnection | InjectedConnection):
+    if isinstance(connection, PostLNConnection | KeelConnection | InjectedConnection):
         factor = connection.weight / (b.var(-1, correction=0, keepdim=True) + connection.eps).sqrt()
         for block in blocks:
             block -= block.mean(-1, keepdim=True)

@@ -135,3 +135,19 @@ class DeepNormTest(CommonTests, unittest.TestCase):
 
 class AdminUniformTest(CommonTests, unittest.TestCase):
     residuals = {"encoder_residual": "admin_uniform", "decoder_residual": "admin_uniform"}
+
+
+class B2TTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "b2t", "decoder_residual": "b2t"}
+
+
+class KeelTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "keel", "decoder_residual": "keel"}
+
+
+class LayerScaleTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "layer_scale", "decoder_residual": "layer_scale"}
+
+
+class GPASTest(CommonTests, unittest.TestCase):
+    residuals = {"encoder_residual": "gpas", "decoder_residual": "gpas"}
