@@ -160,7 +160,7 @@ class _StackMixin(AdminPreTrainedModel):
         length, longest = past + shape[1], self.config.max_position_embeddings
         if length > longest:
             raise ValueError(f"{name} has {length} tokens, but max_position_embeddings is {longest}: cut or split it.")
-        _check_ids(f"{name}_ids", input_ids, self.embed_tokens.num_embeddings)
+        _check_ids(f"{name}_ids", input_ids, self.embed_tokens.weight.shape[0])
 
     def _after_stack(self, outputs: Any) -> Any:
         outputs.last_hidden_state = self.layer_norm(outputs.last_hidden_state)

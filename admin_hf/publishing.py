@@ -72,21 +72,21 @@ def _vanilla_or_none(make: Callable[[], Any], directory: str | os.PathLike) -> A
 
 
 def publish(model: Any, publication: Publication) -> None:
-    """Make a choice for a model: an Admin model, or a stock one that [`inject`] has given an ω."""
+    """Make a choice for a model: an Admin model, a stock one that [`inject`] has given an ω, or PEFT's around one."""
     if isinstance(model, PublishableModel):
         model.publication = publication
     else:
-        model.save_pretrained = _SaveInjected(model, publication)
+        model.save_pretrained = _SavePublished(model, publication)
 
 
 def push_vanilla(model: Any, repo_id: str, **kwargs: Any) -> Any:
-    """Upload the vanilla model of an Admin model, or of a stock one with an injected ω."""
+    """Upload the vanilla model of any model that can be published."""
     vanilla: Any = model if isinstance(model, PublishableModel) else fold(model)
     return vanilla.push_to_hub(repo_id, **kwargs)
 
 
-class _SaveInjected:
-    """`save_pretrained` of a stock model with an injected ω, whose class knows nothing of it."""
+class _SavePublished:
+    """`save_pretrained` of a stock model with an injected ω, or of PEFT's model, whose classes know nothing of it."""
 
     def __init__(self, model: Any, publication: Publication) -> None:
         self.model, self.publication = model, publication
@@ -103,7 +103,7 @@ class _SaveInjected:
             vanilla = _vanilla_or_none(partial(self._vanilla, state_dict), save_directory)
         if vanilla is None:
             save: Any = type(self.model).save_pretrained
-            save(self.model, save_directory, is_main_process, state_dict, **kwargs)
+            save(self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             return
         with replaced_model(save_directory) as staging:
             vanilla.save_pretrained(staging, **kwargs)
@@ -113,7 +113,7 @@ class _SaveInjected:
         if state_dict is not None:
             model = copy.deepcopy(model)
             model.load_state_dict(state_dict)
-        return fold(model)
+        return fold(model, tokenizer=self.publication.tokenizer)
 
 
 class PublishableModel(PreTrainedModel):
