@@ -7,7 +7,6 @@ from typing import Any
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.trainer_utils import unwrap_peft_model
-from transformers.utils import is_peft_available
 
 
 def bare_model(model: Any) -> Any:
@@ -32,11 +31,11 @@ def check_mergeable(model: Any) -> None:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers that PEFT has put in the place of a model's own, and their names."""
-    if not is_peft_available():
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ImportError:
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     outer = "."
     for name, module in [*model.named_modules()]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not name.startswith(outer):

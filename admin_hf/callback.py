@@ -1,6 +1,5 @@
 """Profiling and publishing inside a Trainer. All logic lives in functions of the library, for custom loops."""
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from huggingface_hub import ModelCardData
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
@@ -16,14 +16,17 @@ from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
 from .adapters import adapted_layers, bare_model, check_mergeable
+from .card import CARD_NAME, card_by_hand
+from .checkpoints import write_whole
 from .omega_state import omega_state
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
-from .publishing import Publication, publish, push_vanilla
-from .reparameterization import stock_architecture
+from .publishing import Publication, publish, push
+from .reparameterization import reparameterize, stock_architecture
 from .run.folder import PROFILE_NAME
 from .sharding import make_embedding_one_module, sharding
 from .special_tokens import check_padding, check_tokenizer, never_ends
 from .terminal import showable
+from .trainer_card import card_of_training, given_data, use_our_card
 
 
 logger = logging.get_logger(__name__)
@@ -235,9 +238,14 @@ class AdminPublishingCallback(_AdminCallback):
     A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
     to that folder is the vanilla model, folded and verified, and it is pushed when training ends; checkpoints
     (`checkpoint-500`) keep ω, so that they resume. What Trainer pushes *during* training (`hub_strategy="every_save"`)
-    is a copy of a checkpoint, with ω. A `hub_token` is moved from the arguments to the environment (`HF_TOKEN`):
-    Trainer would upload it in training_args.bin. Where the trained model cannot be folded (an ω near zero), that is
-    logged and the folder gets the model with ω: nothing is lost.
+    is a copy of a checkpoint, with ω. The model card, also that of `trainer.push_to_hub()`, says what is known of the
+    model and its training; one that was written by hand stays. Adapters of PEFT are merged into the vanilla model. A
+    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`): Trainer would upload it in
+    training_args.bin. Where the trained model cannot be folded (an ω near zero), that is logged and the folder gets
+    the model with ω: nothing is lost.
+
+    Args:
+        card_data: what only you know, for the model card: license, languages, data sets, scores …
 
     Raises:
         ValueError: no stock architecture can hold the model, it was not made for the Trainer's `processing_class`, or
@@ -247,12 +255,18 @@ class AdminPublishingCallback(_AdminCallback):
 
     ```python
     args = Seq2SeqTrainingArguments(output_dir="en-de", push_to_hub=True)
-    callbacks = [AdminProfilingCallback(), AdminPublishingCallback()]
+    card_data = ModelCardData(license="cc-by-4.0", language=["en", "de"], datasets=["me/corpus"])
+    callbacks = [AdminProfilingCallback(), AdminPublishingCallback(card_data)]
     trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
     trainer.train()
-    trainer.push_to_hub()  # adds Trainer's model card; the model is there already
+    trainer.push_to_hub()  # what you evaluated since; the model is there already
     ```
     """
+
+    def __init__(self, card_data: ModelCardData | None = None) -> None:
+        self.card_data = card_data or ModelCardData()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        use_our_card(_write_card)
 
     def on_init_end(
         self, args: TrainingArguments, *others: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
@@ -268,8 +282,8 @@ class AdminPublishingCallback(_AdminCallback):
         if not hasattr(model, "injection"):
             stock_architecture(_unwrapped(model))
         super().on_init_end(args, model=model, processing_class=processing_class)
-        tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        publish(model, Publication(Path(str(args.output_dir)).resolve(), tokenizer))
+        self._tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
+        publish(model, Publication(Path(str(args.output_dir)).resolve(), self._tokenizer))
 
     on_train_begin = on_init_end  # of a callback that is added later
 
@@ -279,20 +293,40 @@ class AdminPublishingCallback(_AdminCallback):
         if not (args.push_to_hub and state.is_world_process_zero):
             return
         repo_id = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-        push = functools.partial(
-            push_vanilla,
-            model,
-            repo_id,
-            commit_message="Vanilla model",
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-        )
+
+        def push_vanilla() -> None:
+            card = card_of_training(model, args, state, self.card_data)
+            options: dict[str, Any] = {"private": args.hub_private_repo, "revision": args.hub_revision}
+            vanilla = reparameterize(model, tokenizer=self._tokenizer)
+            push(vanilla, repo_id, card, tokenizer=self._tokenizer, commit_message="Vanilla model", **options)
+
         try:
             # Behind the uploads of checkpoints, which go on in the background of the same client
-            hf_api().run_as_future(push).result()
+            hf_api().run_as_future(push_vanilla).result()
         except Exception as error:  # whatever the network does, the trained model must not be lost
             advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
+
+    def write_card(self, trainer: Any, given: Mapping[str, Any]) -> None:
+        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub is by hand.
+
+        Args:
+            given: to `trainer.create_model_card`.
+        """
+        folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
+        if repo_id and (by_hand := card_by_hand(repo_id, trainer.args.hub_revision)) is not None:
+            write_whole(folder / CARD_NAME, by_hand)
+        data = given_data(self.card_data, given)
+        card = card_of_training(trainer.model, trainer.args, trainer.state, data)
+        card.write(folder, repo_id or folder.absolute().name)
+
+
+def _write_card(trainer: Any, given: Mapping[str, Any]) -> bool:
+    """Write the card of a Trainer that has the callback."""
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, AdminPublishingCallback)]
+    if callbacks and trainer.is_world_process_zero():
+        callbacks[0].write_card(trainer, given)
+    return bool(callbacks)
 
 
 def _check_processing_class(model: Any, processing_class: Any) -> None:

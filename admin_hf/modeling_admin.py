@@ -305,6 +305,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             tied = self._tied_weights_keys.items()
             self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
+        self.complete_generation_config()
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system
