@@ -1,6 +1,5 @@
 """Profiling and publishing inside a Trainer. All logic lives in functions of the library, for custom loops."""
 
-import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,20 +8,25 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from huggingface_hub import ModelCardData
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
+from .adapters import adapted_layers, bare_model, check_mergeable
+from .card import CARD_NAME, card_by_hand
+from .checkpoints import write_whole
 from .omega_state import omega_state
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
-from .publishing import Publication, publish, push_vanilla
-from .reparameterization import stock_architecture
+from .publishing import Publication, publish, push
+from .reparameterization import reparameterize, stock_architecture
 from .run.folder import PROFILE_NAME
 from .sharding import make_embedding_one_module, sharding
 from .special_tokens import check_padding, check_tokenizer, never_ends
 from .terminal import showable
+from .trainer_card import card_of_training, given_data, use_our_card
 
 
 logger = logging.get_logger(__name__)
@@ -36,9 +40,10 @@ class _AdminCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, *others: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
-        _check_processing_class(_unwrapped(model), processing_class)
+        model = _unwrapped(model)
+        _check_processing_class(model, processing_class)
         if sharding(args) == "FSDP":
-            make_embedding_one_module(_unwrapped(model))
+            make_embedding_one_module(model)
 
 
 class AdminProfilingCallback(_AdminCallback):
@@ -49,7 +54,8 @@ class AdminProfilingCallback(_AdminCallback):
     same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder; the
     trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it. Nothing is profiled when training is
     resumed, or when ω was initialised before or loaded; where that leaves a model without a profile, it is warned of.
-    Tokenizer and first batch are checked before update 1, whatever the model.
+    Tokenizer and first batch are checked before update 1, whatever the model. A model within adapters of PEFT is
+    profiled, too; its checkpoints hold adapters alone, so that ω comes from the saved profile when it is resumed.
 
     Args:
         verbose: set to False to print no table of ω.
@@ -58,7 +64,8 @@ class AdminProfilingCallback(_AdminCallback):
         RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
             called before; or `DataParallel` would throw the result away.
         ValueError: the model was not made for the Trainer's `processing_class` (see [`check_tokenizer`]), when the
-            Trainer is made or training begins; labels hold the padding id, or sources are padded on the left.
+            Trainer is made or training begins; labels hold the padding id, or sources are padded on the left; or an
+            adapter leaves no ω to profile, or is resumed without the profile.
 
     Example:
 
@@ -82,7 +89,7 @@ class AdminProfilingCallback(_AdminCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        model = _unwrapped(model)
+        wrapper, model = extract_model_from_parallel(model), _unwrapped(model)
         _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
         omegas, is_injected = omega_state(model), hasattr(model, "injection")
         if args.label_smoothing_factor and not is_injected and not model.config.label_smoothing:
@@ -92,9 +99,11 @@ class AdminProfilingCallback(_AdminCallback):
                 f"AdminConfig(label_smoothing={args.label_smoothing_factor})."
             )
         output_dir = self._output_dir(args, state)
-        if state.global_step > 0:
-            return
         is_due = not omegas.omega_initialized
+        if state.global_step > 0:
+            if is_due and getattr(wrapper, "peft_config", None):  # whose checkpoints hold no ω
+                _initialize_as_before(model, output_dir)
+            return
         if not any(True for _ in omegas.profiled_connections()):
             if is_injected:
                 systems, made = model.injection.system, "inject(model)"
@@ -109,6 +118,8 @@ class AdminProfilingCallback(_AdminCallback):
             )
         elif is_due:
             _check_writable(args)
+            if not any(connection.omega.requires_grad for connection in omegas.profiled_connections()):
+                logger.warning("ω is frozen, as PEFT freezes all but its adapters: it stays as it is profiled.")
         elif omegas.is_profiled:
             logger.info("Not profiled: the model's ω is initialised already.")
         else:
@@ -120,12 +131,12 @@ class AdminProfilingCallback(_AdminCallback):
                 return
             self._remove_hook()
             if is_due:
-                profile_and_initialize(module, batch, output_dir, verbose=self.verbose)
+                profile_and_initialize(model, batch, output_dir, verbose=self.verbose)
             elif not is_injected:
-                check_padding(batch, module.padding_id)
+                check_padding(batch, model.padding_id)
             if is_injected:
                 return
-            eos = module.config.eos_token_id
+            eos = model.config.eos_token_id
             if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
                 logger.warning(
                     f"No target of the first batch holds the end-of-sentence token {eos}, so the model cannot learn "
@@ -134,7 +145,7 @@ class AdminProfilingCallback(_AdminCallback):
                 )
 
         self._remove_hook()
-        self._hook = model.register_forward_pre_hook(torch.compiler.disable(see_first_batch), with_kwargs=True)
+        self._hook = wrapper.register_forward_pre_hook(torch.compiler.disable(see_first_batch), with_kwargs=True)
 
     def _output_dir(self, args: TrainingArguments, state: TrainerState) -> Path:
         """The folder of the run, or of the trial of a search, which Trainer does not tell: it counts from 0, too."""
@@ -197,6 +208,16 @@ def profile_and_initialize(
     return profile
 
 
+def _initialize_as_before(model: Any, output_dir: Path) -> None:
+    if not (path := output_dir / PROFILE_NAME).exists():
+        raise ValueError(
+            f"The checkpoint holds adapters alone, and {path} does not exist, so that ω is lost: start with the base "
+            "model that it was trained on, saved with its ω."
+        )
+    initialize_omega(model, ResidualProfile.load(path))
+    logger.info(f"ω is that of {path}: checkpoints of adapters hold none.")
+
+
 def _check_writable(args: TrainingArguments) -> None:
     by_hand = (
         "profile before the Trainer is built: `profile_and_initialize(model, batch, args.output_dir)`, which calls "
@@ -217,9 +238,14 @@ class AdminPublishingCallback(_AdminCallback):
     A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
     to that folder is the vanilla model, folded and verified, and it is pushed when training ends; checkpoints
     (`checkpoint-500`) keep ω, so that they resume. What Trainer pushes *during* training (`hub_strategy="every_save"`)
-    is a copy of a checkpoint, with ω. A `hub_token` is moved from the arguments to the environment (`HF_TOKEN`):
-    Trainer would upload it in training_args.bin. Where the trained model cannot be folded (an ω near zero), that is
-    logged and the folder gets the model with ω: nothing is lost.
+    is a copy of a checkpoint, with ω. The model card, also that of `trainer.push_to_hub()`, says what is known of the
+    model and its training; one that was written by hand stays. Adapters of PEFT are merged into the vanilla model. A
+    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`): Trainer would upload it in
+    training_args.bin. Where the trained model cannot be folded (an ω near zero), that is logged and the folder gets
+    the model with ω: nothing is lost.
+
+    Args:
+        card_data: what only you know, for the model card: license, languages, data sets, scores …
 
     Raises:
         ValueError: no stock architecture can hold the model, it was not made for the Trainer's `processing_class`, or
@@ -229,12 +255,18 @@ class AdminPublishingCallback(_AdminCallback):
 
     ```python
     args = Seq2SeqTrainingArguments(output_dir="en-de", push_to_hub=True)
-    callbacks = [AdminProfilingCallback(), AdminPublishingCallback()]
+    card_data = ModelCardData(license="cc-by-4.0", language=["en", "de"], datasets=["me/corpus"])
+    callbacks = [AdminProfilingCallback(), AdminPublishingCallback(card_data)]
     trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
     trainer.train()
-    trainer.push_to_hub()  # adds Trainer's model card; the model is there already
+    trainer.push_to_hub()  # what you evaluated since; the model is there already
     ```
     """
+
+    def __init__(self, card_data: ModelCardData | None = None) -> None:
+        self.card_data = card_data or ModelCardData()
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        use_our_card(_write_card)
 
     def on_init_end(
         self, args: TrainingArguments, *others: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
@@ -246,12 +278,12 @@ class AdminPublishingCallback(_AdminCallback):
             )
         if args.hub_token is not None:
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
-        model = _unwrapped(model)
+        check_mergeable(model)
         if not hasattr(model, "injection"):
-            stock_architecture(model)
+            stock_architecture(_unwrapped(model))
         super().on_init_end(args, model=model, processing_class=processing_class)
-        tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
-        publish(model, Publication(Path(str(args.output_dir)).resolve(), tokenizer))
+        self._tokenizer = processing_class if isinstance(processing_class, PreTrainedTokenizerBase) else None
+        publish(model, Publication(Path(str(args.output_dir)).resolve(), self._tokenizer))
 
     on_train_begin = on_init_end  # of a callback that is added later
 
@@ -261,20 +293,40 @@ class AdminPublishingCallback(_AdminCallback):
         if not (args.push_to_hub and state.is_world_process_zero):
             return
         repo_id = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-        push = functools.partial(
-            push_vanilla,
-            _unwrapped(model),
-            repo_id,
-            commit_message="Vanilla model",
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-        )
+
+        def push_vanilla() -> None:
+            card = card_of_training(model, args, state, self.card_data)
+            options: dict[str, Any] = {"private": args.hub_private_repo, "revision": args.hub_revision}
+            vanilla = reparameterize(model, tokenizer=self._tokenizer)
+            push(vanilla, repo_id, card, tokenizer=self._tokenizer, commit_message="Vanilla model", **options)
+
         try:
             # Behind the uploads of checkpoints, which go on in the background of the same client
-            hf_api().run_as_future(push).result()
+            hf_api().run_as_future(push_vanilla).result()
         except Exception as error:  # whatever the network does, the trained model must not be lost
             advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
+
+    def write_card(self, trainer: Any, given: Mapping[str, Any]) -> None:
+        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub is by hand.
+
+        Args:
+            given: to `trainer.create_model_card`.
+        """
+        folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
+        if repo_id and (by_hand := card_by_hand(repo_id, trainer.args.hub_revision)) is not None:
+            write_whole(folder / CARD_NAME, by_hand)
+        data = given_data(self.card_data, given)
+        card = card_of_training(trainer.model, trainer.args, trainer.state, data)
+        card.write(folder, repo_id or folder.absolute().name)
+
+
+def _write_card(trainer: Any, given: Mapping[str, Any]) -> bool:
+    """Write the card of a Trainer that has the callback."""
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, AdminPublishingCallback)]
+    if callbacks and trainer.is_world_process_zero():
+        callbacks[0].write_card(trainer, given)
+    return bool(callbacks)
 
 
 def _check_processing_class(model: Any, processing_class: Any) -> None:
@@ -283,6 +335,17 @@ def _check_processing_class(model: Any, processing_class: Any) -> None:
 
 
 def _unwrapped(model: nn.Module | None) -> Any:
-    model = extract_model_from_parallel(model)
+    """The bare model.
+
+    Raises:
+        ValueError: it has no ω, or PEFT has put layers in the place of its residual connections.
+    """
+    model = bare_model(model)
     omega_state(model)  # which refuses a model without ω
+    for name, layer in adapted_layers(model):
+        if isinstance(getattr(layer, "base_layer", None), nn.LayerNorm):
+            raise ValueError(
+                f"{name} holds ω, and no adapter can stand in for it: name it in `modules_to_save` of a LoraConfig, "
+                "which trains it as a whole."
+            )
     return model

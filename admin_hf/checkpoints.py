@@ -19,6 +19,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 # Without one of these no loader finds a model, so they come last when a folder is written.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
+# What a model must not find beside its weights: those of another, and adapters that a loader would add to them.
+REPLACED = (*_WEIGHTS, "model-*-of-*.safetensors", "adapter_config.json", "adapter_model*")
+
 # What says where a checkpoint comes from, among the arguments of from_pretrained.
 _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -82,8 +85,9 @@ def _move(staging: Path, folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     if any(path.name in _WEIGHTS for path in staged):
-        for old in (*(folder / name for name in _WEIGHTS), *folder.glob("model-*-of-*.safetensors")):
-            old.unlink(missing_ok=True)
+        for pattern in REPLACED:
+            for old in folder.glob(pattern):
+                old.unlink()
     for path in staged:
         if (target := folder / path.name).is_dir():
             shutil.rmtree(target)

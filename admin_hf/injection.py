@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import merge_adapters
 from .architecture import Stack, Sublayer
 from .checkpoints import check_finite, explained_errors, one_line, weight_files
 from .families import base_of, stack_layers, stacks_of
@@ -199,6 +200,7 @@ class Injection(OmegaState):
                 omega = torch.as_tensor(connection.shortcut_scale).detach().reshape(-1)
                 check_scale(omega, f"{stack}.{connection.name}.omega", "fold an earlier checkpoint")
         remove(self.base, folds=True)
+        merge_adapters(model)  # not before: a product with ω cannot be written to
         for module in model.modules():  # of which the model is one within an adapter
             if vars(module).pop("injection", None) is not None:
                 vars(module).pop("save_pretrained", None)  # of a model that a Trainer publishes
@@ -254,7 +256,7 @@ def inject(
     ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
     its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
     of it. Hidden states between layers (`output_hidden_states`) are those of the fold: each times the next ω. A weight
-    that is a product with ω cannot be written to: adapters are merged after [`reparameterize`].
+    that is a product with ω cannot be written to: [`reparameterize`] merges adapters behind the fold.
 
     [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the model as
     they take an [`AdminForConditionalGeneration`].

@@ -163,7 +163,7 @@ class _StackMixin(AdminPreTrainedModel):
         length, longest = past + shape[1], self.config.max_position_embeddings
         if length > longest:
             raise ValueError(f"{name} has {length} tokens, but max_position_embeddings is {longest}: cut or split it.")
-        _check_ids(f"{name}_ids", input_ids, self.embed_tokens.num_embeddings)
+        _check_ids(f"{name}_ids", input_ids, self.embed_tokens.weight.shape[0])
 
     def _after_stack(self, outputs: Any) -> Any:
         outputs.last_hidden_state = self.layer_norm(outputs.last_hidden_state)
@@ -308,6 +308,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             tied = self._tied_weights_keys.items()
             self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
+        self.complete_generation_config()
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system

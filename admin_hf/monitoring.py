@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import bare_model
 from .observation import Places, connections_of, observed_connections, stack_inputs, variance
 
 
@@ -18,7 +19,7 @@ class ResidualMonitor:
     A sub-layer whose branch grows beside its shortcut, or whose ω runs away, is seen here before the loss shows it.
 
     Args:
-        model: the bare model, not a wrapper around it.
+        model: the model, also within the wrappers of processes or of PEFT.
 
     Example:
 
@@ -39,7 +40,7 @@ class ResidualMonitor:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self.model = bare_model(model)
         self._ratios: dict[str, list[Tensor]] = {}
         self._hooks = ExitStack()
 

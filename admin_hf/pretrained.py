@@ -93,6 +93,11 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
             if isinstance(module, MarianSinusoidalPositionalEmbedding):
                 module.weight.requires_grad_(False)
 
+    def complete_generation_config(self) -> None:
+        """Let `generate` go on to the end of a sentence: where nothing is said, Transformers cuts at 20 tokens."""
+        if self.can_generate() and self.generation_config.max_length is None:
+            self.generation_config.max_length = self.config.max_position_embeddings
+
     @property
     def padding_id(self) -> int:
         return cast(int, self.config.pad_token_id)  # never None: AdminConfig fills it in
@@ -144,6 +149,7 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
         for name in odd.keys() - set(info["unexpected_keys"]):
             raise OSError(f"{source} holds {name} as {odd[name]}; expected a floating-point tensor.")
         check_finite(model, f"The checkpoint {source}")
+        model.complete_generation_config()
         return (model, info) if output_loading_info else model
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .adapters import bare_model
 from .checkpoints import write_whole
 from .observation import (
     Places,
@@ -147,8 +148,9 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
 
     Args:
         model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems; or
-            a model that [`inject`] has given an ω. There the chain of variances starts behind the stack's first
-            LayerNorm, so that no ω starts below 1, but for the LayerNorm's ε.
+            a model that [`inject`] has given an ω; also within the wrappers of processes or of PEFT. With an injected
+            ω, the chain of variances starts behind the stack's first LayerNorm, so that no ω starts below 1, but for
+            the LayerNorm's ε.
         batch: what the model's forward takes, as tensors; moved to the model's device. Of a batch of more than 8,192
             tokens (rows times the longer side) the first rows are used. Padding is left out, as
             [`~admin_hf.observation.stack_inputs`] finds it.
@@ -175,6 +177,7 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
 
     ```
     """
+    model = bare_model(model)
     state = omega_state(model)
     if state is model:
         check_padding(batch, cast(Any, model).config.pad_token_id)
@@ -187,6 +190,13 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
         observers[name] = partial(_observe, profile.stacks[name], tokens[name], first)
     with torch.no_grad(), _restored_state(model), observed_connections(model, observers, before=True):
         run_stacks(model, inputs)
+    for which, measured in profile.stacks.items():
+        for name, _ in connections[which]:
+            if name not in measured.names:
+                raise ValueError(
+                    f"{which}.{name} took no part in the pass, for an adapter stands in for it (modules_to_save of "
+                    "PEFT): call `initialize_omega(model, profile_residuals(model, batch))` before `get_peft_model`."
+                )
     return profile
 
 
@@ -197,6 +207,7 @@ def initialize_omega(model: Any, profile: ResidualProfile) -> None:
         ValueError: the profile was made for another model (other sub-layers), or an ω in it is not finite and
             positive. Then nothing is written.
     """
+    model = bare_model(model)
     state = omega_state(model)
     stacks = [(name, stack, profile.stacks.get(name, StackProfile())) for name, stack in connections_of(model).items()]
     for stack, connections, measured in stacks:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.hub import hf_api
 
-from .checkpoints import replaced_model
+from .card import CARD_NAME, Card, card_by_hand
+from .checkpoints import REPLACED, replaced_model, write_whole
 from .reparameterization import reparameterize as fold
 
 
@@ -72,21 +76,67 @@ def _vanilla_or_none(make: Callable[[], Any], directory: str | os.PathLike) -> A
 
 
 def publish(model: Any, publication: Publication) -> None:
-    """Make a choice for a model: an Admin model, or a stock one that [`inject`] has given an ω."""
+    """Make a choice for a model: an Admin model, a stock one that [`inject`] has given an ω, or PEFT's around one."""
     if isinstance(model, PublishableModel):
         model.publication = publication
     else:
-        model.save_pretrained = _SaveInjected(model, publication)
+        model.save_pretrained = _SavePublished(model, publication)
 
 
-def push_vanilla(model: Any, repo_id: str, **kwargs: Any) -> Any:
-    """Upload the vanilla model of an Admin model, or of a stock one with an injected ω."""
-    vanilla: Any = model if isinstance(model, PublishableModel) else fold(model)
-    return vanilla.push_to_hub(repo_id, **kwargs)
+def push(
+    model: Any,
+    repo_id: str,
+    card: Card,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> str:
+    """Upload a model as [`~transformers.PreTrainedModel.push_to_hub`] does, with a card.
+
+    A card that was written by hand there stays; weights and adapters of an earlier model do not.
+
+    Args:
+        model: as it shall be loaded.
+        card: what is known of it.
+        tokenizer: to be uploaded with it.
+    """
+    api = hf_api()
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if (by_hand := card_by_hand(repo_id, revision, token)) is not None:
+            write_whole(folder / CARD_NAME, by_hand)
+        card.write(folder, repo_id)
+        if tags:
+            written = ModelCard.load(folder / CARD_NAME)
+            written.data.tags = list(dict.fromkeys([*(written.data.tags or []), *tags]))
+            written.save(folder / CARD_NAME)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=list(REPLACED),
+        )
 
 
-class _SaveInjected:
-    """`save_pretrained` of a stock model with an injected ω, whose class knows nothing of it."""
+class _SavePublished:
+    """`save_pretrained` of a stock model with an injected ω, or of PEFT's model, whose classes know nothing of it."""
 
     def __init__(self, model: Any, publication: Publication) -> None:
         self.model, self.publication = model, publication
@@ -103,7 +153,7 @@ class _SaveInjected:
             vanilla = _vanilla_or_none(partial(self._vanilla, state_dict), save_directory)
         if vanilla is None:
             save: Any = type(self.model).save_pretrained
-            save(self.model, save_directory, is_main_process, state_dict, **kwargs)
+            save(self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
             return
         with replaced_model(save_directory) as staging:
             vanilla.save_pretrained(staging, **kwargs)
@@ -113,7 +163,7 @@ class _SaveInjected:
         if state_dict is not None:
             model = copy.deepcopy(model)
             model.load_state_dict(state_dict)
-        return fold(model)
+        return fold(model, tokenizer=self.publication.tokenizer)
 
 
 class PublishableModel(PreTrainedModel):
@@ -167,17 +217,26 @@ class PublishableModel(PreTrainedModel):
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             kwargs.pop("variant", None)
             if vanilla is not None:
-                vanilla.push_to_hub(repo_id, **kwargs)
+                push(vanilla, repo_id, Card.of(self), **kwargs)
             else:
                 self.push_to_hub(repo_id, reparameterize=False, **kwargs)
 
-    def push_to_hub(self, repo_id: str, *, reparameterize: bool = True, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        reparameterize: bool = True,
+        card_data: ModelCardData | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.
 
         Args:
             repo_id: the repository, such as `"me/en-de"`; made if there is none.
             reparameterize: set to False to upload the model with its ω. It needs `admin_hf` to be loaded then, or its
                 code beside it: call `register_for_auto_class` first.
+            card_data: what only you know, for the model card: license, languages, data sets, scores … A card that was
+                written by hand stays as it is.
             kwargs: as [`~transformers.PreTrainedModel.push_to_hub`].
 
         Returns:
@@ -186,9 +245,9 @@ class PublishableModel(PreTrainedModel):
         Raises:
             ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
         """
-        if reparameterize:
-            return self._vanilla().push_to_hub(repo_id, **kwargs)
-        return cast(Any, super()).push_to_hub(repo_id, **kwargs)
+        if not reparameterize and getattr(self, "peft_config", None):  # an adapter, which Transformers pushes alone
+            return cast(Any, super()).push_to_hub(repo_id, **kwargs)
+        return push(self._vanilla() if reparameterize else self, repo_id, Card.of(self, card_data), **kwargs)
 
     def _vanilla(self, state_dict: dict[str, Tensor] | None = None) -> Any:
         model: Any = self
@@ -213,4 +272,4 @@ class PublishableModel(PreTrainedModel):
         super().register_for_auto_class(auto_class or cls._default_auto_class)
 
 
-__all__ = ["Publication", "PublishableModel", "publish", "push_vanilla", "write_vanilla"]
+__all__ = ["Publication", "PublishableModel", "publish", "push", "write_vanilla"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
+from .adapters import adapted_layers, bare_model, check_mergeable, merge_adapters
 from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
@@ -104,7 +105,8 @@ def reparameterize(
 
     ```
     """
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    check_mergeable(model)
+    model = bare_model(model)
     if dtype is not None and dtype not in TOLERANCES:
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
     if not hasattr(model, "injection") and any("injection" in vars(module) for module in model.modules()):
@@ -119,7 +121,7 @@ def reparameterize(
     check_finite(model, "The model")
     original = _exact_copy(model)
     with torch.random.fork_rng(devices=[]):  # a constructor draws weights
-        vanilla = _stock_model(original, stock).eval()
+        vanilla = _stock_model(_merged(original), stock).eval()
     for precision in dict.fromkeys((torch.float32, dtype)):
         rounded = copy.deepcopy(vanilla).to(precision)
         check_finite(rounded, f"The vanilla model, rounded to {precision},")
@@ -159,6 +161,15 @@ def _bare_copy(model: PreTrainedModel) -> Any:
     # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
     memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
     return extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy of it with its adapters in its weights."""
+    if not any(adapted_layers(model)):
+        return model
+    merged = copy.deepcopy(model)
+    merge_adapters(merged)
+    return merged
 
 
 def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel:

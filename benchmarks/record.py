@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from admin_hf.checkpoints import write_whole
-from training.processes import processor_name
+from admin_hf.trainer_card import processor_name
 
 from .turns import Measured
 

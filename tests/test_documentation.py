@@ -10,6 +10,11 @@ from pkgutil import resolve_name
 
 import families
 import pytest
+import torch
+from conftest import PAD, padded_batch
+from peft import PeftModel
+from test_reparameterization import logits, trained_model
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
 import admin_hf
 from admin_hf.__main__ import build_parser
@@ -18,6 +23,7 @@ from admin_hf.residual import SYSTEMS
 from benchmarks import BENCHMARKS, decoding
 from benchmarks.__main__ import build_parser as build_benchmarks_parser
 from benchmarks.page import markdown
+from benchmarks.systems import word_tokenizer
 from training import arguments
 from training.model import config_changes
 
@@ -47,7 +53,28 @@ def test_the_python_example_of_the_readme_runs(capsys):
     assert "encoder.layers.0.self_attn_layer_norm" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/tour.md", "CONTRIBUTING.md"])
+def test_the_page_on_lora_ends_with_a_vanilla_model(tmp_path, monkeypatch):
+    """Stock Marian computes what the model and its adapters compute."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = word_tokenizer(PAD + 1)
+    model = trained_model(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained("en-de"), tokenizer.save_pretrained("en-de")
+    dataset = [{"input_ids": [5, 6, 7, tokenizer.eos_token_id], "labels": [9, 8, 7, tokenizer.eos_token_id]}] * 8
+    (code,) = re.findall(r"```python\n(.*?)```", (REPO / "docs/lora.md").read_text(encoding="utf-8"), re.DOTALL)
+    short = code.replace("max_steps=1000", "max_steps=8, use_cpu=True, report_to=[], disable_tqdm=True")
+    assert short != code
+    names = {"dataset": dataset}
+    exec(short, names)
+    batch = padded_batch()
+    vanilla = AutoModelForSeq2SeqLM.from_pretrained("en-de-medical")
+    assert type(vanilla) is MarianMTModel and AutoTokenizer.from_pretrained("en-de-medical").pad_token_id == PAD
+    torch.testing.assert_close(logits(vanilla, batch), logits(names["model"].eval(), batch), rtol=0, atol=2e-5)
+    assert (logits(vanilla, batch) - logits(model, batch)).abs().max() > 1e-2, "it has learnt something"
+    again = PeftModel.from_pretrained(model, "en-de-adapter").eval()
+    assert torch.equal(logits(again, batch), logits(names["model"], batch))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/tour.md", "CONTRIBUTING.md"])
 def test_what_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / page).read_text(encoding="utf-8"))
     assert links

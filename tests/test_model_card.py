@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny_runs import run
 
-from training.paths import is_hub_id, published
+from admin_hf.paths import is_hub_id, published
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ def test_a_plain_trainer_with_the_callback_ends_with_the_vanilla_model(hub_with_
     """
     pushed = run_python(script(code, resume), environment)
     assert pushed.returncode == 0, pushed.stderr
-    assert "README.md" in repo.files and "End of training" in [commit.message for commit in repo.commits]
+    card = ModelCard(repo.files["README.md"].decode())
+    assert "seed: 42" in card.text and "fine-tuned" not in card.text, "no card of Trainer's own"
     assert_vanilla(repo)
     assert_no_token(pushed.stdout, pushed.stderr, tmp_path, repo)
 
@@ -145,7 +146,8 @@ def test_a_failed_push_does_not_lose_the_training(hub: HubServer, tmp_path):
     once = TRAIN.replace('"save_steps": 2', '"save_strategy": "no"')
     code = script(TINY_ADMIN, f"TOKEN = '{hub.token}'", once, "trainer.push_to_hub()")
     hub.fail_commits = 1
-    done = run_python(code, hub.environment(tmp_path))
+    # Without Xet the client does not repeat a broken upload by itself
+    done = run_python(code, hub.environment(tmp_path) | {"HF_HUB_DISABLE_XET": "1"})
     assert done.returncode == 0, done.stderr
     assert "The vanilla model was not pushed to run" in done.stderr and "trainer.push_to_hub()" in done.stderr
     assert [commit.message for commit in hub.repos["user/run"].commits] == ["initial commit", "End of training"]

@@ -70,9 +70,9 @@ def test_the_vanilla_model_is_written_scored_and_described(data, tmp_path, capsy
     assert " ".join(translation.split()) == (tmp_path / "out/generated_predictions.txt").read_text().splitlines()[0]
     card = ModelCard.load(folder / "README.md")
     assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
-    assert [round(results["vanilla_eval_bleu"], 2), round(results["vanilla_test_bleu"], 2)] == [
-        result.metric_value for result in card.data.eval_results
-    ]
+    expected = [f"vanilla_{split}_{metric}" for split in ("eval", "test") for metric in ("bleu", "chrf", "ter")]
+    assert [round(results[name], 2) for name in expected] == [each.metric_value for each in card.data.eval_results]
+    assert "seed: 1" in card.text and "wall time: 0:00:" in card.text and "hardware: " in card.text
     assert (
         results["eval_bleu_signature"] in card.text.replace("\\|", "|")
         and "omega.png" in card.text

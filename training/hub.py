@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from admin_hf.card import CARD_NAME, card_by_hand
+
 from .arguments import TranslationTrainingArguments
 from .errors import InputError
 
@@ -24,6 +26,8 @@ def check_access(training_args: TranslationTrainingArguments) -> None:
 def push_folder(folder: Path, repo_id: str, training_args: TranslationTrainingArguments) -> str:
     """Upload all files of a folder as one commit, and return the address of the repository.
 
+    A card that was written by hand there stays.
+
     Raises:
         InputError: the upload failed; the folder is as it was.
     """
@@ -31,8 +35,9 @@ def push_folder(folder: Path, repo_id: str, training_args: TranslationTrainingAr
     try:
         if revision is not None:
             api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        message = "Vanilla model, exported by admin-hf"
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, token=token, revision=revision)
+        options = {"token": token, "revision": revision, "commit_message": "Vanilla model, exported by admin-hf"}
+        kept = card_by_hand(repo_id, revision, token) and [CARD_NAME]
+        api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=kept, **options)
     except Exception as error:
         raise InputError(
             f"The upload to {repo_id} failed ({first_line(error)}). The model is complete in {folder}, and the same "

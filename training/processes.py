@@ -1,9 +1,7 @@
-"""A process: what it logs, what it runs on, and its end among several."""
+"""A process: what it logs, and its end among several."""
 
 import logging
-import platform
 import time
-from pathlib import Path
 
 import datasets
 import transformers
@@ -29,13 +27,3 @@ def end_process_group() -> None:
         # Without the lock. To collect the group as garbage waits for its threads too, but with the lock: for ever
         time.sleep(1)
         PartialState().destroy_process_group()
-
-
-def processor_name() -> str:
-    """The processor's name, as the system says it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

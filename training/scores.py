@@ -8,11 +8,11 @@ from pathlib import Path
 from datasets import Dataset
 
 from admin_hf.checkpoints import write_whole
+from admin_hf.paths import published
 from admin_hf.run.folder import DECODES_NAME, PREDICTIONS_NAME, RESULTS_NAME
 
 from .arguments import Arguments
 from .data import Splits
-from .paths import published
 from .trainer import TranslationTrainer
 from .vanilla import build_vanilla_trainer
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from admin_hf.publishing import write_vanilla
 from admin_hf.run.folder import VANILLA_NAME
+from admin_hf.trainer_card import training_facts
 
 from . import runs
 from .arguments import Arguments
@@ -17,7 +18,7 @@ from .batching import TranslationCollator
 from .checkpointing import writing
 from .errors import InputError
 from .hub import push_folder
-from .model_card import write_card
+from .model_card import write_run_card
 from .trainer import TranslationTrainer
 
 
@@ -74,7 +75,10 @@ def finish_vanilla(trainer: TranslationTrainer, arguments: Arguments, scores: di
         return
     run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id
     folder = run / VANILLA_NAME
-    write_card(run, repo_id or run.absolute().name, runs.recorded(arguments), scores)
+    state, has_trained = trainer.state, trainer.optimizer is not None
+    state, has_trained = trainer.state, trainer.optimizer is not None
+    facts = training_facts(trainer.args, state.log_history, state.global_step) if has_trained else {}
+    write_run_card(run, repo_id or run.absolute().name, runs.recorded(arguments), scores, facts)
     print(f"Vanilla model, for stock Transformers: {folder}")
     if trainer.args.push_to_hub:
         print(f"Pushed to {push_folder(folder, repo_id, trainer.args)}")

@@ -150,7 +150,7 @@ def log_path(run: PlannedRun) -> Path:
 
 def _note_session(run: PlannedRun, environment: dict[str, str]) -> None:
     """Add what computes a session of a run to its folder: commit, processor, threads, PyTorch."""
-    from ..processes import processor_name  # its package takes seconds, and only running needs it
+    from admin_hf.trainer_card import processor_name  # its package takes seconds, and only running needs it
 
     session = {
         "commit": _commit(),
