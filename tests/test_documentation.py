@@ -31,7 +31,7 @@ MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "p
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"admin_hf.{name}" for name in MODULES), "training.batching", "training.encoding", "training.metrics"]
+    "name", [*(f"admin_hf.{name}" for name in MODULES), "admin_hf.encoding", "training.batching", "training.metrics"]
 )
 def test_examples_in_docstrings_run(name):
     try:
