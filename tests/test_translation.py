@@ -94,13 +94,13 @@ def test_every_line_is_translated_as_it_is_by_itself(made, beams):
 
 
 def test_the_search_is_the_models_own_unless_one_is_asked_for(made, monkeypatch):
-    asked, generate = [], made.model.generate
+    asked, generate = [], AdminForConditionalGeneration.generate
 
-    def watched(**inputs):
-        asked.append(made.model.generation_config)
-        return generate(**inputs)
+    def watched(model, **inputs):
+        asked.append(model.generation_config)
+        return generate(model, **inputs)
 
-    monkeypatch.setattr(made.model, "generate", watched)
+    monkeypatch.setattr(AdminForConditionalGeneration, "generate", watched)
     monkeypatch.setattr(made.model.generation_config, "num_beams", None)
     translate(made.model, made.tokenizer, SOURCES[:1])
     monkeypatch.setattr(made.model.generation_config, "num_beams", 3)

@@ -1,7 +1,7 @@
 """What searches for translations and scores them: a model of Transformers, or one of CTranslate2."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -60,8 +60,11 @@ class TransformersEngine:
     def search(self, sources: list[Ids], prefix: Ids, settings: GenerationConfig) -> list[list[Ids]]:
         start = [self._start, *prefix]
         decoder_input_ids = torch.tensor([start] * len(sources), device=self.model.device)
-        with _settings(self.model, settings), modes_restored(self.model):
-            rows = self.model.eval().generate(**self._inputs(sources), decoder_input_ids=decoder_input_ids)
+        with modes_restored(self.model):
+            # Of the same weights, with these settings alone; an argument would be filled up from the model's own
+            model = copy.copy(self.model.eval())
+            model.generation_config = settings
+            rows = model.generate(**self._inputs(sources), decoder_input_ids=decoder_input_ids)
         found = [_until(ids[len(start) :], self._ends, self._pad) for ids in rows.tolist()]
         each = len(found) // len(sources)
         return [found[first : first + each] for first in range(0, len(found), each)]
@@ -172,16 +175,6 @@ class CTranslate2Engine:
 
     def _tokens(self, rows: Sequence[Ids]) -> list[Any]:
         return [self.tokenizer.convert_ids_to_tokens(row) for row in rows]
-
-
-@contextmanager
-def _settings(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Generate by these settings alone; as an argument, `generate` would fill them up from the model's own."""
-    before, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 def _until(ids: Ids, ends: Ids, pad: int) -> Ids:
