@@ -126,13 +126,14 @@ def run(arguments: argparse.Namespace) -> None:
     )
     options = ("beams", "length_penalty", "nbest", "prefix", "source_prefix", "max_length", "batch_size")
     translator = LineTranslator(engine, tokenizer, **{name: getattr(arguments, name) for name in options})
-    # Whoever types a line waits for its translation
-    window = 1 if files == [STDIN] and sys.stdin.isatty() else WINDOW * arguments.batch_size
+    is_typed = files == [STDIN] and sys.stdin.isatty()  # then each line waits for its translation
+    window = 1 if is_typed else WINDOW * arguments.batch_size
     lines = chain.from_iterable(map(_lines, files))
     with ExitStack() as stack:
         # Bytes, since a translation is UTF-8 whatever the terminal's encoding is
         file = sys.stdout.buffer if output is None else stack.enter_context(whole_file(output))
-        bar = stack.enter_context(tqdm(total=total, unit=" lines", disable=None))  # None: unless it is a terminal
+        # None disables it unless it is on a terminal
+        bar = stack.enter_context(tqdm(total=total, unit=" lines", disable=is_typed or None))
         while some := list(islice(lines, window)):
             first = translator.count + 1
             for number, found in enumerate(translator(some, bar.update), first):
