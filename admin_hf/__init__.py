@@ -17,6 +17,7 @@ from .profiling import ResidualProfile, initialize_omega, profile_residuals
 from .reparameterization import reparameterize
 from .run import average_checkpoints, last_checkpoints
 from .special_tokens import check_tokenizer
+from .translation import Ensemble, Translation, translate
 
 
 AutoConfig.register(AdminConfig.model_type, AdminConfig)
@@ -33,10 +34,12 @@ __all__ = [
     "AdminPreTrainedModel",
     "AdminProfilingCallback",
     "AdminPublishingCallback",
+    "Ensemble",
     "KeepFreedMemory",
     "ResidualProfile",
     "Stack",
     "Sublayer",
+    "Translation",
     "average_checkpoints",
     "check_tokenizer",
     "initialize_omega",
@@ -48,4 +51,5 @@ __all__ = [
     "profile_and_initialize",
     "profile_residuals",
     "reparameterize",
+    "translate",
 ]

@@ -1,10 +1,13 @@
 """Command line of the library: `python -m admin_hf --help`."""
 
 import argparse
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,6 +26,8 @@ from .report import add_command as add_report
 from .run import average_checkpoints, is_checkpoint_name, last_checkpoints, saved_checkpoints
 from .run.folder import read_object
 from .terminal import spell_out
+from .translation.command import STDIN
+from .translation.command import add_command as add_translate
 
 
 # In the header of averaged weights: of which checkpoints. What has it may be replaced by another average.
@@ -30,21 +35,37 @@ AVERAGED = "averaged_checkpoints"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 an input cannot be used."""
+    """Run a command and return its exit code: 0 done, 2 an input cannot be used, above 128 as after a signal."""
     spell_out()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has read enough; Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Finds FILE… behind options as well, which argparse does by itself from Python 3.12.7 on."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, rest = super().parse_known_args(args, namespace)
+        if hasattr(found, "files") and not any(text.startswith("-") and text != STDIN for text in rest):
+            found.files, rest = [*found.files, *rest], []
+        return found, rest
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m admin_hf", description="Tools for trained Admin models.")
+    parser: argparse.ArgumentParser = _Parser(prog="python -m admin_hf", description="Tools for trained Admin models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -83,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_analyze(commands)
     add_report(commands)
+    add_translate(commands)
     return parser
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -31,11 +31,18 @@ _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file and make its folder; a crash or a full disk leaves the old file, or none, and never half of one."""
+    with whole_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """Yield a file for bytes that takes its place, in a folder that is made, at the end; after an error it is gone."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,11 @@ class Pair(NamedTuple):
 def is_blank(text: str | None) -> bool:
     """Whether there is nothing to translate: no text, or white space and characters without width alone."""
     return text is None or _INVISIBLE.fullmatch(text) is not None
+
+
+def as_written(text: str) -> str:
+    """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
+    return " ".join(text.splitlines()).strip(" ")
 
 
 def is_table(path: Path) -> bool:
@@ -69,9 +74,9 @@ def read_pairs(paths: Sequence[Path], languages: Sequence[str], source_only: boo
         source_only: whether rows may lack the target.
 
     Raises:
-        OSError, UnicodeDecodeError: a file cannot be read.
-        ValueError: what is no table, or has no such languages, or no line for each of the other side; with file and
-            line.
+        OSError: a file cannot be read.
+        ValueError: what is not UTF-8 or no table, or has no such languages, or no line for each of the other side;
+            with file and line.
     """
     if not is_table(paths[0]):
         sides = [read_lines(path) for path in paths]
@@ -101,10 +106,31 @@ def _text(value: Any, path: Path, line: int, language: str) -> str | None:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, without what ends them."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
-            yield line.removesuffix("\n").removesuffix("\r")
+    """The lines of a text file, without what ends them.
+
+    Raises:
+        OSError, ValueError: as `decoded_lines`, or there is no such file.
+    """
+    with path.open("rb") as file:
+        yield from decoded_lines(file, path)
+
+
+def decoded_lines(lines: Iterable[bytes], name: object) -> Iterator[str]:
+    """Lines of a file in UTF-8 as text, without what ends them and without the byte order mark of the first.
+
+    Args:
+        lines: a file that is open for reading bytes, of which only a line feed ends a line.
+        name: of the file, for people.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}, line {number:,}, is not UTF-8 text: {error.reason}.") from None
+        yield text.removesuffix("\n").removesuffix("\r")
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import sacrebleu
 from datasets import Dataset
 from test_tokenization import bert_tokenizer
 
+from admin_hf.parallel_text import as_written
 from training.errors import InputError
-from training.metrics import Language, TranslationMetric, as_written
+from training.metrics import Language, TranslationMetric
 from training.tokenization import train_tokenizer
 from training.tokenized_data import check_references
 

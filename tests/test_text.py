@@ -17,9 +17,9 @@ from tiny_runs import run
 from transformers import AutoTokenizer
 
 from admin_hf.analysis.inputs import text_batch
+from admin_hf.encoding import Encoder, control_tokens
 from training.arguments import DataTrainingArguments, ModelArguments
 from training.batching import TranslationCollator
-from training.encoding import Encoder, control_tokens
 from training.errors import InputError
 from training.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
 from training.tokenized_data import tokenize_for_evaluation, tokenize_for_training

@@ -179,8 +179,3 @@ class TranslationMetric(evaluate.Metric):
                 signature.update("unicode", "NFC")
             results[f"{name}_signature"] = str(signature)
         return results
-
-
-def as_written(text: str) -> str:
-    """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
-    return " ".join(text.splitlines()).strip(" ")

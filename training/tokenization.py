@@ -12,12 +12,12 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from admin_hf.encoding import read_control_tokens_as_text
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
 from . import runs
 from .arguments import Arguments, ModelArguments
-from .encoding import read_control_tokens_as_text
 from .errors import InputError, refusing
 
 

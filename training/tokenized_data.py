@@ -14,11 +14,11 @@ import regex
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from admin_hf.encoding import SAID, Encoded, Encoder
 from admin_hf.parallel_text import is_blank
 
 from .arguments import Arguments, DataTrainingArguments
 from .data import Splits, load_data
-from .encoding import MARKED, NAMED, REPLACED, Encoded, Encoder
 from .errors import InputError
 from .metrics import TranslationMetric
 from .tokenization import named_tokenizer, prepare_tokenizer
@@ -176,14 +176,6 @@ def _encode(batch: dict[str, list], encoders: dict[str, Encoder]) -> tuple[dict[
     return columns, encoded
 
 
-_SAID = {
-    NAMED: "hold the name of a control token, such as <s>, which is read as text. If you meant a control token "
-    "before every source, give it as --source_prefix",
-    REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
-    MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
-}
-
-
 def _report(dataset: Dataset, split: str) -> dict[str, float]:
     """Warn of lines that the tokenizer does not take as they are; returns the share of unknown tokens of each side."""
     shares = {}
@@ -195,7 +187,7 @@ def _report(dataset: Dataset, split: str) -> dict[str, float]:
             what = f"hold tokens that are unknown, {shares[side]:.1%} of all tokens"
             what += ": see whether the tokenizer fits language, script and case"
             _warn(np.flatnonzero(unknown), len(dataset), f"{split} {side}s", what)
-        for flag, what in _SAID.items():
+        for flag, what in SAID.items():
             _warn(np.flatnonzero(notes & flag), len(dataset), f"{split} {side}s", what)
     return shares
 

@@ -24,12 +24,12 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from admin_hf.compilation import CompiledPass, why_not_compiled
 from admin_hf.monitoring import ResidualMonitor, perplexity
-from admin_hf.parallel_text import is_blank
+from admin_hf.parallel_text import as_written, is_blank
 from admin_hf.sharding import sharding
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
 from .checkpointing import ResumableTrainer
-from .metrics import TranslationMetric, as_written
+from .metrics import TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
 from .optimization import RADAM, radam, warm_up_from
 from .signals import outlive_signals

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from tokenizers import AddedToken, Regex, pre_tokenizers
@@ -17,6 +17,12 @@ _MARKS = ("▁", "</w>", "@@")
 
 # A line has the name of a control token, which is text; one that became unknown; a mark that is lost
 NAMED, REPLACED, MARKED = 1, 2, 4
+SAID = {
+    NAMED: "hold the name of a control token, such as <s>, which is read as text. If you meant a control token "
+    "before every source, give it as --source_prefix",
+    REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
+    MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
+}
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -24,7 +30,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     codes = filter(_LANGUAGE_CODE.fullmatch, tokenizer.get_vocab())
     names = sorted({*tokenizer.all_special_tokens, *special, *codes})
-    return dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
+    return dict(zip(names, cast(list[int], tokenizer.convert_tokens_to_ids(names)), strict=True))
 
 
 def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> PreTrainedTokenizerBase:
@@ -94,10 +100,14 @@ class Encoder:
     Example:
 
     ```python
-    >>> from training.tokenization import train_tokenizer
-    >>> encoder = Encoder(train_tokenizer([["a </s> b"] * 2], 12))
-    >>> encoder(["a</s>"]).ids == [encoder.tokenizer.convert_tokens_to_ids([" a", "<", "/", "s", ">", "</s>"])]
-    True
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> from admin_hf.encoding import Encoder
+
+    >>> characters = {"</s>": 0, "<": 1, "/": 2, "s": 3, ">": 4, "a": 5}
+    >>> tokenizer = Tokenizer(models.BPE(characters, merges=[]))
+    >>> Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"))(["a</s>"]).ids
+    [[5, 1, 2, 3, 4]]
 
     ```
     """
@@ -165,5 +175,5 @@ class Encoder:
 
     def _loses(self, mark: str) -> bool:
         (ids,) = self._encode([f"a{mark}a"], split_special_tokens=True)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
         return self._unknown not in ids and mark not in text.replace(" ", "")

@@ -1,0 +1,162 @@
+"""The command `python -m admin_hf translate MODEL [FILE…]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..checkpoints import whole_file
+from ..parallel_text import decoded_lines, read_lines
+from .lines import BATCH_SIZE, BEAMS, LineTranslator, Translation
+from .loading import load_engine
+
+
+# Batches of lines that are read and sorted by length together
+WINDOW = 100
+
+STDIN = "-"
+
+
+def add_command(commands: Any) -> None:
+    """Add `translate` to the subparsers of a command line."""
+    command = commands.add_parser(
+        "translate",
+        help="translate text, line for line",
+        description="Translate files, or standard input, line for line: every line of the output is the translation "
+        "of the line with its number, and blank if that is blank. Names of special tokens in the text are text. Lines "
+        "that are too long for the model are cut, which standard error says, with their numbers.",
+        epilog="example: python -m admin_hf translate runs/en-de test.en --output test.de",
+    )
+    command.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder of a model of Transformers, with ω or vanilla, or of CTranslate2, or of a run, of which the "
+        "vanilla model is taken; or an id on the Hub",
+    )
+    command.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="*",
+        help=f"text in UTF-8, a sentence a line; default: standard input, {STDIN}",
+    )
+    command.add_argument("--output", metavar="FILE", type=Path, help="default: standard output")
+    command.add_argument(
+        "--ensemble",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a further model, of the same vocabulary, that translates together with MODEL: the next token is chosen "
+        "by the mean of their probabilities; can be given several times",
+    )
+    command.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="folder or Hub id of the tokenizer, and for CTranslate2 of the limits and generation settings as well; "
+        "default: MODEL",
+    )
+    command.add_argument(
+        "--beams",
+        metavar="N",
+        type=int,
+        help=f"of the search; 1 is greedy; default: as the model's generation settings say, else {BEAMS}",
+    )
+    command.add_argument(
+        "--length_penalty",
+        metavar="X",
+        type=float,
+        help="the search ranks by log-probability / tokens^X; default: as the model's generation settings say, else 1",
+    )
+    command.add_argument(
+        "--nbest",
+        metavar="N",
+        type=int,
+        help="write N lines for each line, the best first: its number, score and translation, separated by tabs. The "
+        "score is log p / tokens^length_penalty, so with the length penalty 1 the mean of the natural logarithms of "
+        "the tokens' probabilities, with 0 their sum; the end of the sentence is a token, those of --prefix are not",
+    )
+    command.add_argument("--prefix", metavar="TEXT", default="", help="what every translation begins with")
+    command.add_argument(
+        "--source_prefix",
+        metavar="TEXT",
+        default="",
+        help="what comes before every line; control tokens in it, such as >>de<<, are control tokens",
+    )
+    command.add_argument(
+        "--max_length",
+        metavar="N",
+        type=int,
+        help="tokens of the longest translation, with the decoder's start; default: as the model's generation "
+        "settings say, else as many as it takes",
+    )
+    command.add_argument(
+        "--batch_size",
+        metavar="N",
+        type=int,
+        default=BATCH_SIZE,
+        help="lines that are translated at a time, sorted by length; default: %(default)s",
+    )
+    command.add_argument("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        help="that is computed in; int8 for CTranslate2 alone; default: as the weights are stored",
+    )
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Translate all lines and write them, some thousands at a time.
+
+    Raises:
+        OSError, ValueError, RuntimeError, ImportError: a model cannot be loaded, a file not be read or be no text, or
+            the output not be written. `--output` is then as it was.
+    """
+    files, output = arguments.files or [STDIN], arguments.output
+    if output is not None and output.exists() and not output.is_file():
+        raise ValueError(f"{output} is no file: name one to write to.")
+    total = _count(files)
+    engine, tokenizer = load_engine(
+        [arguments.model, *arguments.ensemble], arguments.tokenizer, arguments.device, arguments.dtype
+    )
+    options = ("beams", "length_penalty", "nbest", "prefix", "source_prefix", "max_length", "batch_size")
+    translator = LineTranslator(engine, tokenizer, **{name: getattr(arguments, name) for name in options})
+    is_typed = files == [STDIN] and sys.stdin.isatty()  # then each line waits for its translation
+    window = 1 if is_typed else WINDOW * arguments.batch_size
+    lines = chain.from_iterable(map(_lines, files))
+    with ExitStack() as stack:
+        # Bytes, since a translation is UTF-8 whatever the terminal's encoding is
+        file = sys.stdout.buffer if output is None else stack.enter_context(whole_file(output))
+        # None disables it unless it is on a terminal
+        bar = stack.enter_context(tqdm(total=total, unit=" lines", disable=is_typed or None))
+        while some := list(islice(lines, window)):
+            first = translator.count + 1
+            for number, found in enumerate(translator(some, bar.update), first):
+                file.write("".join(_output(number, found, arguments.nbest)).encode())
+            file.flush()
+
+
+def _output(number: int, found: list[Translation], nbest: int | None) -> Iterator[str]:
+    for text, score in found:
+        yield f"{text}\n" if nbest is None else f"{number}\t{score:.6f}\t{text}\n"
+
+
+def _count(files: list[str]) -> int | None:
+    """The number of all lines, which are read to see that they are text; None where they can be read only once."""
+    for file in files:
+        if file != STDIN and not os.path.exists(file):
+            raise FileNotFoundError(f"There is no file {file}.")
+        if os.path.isdir(file):
+            raise IsADirectoryError(f"{file} is a folder: name files of text behind the model.")
+    if not all(map(os.path.isfile, files)):
+        return None
+    return sum(1 for file in files for _ in read_lines(Path(file)))
+
+
+def _lines(file: str) -> Iterator[str]:
+    return decoded_lines(sys.stdin.buffer, "standard input") if file == STDIN else read_lines(Path(file))
