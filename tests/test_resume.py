@@ -119,6 +119,15 @@ VARIANTS = {
     "random": {"train_sampling_strategy": "random", "save_steps": 5, "logging_steps": 4, "update": 9},
     "lengths": {"train_sampling_strategy": "group_by_length", "save_steps": 4, "update": 10},
     "tokens": {"max_tokens": 100, "save_steps": 4, "update": 11},
+    "bpe_dropout": {"max_tokens": 100, "bpe_dropout": 0.3, "save_steps": 4, "update": 11},
+    "ema": {
+        "ema_decay": 0.9,
+        "save_steps": 4,
+        "do_eval": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "update": 10,
+    },
     "epochs": {"save_steps": 3, "do_eval": True, "eval_strategy": "epoch", "update": 14},
 }
 

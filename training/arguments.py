@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from admin_hf.checkpoints import one_line
 from admin_hf.run.folder import STATE_NAME, complete_checkpoints
 
-from .batching import MULTIPLE
+from .batching import MULTIPLE, longest_side
 from .errors import InputError, refusing
 from .metrics import Language
 from .optimization import RADAM
@@ -46,6 +46,7 @@ AT_LEAST_1 = {
 AT_LEAST_2 = {"val_max_target_length", "generation_max_length"}  # the token that decoders start from is one
 ABOVE_0 = {"adam_epsilon", "fp16_min_scale", "logging_steps", "save_steps"}
 BELOW = {"label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW |= {"bpe_dropout": 1, "ema_decay": 1}
 ANY_SIGN = {"length_penalty"}
 
 # Values of Trainer's flags that cannot be here, and why
@@ -132,6 +133,11 @@ class DataTrainingArguments:
         default=None, help="Beams are compared by log-likelihood / length^length_penalty. Default: 1."
     )
     source_prefix: str | None = HfArg(default=None, help="Text to put before every source.")
+    bpe_dropout: float = HfArg(
+        default=0.0,
+        help="BPE-dropout: probability, such as 0.1, with which merges are left out in the training text, which so "
+        "has other subwords in every epoch. Needs a BPE tokenizer; everything else is segmented as usual.",
+    )
 
     def __post_init__(self) -> None:
         if self.val_max_target_length is None:
@@ -228,6 +234,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     def length_multiple(self) -> int:
         """What the lengths of padded training batches are multiples of."""
         return self.pad_to_multiple_of or (MULTIPLE if self.torch_compile else 1)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest side of a pair that a batch of `max_tokens` can hold."""
+        return longest_side(self.max_tokens, self.length_multiple, rows=1) if self.max_tokens else None
 
 
 class Arguments(NamedTuple):
