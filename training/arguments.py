@@ -21,10 +21,12 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.checkpoints import one_line
 from admin_hf.run.folder import STATE_NAME, complete_checkpoints
+from admin_hf.sharding import sharding
 
 from .batching import MULTIPLE, longest_side
 from .errors import InputError, refusing
 from .metrics import Language
+from .moving_average import WEIGHTS_NAME
 from .optimization import RADAM
 
 
@@ -166,6 +168,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (the paper: 1e-7).")
     average_last: int | None = HfArg(
         default=None, help="Average the last so many checkpoints when training is done; that is the run's model."
+    )
+    ema_decay: float = HfArg(
+        default=0.0,
+        help="Exponential moving average of the weights, with this decay, such as 0.999: that is the model that is "
+        "evaluated, saved and exported.",
     )
     early_stopping_patience: int | None = HfArg(
         default=None,
@@ -374,6 +381,8 @@ def check_arguments(arguments: Arguments) -> None:
         _check_metric(training, data.target_lang)
     if training.average_last:
         _check_averaging(training)
+    if training.ema_decay:
+        _check_moving_average(training)
     if training.push_to_hub and not training.do_train:
         raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
     if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
@@ -421,6 +430,8 @@ def _check_start(model: ModelArguments, training: TranslationTrainingArguments) 
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
         )
+    if resume and not training.ema_decay and Path(resume, WEIGHTS_NAME).is_file():
+        raise InputError(f"--resume_from_checkpoint {resume} is of a run with --ema_decay: give it here, too.")
     checkpoints = complete_checkpoints(training.output_dir)
     if resume and Path(resume).resolve() in [path.resolve() for path in checkpoints[:-1]]:
         raise InputError(
@@ -477,3 +488,13 @@ def _check_averaging(training: TranslationTrainingArguments) -> None:
         raise InputError(f"--average_last {last} needs checkpoints: give --save_strategy epoch or steps.")
     if kept is not None and kept < last:
         raise InputError(f"--average_last {last} needs more checkpoints than --save_total_limit {kept} keeps.")
+
+
+def _check_moving_average(training: TranslationTrainingArguments) -> None:
+    if (kind := sharding(training)) is not None:
+        raise InputError(
+            f"--ema_decay {training.ema_decay}: {kind} spreads the weights, and only whole ones are averaged; give "
+            "--average_last in its place."
+        )
+    if "schedule_free" in training.optim:
+        raise InputError(f"--optim {shown(training.optim)} averages the weights itself: leave --ema_decay out.")

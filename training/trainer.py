@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from .batching import BucketCollator, Buckets, TokenBatchSampler, longest_side, 
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric, as_written
 from .monitor import TranslationProgress, UpdateMonitor
+from .moving_average import MovingAverage
 from .optimization import RADAM, radam, warm_up_from
 from .segmentation import BpeDropout, DropoutCollator
 from .signals import outlive_signals
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 # - BLEU, chrF and TER against the references' text, where the data set has it, not against detokenised labels
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
 # - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
+# - `--ema_decay` averages the weights; the average is evaluated and saved, and is the model when training is over
 # - `--bpe_dropout` draws the segmentation of training pairs when batches are made
 # - the loss of an evaluation is the mean over all its targets, not over batches of few and of many
 # - every update is watched: for logs, for the progress bar, and for divergence
@@ -73,6 +76,9 @@ class TranslationTrainer(ResumableTrainer):
             own.update(**given.to_diff_dict())
         self.monitor = UpdateMonitor(self.accelerator, self.args.fp16_min_scale, residuals)
         self.add_callback(self.monitor)
+        self.moving_average = MovingAverage(self.model, self.args.ema_decay)
+        if self.args.ema_decay:
+            self.add_callback(self.moving_average)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TranslationProgress(self.monitor))
         self.label_smoother = None
@@ -86,7 +92,8 @@ class TranslationTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluated_set, self.signatures = eval_dataset if eval_dataset is not None else self.eval_dataset, {}
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with self.moving_average.in_place():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         self._evaluated_set, self.signatures = test_dataset, {}
@@ -332,7 +339,22 @@ class TranslationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.monitor.check_weights(self.state, self.model)
-        super()._save_checkpoint(model, trial)
+        with self.moving_average.in_place():
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.moving_average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.ema_decay and checkpoint is not None:
+            self.moving_average.load(Path(checkpoint))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.moving_average.finish()
+        return super()._finalize_training(*args, **kwargs)  # which may load the best checkpoint
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # training_args.bin holds all arguments, but is no place for a token
