@@ -78,7 +78,9 @@ class ModelArguments:
         "'d_model=128,encoder_layers=4,encoder_residual=post_ln'; docs/systems.md lists the residual systems.",
     )
     tokenizer_name: str | None = HfArg(
-        default=None, help="Tokenizer to use (folder or Hub id). Unset: the model's, or a new joint BPE is trained."
+        default=None,
+        help="Tokenizer to use: a folder, a Hub id, or a sentencepiece model of both languages (joint.model). Unset: "
+        "the model's, or a new joint BPE is trained.",
     )
     vocab_size: int = HfArg(default=10_000, help="Vocabulary size of a new tokenizer, both languages.")
     lowercase: bool = HfArg(default=False, help="Lower-case all text in a new tokenizer; scores then ignore case too.")
