@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple, cast
 
 import numpy as np
-from tokenizers import AddedToken, Regex, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, TokenizersBackend
+from tokenizers import AddedToken, Encoding, Regex, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
 
 
 # Codes that choose the target language, as OPUS-MT and MADLAD have them; not every vocabulary marks them as special
@@ -84,6 +84,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # how many the line itself has
     unknown: np.ndarray  # how many of these are unknown
     notes: np.ndarray  # flags: NAMED, REPLACED, MARKED
+    words: list[list[int]]  # how many ids each word has, where that is asked for
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Encoder:
         tokenizer: fast or slow, of any layout that `load_tokenizer` takes.
         prefix: comes before every line. It is the user's own, so that control tokens in it stay what they are.
         target: encode as targets.
+        words: say where words end. Only tokenizers of the package tokenizers know.
 
     Example:
 
@@ -115,6 +117,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     prefix: str = ""
     target: bool = False
+    words: bool = False
     front: list[int] = field(init=False)
     back: list[int] = field(init=False)
 
@@ -132,12 +135,13 @@ class Encoder:
         if self.target:
             self.front = []
         elif end:
-            self.front = self.front + self._encode([self.prefix[:end]], split_special_tokens=False)[0]
-        (rest,) = self._encode([self._rest.rstrip()], split_special_tokens=True)
+            self.front = self.front + self._encode([self.prefix[:end]], split_special_tokens=False)["input_ids"][0]
+        (rest,) = self._encode([self._rest.rstrip()], split_special_tokens=True)["input_ids"]
         self._of_prefix = len(rest), rest.count(self._unknown)
 
     def __call__(self, texts: list[str]) -> Encoded:
-        ids = self._encode([self._rest + text for text in texts], split_special_tokens=True)
+        encoding = self._encode([self._rest + text for text in texts], split_special_tokens=True)
+        ids = encoding["input_ids"]
         rows = np.repeat(np.arange(len(ids)), [len(line) for line in ids])
         flat = np.fromiter(chain.from_iterable(ids), np.int64, len(rows))
         notes = np.zeros(len(ids), np.int8)
@@ -155,25 +159,33 @@ class Encoder:
         tokens, unknown = (
             np.maximum(of_line - of_prefix, 0) for of_line, of_prefix in zip(counts, self._of_prefix, strict=True)
         )
-        return Encoded([[*self.front, *line, *self.back] for line in ids], tokens, unknown, notes)
+        words = [*map(self._words, ids, cast(list[Encoding], encoding.encodings))] if self.words else []
+        return Encoded([[*self.front, *line, *self.back] for line in ids], tokens, unknown, notes, words)
 
-    def _encode(self, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+    def _words(self, line: list[int], encoding: Encoding) -> list[int]:
+        """How many ids each word of a line has; what is put before and behind is a word for each id."""
+        # Where a control token was taken out, each id is one
+        which = encoding.word_ids if len(encoding) == len(line) else range(len(line))
+        words = [len([*word]) for _, word in groupby(which)]
+        return [*[1] * len(self.front), *words, *[1] * len(self.back)]
+
+    def _encode(self, texts: list[str], split_special_tokens: bool) -> BatchEncoding:
         return self.tokenizer(
             **{"text_target" if self.target else "text": texts},
             add_special_tokens=False,
             split_special_tokens=split_special_tokens,
             return_attention_mask=False,
             verbose=False,
-        )["input_ids"]
+        )
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and behind a line."""
-        (inner,) = self._encode(["a"], split_special_tokens=True)
+        (inner,) = self._encode(["a"], split_special_tokens=True)["input_ids"]
         whole = self.tokenizer(**{"text_target" if self.target else "text": "a"}, verbose=False)["input_ids"]
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inner)] == inner)
         return whole[:start], whole[start + len(inner) :]
 
     def _loses(self, mark: str) -> bool:
-        (ids,) = self._encode([f"a{mark}a"], split_special_tokens=True)
+        (ids,) = self._encode([f"a{mark}a"], split_special_tokens=True)["input_ids"]
         text = cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
         return self._unknown not in ids and mark not in text.replace(" ", "")

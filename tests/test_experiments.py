@@ -68,7 +68,7 @@ def test_run_translation_takes_the_arguments(name, scale):
         given = parse_arguments(flags(run.arguments))
         changes = config_changes(given.model, AdminConfig)
         config = AdminConfig(**changes, vocab_size=given.model.vocab_size)
-        assert config.encoder_layers == config.decoder_layers > (3 if scale == "tiny" else 5)
+        assert config.encoder_layers == config.decoder_layers > {"small": 1, "tiny": 3}.get(scale, 5)
         assert {config.encoder_residual, config.decoder_residual} <= set(SYSTEMS)
         # By these a run is recognised
         there = recorded(given)
@@ -366,6 +366,15 @@ def write_scored(run: PlannedRun, loss: float, bleu: float, translations: list[s
     (run.folder / "generated_predictions.txt").write_text("".join(f"{text}\n" for text in translations))
     session = {"commit": "abc", "processor": "x", "threads": 1, "torch": "2"}
     (run.folder / SESSIONS_NAME).write_text(2 * (json.dumps(session) + "\n"))
+
+
+def test_a_run_that_translates_the_validation_set_alone_is_finished_with_its_score(here):
+    run = planned("recipes", SCALES["small"])[0]
+    write_run(run, 2.0)
+    assert state(run) == "trained"
+    scores = {"eval_loss": 2.0, "eval_bleu": 30.0}
+    (run.folder / "results.json").write_text(json.dumps({"parameters": 10, "scores": scores}))
+    assert state(run) == "finished" and collect(run).bleu == 30.0
 
 
 def test_the_page_shows_scores_the_bootstrap_and_what_is_under_way(here):

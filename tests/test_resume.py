@@ -78,7 +78,8 @@ def assert_same_end(one: Path, other: Path) -> None:
     """Weights, optimizer, schedule, random state and the log of two runs are equal bit for bit."""
     last = checkpoints(one)[-1]
     assert checkpoints(other) == checkpoints(one)
-    for name in ("model.safetensors", f"{last}/model.safetensors"):
+    names = {"model.safetensors", *(str(path.relative_to(one)) for path in (one / last).glob("*.safetensors"))}
+    for name in names:
         first, second = load_file(one / name), load_file(other / name)
         assert first.keys() == second.keys()
         assert [key for key, value in first.items() if not torch.equal(value, second[key])] == [], name
@@ -119,6 +120,16 @@ VARIANTS = {
     "random": {"train_sampling_strategy": "random", "save_steps": 5, "logging_steps": 4, "update": 9},
     "lengths": {"train_sampling_strategy": "group_by_length", "save_steps": 4, "update": 10},
     "tokens": {"max_tokens": 100, "save_steps": 4, "update": 11},
+    "bpe_dropout": {"max_tokens": 100, "bpe_dropout": 0.3, "save_steps": 4, "update": 11},
+    "ema": {
+        "ema_decay": 0.9,
+        "save_steps": 4,
+        "do_eval": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "update": 10,
+    },
+    "average": {"ema_decay": 0.9, "save_steps": 4, "do_eval": True, "eval_strategy": "steps", "update": 10},
     "epochs": {"save_steps": 3, "do_eval": True, "eval_strategy": "epoch", "update": 14},
 }
 

@@ -21,10 +21,12 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.checkpoints import one_line
 from admin_hf.run.folder import STATE_NAME, complete_checkpoints
+from admin_hf.sharding import sharding
 
-from .batching import MULTIPLE
+from .batching import MULTIPLE, longest_side
 from .errors import InputError, refusing
 from .metrics import Language
+from .moving_average import WEIGHTS_NAME
 from .optimization import RADAM
 
 
@@ -46,6 +48,7 @@ AT_LEAST_1 = {
 AT_LEAST_2 = {"val_max_target_length", "generation_max_length"}  # the token that decoders start from is one
 ABOVE_0 = {"adam_epsilon", "fp16_min_scale", "logging_steps", "save_steps"}
 BELOW = {"label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW |= {"bpe_dropout": 1, "ema_decay": 1}
 ANY_SIGN = {"length_penalty"}
 
 # Values of Trainer's flags that cannot be here, and why
@@ -75,7 +78,9 @@ class ModelArguments:
         "'d_model=128,encoder_layers=4,encoder_residual=post_ln'; docs/systems.md lists the residual systems.",
     )
     tokenizer_name: str | None = HfArg(
-        default=None, help="Tokenizer to use (folder or Hub id). Unset: the model's, or a new joint BPE is trained."
+        default=None,
+        help="Tokenizer to use: a folder, a Hub id, or a sentencepiece model of both languages (joint.model). Unset: "
+        "the model's, or a new joint BPE is trained.",
     )
     vocab_size: int = HfArg(default=10_000, help="Vocabulary size of a new tokenizer, both languages.")
     lowercase: bool = HfArg(default=False, help="Lower-case all text in a new tokenizer; scores then ignore case too.")
@@ -132,6 +137,11 @@ class DataTrainingArguments:
         default=None, help="Beams are compared by log-likelihood / length^length_penalty. Default: 1."
     )
     source_prefix: str | None = HfArg(default=None, help="Text to put before every source.")
+    bpe_dropout: float = HfArg(
+        default=0.0,
+        help="BPE-dropout: probability, such as 0.1, with which merges are left out in the training text, which so "
+        "has other subwords in every epoch. Needs a BPE tokenizer; everything else is segmented as usual.",
+    )
 
     def __post_init__(self) -> None:
         if self.val_max_target_length is None:
@@ -160,6 +170,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (the paper: 1e-7).")
     average_last: int | None = HfArg(
         default=None, help="Average the last so many checkpoints when training is done; that is the run's model."
+    )
+    ema_decay: float = HfArg(
+        default=0.0,
+        help="Exponential moving average of the weights, with this decay, such as 0.999: that is the model that is "
+        "evaluated, saved and exported.",
     )
     early_stopping_patience: int | None = HfArg(
         default=None,
@@ -228,6 +243,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
     def length_multiple(self) -> int:
         """What the lengths of padded training batches are multiples of."""
         return self.pad_to_multiple_of or (MULTIPLE if self.torch_compile else 1)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest side of a pair that a batch of `max_tokens` can hold."""
+        return longest_side(self.max_tokens, self.length_multiple, rows=1) if self.max_tokens else None
 
 
 class Arguments(NamedTuple):
@@ -363,6 +383,8 @@ def check_arguments(arguments: Arguments) -> None:
         _check_metric(training, data.target_lang)
     if training.average_last:
         _check_averaging(training)
+    if training.ema_decay:
+        _check_moving_average(training)
     if training.push_to_hub and not training.do_train:
         raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
     if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
@@ -410,6 +432,8 @@ def _check_start(model: ModelArguments, training: TranslationTrainingArguments) 
         raise InputError(
             f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
         )
+    if resume and not training.ema_decay and Path(resume, WEIGHTS_NAME).is_file():
+        raise InputError(f"--resume_from_checkpoint {resume} is of a run with --ema_decay: give it here, too.")
     checkpoints = complete_checkpoints(training.output_dir)
     if resume and Path(resume).resolve() in [path.resolve() for path in checkpoints[:-1]]:
         raise InputError(
@@ -466,3 +490,13 @@ def _check_averaging(training: TranslationTrainingArguments) -> None:
         raise InputError(f"--average_last {last} needs checkpoints: give --save_strategy epoch or steps.")
     if kept is not None and kept < last:
         raise InputError(f"--average_last {last} needs more checkpoints than --save_total_limit {kept} keeps.")
+
+
+def _check_moving_average(training: TranslationTrainingArguments) -> None:
+    if (kind := sharding(training)) is not None:
+        raise InputError(
+            f"--ema_decay {training.ema_decay}: {kind} spreads the weights, and only whole ones are averaged; give "
+            "--average_last in its place."
+        )
+    if "schedule_free" in training.optim:
+        raise InputError(f"--optim {shown(training.optim)} averages the weights itself: leave --ema_decay out.")

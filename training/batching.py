@@ -102,6 +102,11 @@ def round_up(lengths: Any, multiple: int) -> Any:
     return -(-lengths // multiple) * multiple
 
 
+def longest_side(max_tokens: int, multiple: int, rows: int) -> int:
+    """How long the sides of a batch of so many rows may be, padded to a multiple, to be `max_tokens` at most."""
+    return max_tokens // rows // multiple * multiple
+
+
 class Buckets:
     """The few shapes that batches may have: both sides padded to a bucket's length, with as many rows as it has.
 
@@ -162,6 +167,10 @@ class Buckets:
     def rows(self, length: int) -> int:
         """The rows of the bucket of this length."""
         return self._rows if self._max_tokens is None else self._max_tokens // int(length)
+
+    def longest(self, rows: int) -> int:
+        """The length of the longest bucket that holds so many rows."""
+        return max(length for length in self.lengths.tolist() if self.rows(length) >= rows)
 
 
 class TranslationCollator(DataCollatorForSeq2Seq):

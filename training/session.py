@@ -24,9 +24,10 @@ from .errors import InputError, refusing
 from .hub import first_line
 from .metrics import TranslationMetric
 from .scores import log_scores, remove_results
+from .segmentation import BpeDropout
 from .signals import StopOnSignal
 from .tokenization import lowercases
-from .tokenized_data import check_references
+from .tokenized_data import check_references, pair_limits
 from .trainer import EarlyStopping, TranslationTrainer
 
 
@@ -56,6 +57,7 @@ def build_trainer(
         trainer = TranslationTrainer(
             metric=metric,
             residuals=ResidualMonitor(model),
+            segmentation=_segmentation(arguments, tokenizer),
             model=model,
             args=training,
             train_dataset=data.get("train"),
@@ -74,6 +76,15 @@ def build_trainer(
             f"--dataloader_drop_last leaves no batch: {len(data['train'])} training pairs do not fill one."
         )
     return trainer
+
+
+def _segmentation(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> BpeDropout | None:
+    """What `--bpe_dropout` draws the training text with."""
+    _, data, training = arguments
+    if not training.do_train or not data.bpe_dropout:
+        return None
+    seed = training.seed if training.data_seed is None else training.data_seed
+    return BpeDropout(tokenizer, data.bpe_dropout, seed, pair_limits(data, training.longest))
 
 
 def train(trainer: TranslationTrainer, arguments: Arguments, raw: Splits) -> None:
@@ -129,7 +140,7 @@ def _profile_before_sharding(trainer: TranslationTrainer) -> None:
     rows = range(min(trainer.args.per_device_train_batch_size, len(dataset)))
     if trainer.args.max_tokens:
         rows = next(iter(trainer.batch_sampler))
-    batch = trainer.data_collator([dataset[i] for i in rows])
+    batch = trainer.train_collator([dataset[i] for i in rows])
     profile_and_initialize(trainer.model, batch, trainer.args.output_dir)
 
 

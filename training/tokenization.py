@@ -19,6 +19,7 @@ from admin_hf.special_tokens import required_ids
 from . import runs
 from .arguments import Arguments, ModelArguments
 from .errors import InputError, refusing
+from .sentencepieces import is_sentencepiece, read_sentencepiece
 
 
 logger = logging.getLogger(__name__)
@@ -143,12 +144,12 @@ def prepare_tokenizer(arguments: Arguments, raw: dict[str, Dataset]) -> PreTrain
 
 
 def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or the Hub, for text in which nothing acts as a control token.
+    """Load a tokenizer from a folder, the Hub or sentencepiece, for text in which nothing acts as a control token.
 
     It pads on the right, since Marian counts positions from the left, and it is saved with these settings.
 
     Args:
-        name: folder or Hub id.
+        name: folder, Hub id, or a file of sentencepiece, which ends in .model or .spm.
         arguments: where to store it, and which revision.
         prefix: comes before every source. If it has control tokens, the tokenizer that is saved goes on to read them
             in text, for whoever translates with the model.
@@ -157,13 +158,17 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
         InputError: there is none, or its layout cannot be trained with.
     """
     with refusing(f"The tokenizer {name} cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=arguments.cache_dir,
-            revision=arguments.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-            padding_side="right",
-            truncation_side="right",
+        tokenizer = (
+            read_sentencepiece(name)
+            if is_sentencepiece(name)
+            else AutoTokenizer.from_pretrained(
+                name,
+                cache_dir=arguments.cache_dir,
+                revision=arguments.model_revision,
+                trust_remote_code=arguments.trust_remote_code,
+                padding_side="right",
+                truncation_side="right",
+            )
         )
     with refusing(f"The tokenizer {name} cannot be used"):
         pad, eos = required_ids(tokenizer)

@@ -21,6 +21,7 @@ from .arguments import Arguments, DataTrainingArguments
 from .data import Splits, load_data
 from .errors import InputError
 from .metrics import TranslationMetric
+from .segmentation import SIDES, check_bpe
 from .tokenization import named_tokenizer, prepare_tokenizer
 
 
@@ -50,6 +51,8 @@ _MANY_UNKNOWN, _TOO_MANY_UNKNOWN = 0.01, 0.25
 def prepare_data(arguments: Arguments) -> tuple[Splits, PreTrainedTokenizerBase, Splits]:
     """The splits as text, the tokenizer that is named or that the run has or trains, and the splits as token ids."""
     tokenizer = named_tokenizer(arguments)
+    if tokenizer is not None and arguments.data.bpe_dropout:
+        check_bpe(tokenizer)
     with arguments.training.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
         tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
@@ -58,11 +61,8 @@ def prepare_data(arguments: Arguments) -> tuple[Splits, PreTrainedTokenizerBase,
 
 def tokenize(raw: Splits, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Splits:
     """Turn every split into token ids."""
-    longest = arguments.training.max_tokens
-    if longest:
-        longest -= longest % arguments.training.length_multiple
     return {
-        split: tokenize_for_training(dataset, tokenizer, arguments.data, longest)
+        split: tokenize_for_training(dataset, tokenizer, arguments.data, arguments.training.longest)
         if split == "train"
         else tokenize_for_evaluation(dataset, tokenizer, arguments.data, split)
         for split, dataset in raw.items()
@@ -74,15 +74,19 @@ def tokenize_for_training(
 ) -> Dataset:
     """Tokenise training pairs into `input_ids`, `labels` and `length`; skip and count empty and too long ones.
 
-    `length` is that of the longer side, and at most `longest`: what a batch can hold.
+    `length` is that of the longer side, and at most `longest`: what a batch can hold. For `--bpe_dropout` there are
+    also the pair's place in the text, `index`, and how many tokens each word has.
 
     Raises:
         InputError: no pair is left, or the tokenizer does not know the text.
     """
-    limits = tuple(min(limit, longest or limit) for limit in (data.max_source_length, data.max_target_length))
+    limits = pair_limits(data, longest)
     features = {"input_ids": _IDS, "labels": _IDS, "length": Value("int32"), "skip": Value("int8")}
-    encode = partial(_encode_pairs, encoders=_encoders(tokenizer, data), limits=limits)
-    dataset = _map(dataset, encode, Features(features | _ABOUT), data, "Tokenising the training pairs")
+    if with_words := bool(data.bpe_dropout):
+        features |= {"index": Value("int64")} | dict.fromkeys(SIDES.values(), _IDS)
+    encode = partial(_encode_pairs, encoders=_encoders(tokenizer, data, with_words), limits=limits)
+    features, desc = Features(features | _ABOUT), "Tokenising the training pairs"
+    dataset = _map(dataset, encode, features, data, desc, with_indices=with_words)
     skip = dataset.with_format("numpy")["skip"][:]
     kept = np.flatnonzero(skip == 0)
     empty, long = int((skip == _EMPTY).sum()), int((skip == _LONG).sum())
@@ -106,8 +110,18 @@ def tokenize_for_training(
     return dataset.select(kept) if empty + long else dataset
 
 
-def _encode_pairs(batch: dict[str, list], encoders: dict[str, Encoder], limits: tuple[int, int]) -> dict[str, list]:
+def pair_limits(data: DataTrainingArguments, longest: int | None = None) -> tuple[int, int]:
+    """The longest source and target that are trained with; no side is above `longest`."""
+    source, target = (min(limit, longest or limit) for limit in (data.max_source_length, data.max_target_length))
+    return source, target
+
+
+def _encode_pairs(
+    batch: dict[str, list], indices: list[int] | None = None, *, encoders: dict[str, Encoder], limits: tuple[int, int]
+) -> dict[str, list]:
     columns, encoded = _encode(batch, encoders)
+    if indices is not None:
+        columns |= {"index": indices} | {f"{side}_words": lines.words for side, lines in encoded.items()}
     input_ids, labels = encoded["source"].ids, encoded["target"].ids
     shortest = [len(encoder.front) + len(encoder.back) for encoder in encoders.values()]
 
@@ -161,8 +175,13 @@ def _encode_for_evaluation(
     return columns
 
 
-def _encoders(tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments) -> dict[str, Encoder]:
-    return {"source": Encoder(tokenizer, prefix=data.source_prefix or ""), "target": Encoder(tokenizer, target=True)}
+def _encoders(
+    tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments, words: bool = False
+) -> dict[str, Encoder]:
+    return {
+        "source": Encoder(tokenizer, prefix=data.source_prefix or "", words=words),
+        "target": Encoder(tokenizer, target=True, words=words),
+    }
 
 
 def _encode(batch: dict[str, list], encoders: dict[str, Encoder]) -> tuple[dict[str, list], dict[str, Encoded]]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,13 @@ from admin_hf.monitoring import ResidualMonitor, perplexity
 from admin_hf.parallel_text import as_written, is_blank
 from admin_hf.sharding import sharding
 
-from .batching import BucketCollator, Buckets, TokenBatchSampler, round_up
+from .batching import BucketCollator, Buckets, TokenBatchSampler, longest_side, round_up
 from .checkpointing import ResumableTrainer
 from .metrics import TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
+from .moving_average import MovingAverage
 from .optimization import RADAM, radam, warm_up_from
+from .segmentation import BpeDropout, DropoutCollator
 from .signals import outlive_signals
 
 
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 # - BLEU, chrF and TER against the references' text, where the data set has it, not against detokenised labels
 # - the model smooths labels itself (config.label_smoothing), so Trainer's label smoother stays off
 # - `--max_tokens` makes batches of a number of tokens; RAdam, a warm-up that starts above 0, a window of loss scaling
+# - `--ema_decay` averages the weights; the average is evaluated and saved, and is the model when training is over
+# - `--bpe_dropout` draws the segmentation of training pairs when batches are made
 # - the loss of an evaluation is the mean over all its targets, not over batches of few and of many
 # - every update is watched: for logs, for the progress bar, and for divergence
 # - `--torch_compile` compiles the layers for training alone, and replays CUDA graphs of batches of few shapes
@@ -53,10 +58,17 @@ class TranslationTrainer(ResumableTrainer):
     Args:
         metric: what scores translations.
         residuals: what watches the model's residual connections, for the logs.
+        segmentation: what draws the segmentation of training pairs anew, if anything.
         kwargs: as [`~transformers.Seq2SeqTrainer`], with the tokenizer as `processing_class`.
     """
 
-    def __init__(self, metric: TranslationMetric, residuals: ResidualMonitor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        metric: TranslationMetric,
+        residuals: ResidualMonitor | None = None,
+        segmentation: BpeDropout | None = None,
+        **kwargs: Any,
+    ) -> None:
         own = kwargs["model"].generation_config
         super().__init__(compute_metrics=self._score, **kwargs)
         if self.args.generation_config is not None:  # Trainer forgets what the file does not say, as special tokens
@@ -64,9 +76,13 @@ class TranslationTrainer(ResumableTrainer):
             own.update(**given.to_diff_dict())
         self.monitor = UpdateMonitor(self.accelerator, self.args.fp16_min_scale, residuals)
         self.add_callback(self.monitor)
+        self.moving_average = MovingAverage(self.model, self.args.ema_decay)
+        if self.args.ema_decay:
+            self.add_callback(self.moving_average)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TranslationProgress(self.monitor))
         self.label_smoother = None
+        self.segmentation = segmentation
         self.metric = metric
         self.signatures: dict[str, str] = {}
         # What is evaluated, while there is an evaluation
@@ -76,7 +92,8 @@ class TranslationTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluated_set, self.signatures = eval_dataset if eval_dataset is not None else self.eval_dataset, {}
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        with self.moving_average.in_place():
+            return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         self._evaluated_set, self.signatures = test_dataset, {}
@@ -149,6 +166,8 @@ class TranslationTrainer(ResumableTrainer):
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
+        if self.segmentation is not None:
+            return self.segmentation.lengths(self.train_dataset)
         return self.train_dataset.with_format("numpy")["length"][:]
 
     @functools.cached_property
@@ -160,9 +179,13 @@ class TranslationTrainer(ResumableTrainer):
     @functools.cached_property
     def train_collator(self) -> Any:
         """What makes a batch of training pairs."""
-        if not self.args.torch_compile:
-            return self.data_collator
-        return BucketCollator(self.processing_class, self.accelerator.unwrap_model(self.model), self.buckets)
+        collator, longest = self.data_collator, None
+        if self.args.torch_compile:
+            collator = BucketCollator(self.processing_class, self.accelerator.unwrap_model(self.model), self.buckets)
+            longest = self.buckets.longest
+        elif self.args.max_tokens:
+            longest = functools.partial(longest_side, self.args.max_tokens, self.args.length_multiple)
+        return collator if self.segmentation is None else DropoutCollator(self.segmentation, collator, longest)
 
     @functools.cached_property
     def batch_sampler(self) -> TokenBatchSampler:
@@ -200,10 +223,20 @@ class TranslationTrainer(ResumableTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-        if is_training and self.args.torch_compile:
+        if is_training:
             inner.collate_fn = self.train_collator
         inner.worker_init_fn = functools.partial(outlive_signals, then=inner.worker_init_fn)
         return loader
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        if self.segmentation is not None:
+            self.train_collator.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
+    def _remove_unused_columns(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        if self.segmentation is not None and dataset is self.train_dataset:
+            return dataset  # its collator reads columns that the model does not
+        return super()._remove_unused_columns(dataset, *args, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         if args.max_tokens is None:
@@ -306,7 +339,22 @@ class TranslationTrainer(ResumableTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.monitor.check_weights(self.state, self.model)
-        super()._save_checkpoint(model, trial)
+        with self.moving_average.in_place():
+            super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.moving_average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.ema_decay and checkpoint is not None:
+            self.moving_average.load(Path(checkpoint))
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.moving_average.finish()
+        return super()._finalize_training(*args, **kwargs)  # which may load the best checkpoint
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # training_args.bin holds all arguments, but is no place for a token

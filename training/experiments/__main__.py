@@ -82,8 +82,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--scale",
         choices=SCALES,
-        help="default: the first of each experiment: tiny, Multi30k at width 128, for dropout and converged; cpu, "
-        "Multi30k at width 64, for the others",
+        help="default: the first of each experiment: tiny, Multi30k at width 128, for dropout and converged; "
+        "small, the same with 2-2 layers, for recipes; cpu, Multi30k at width 64, for the others",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: those of each experiment")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; default: 1")

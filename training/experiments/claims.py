@@ -87,7 +87,9 @@ def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
 
 
 def score_higher(text: str, one: Cell, other: Cell) -> Claim:
-    """The mean BLEU on the test set of `one` is higher than that of `other`, by more than two standard errors.
+    """The mean BLEU of `one` is higher than that of `other`, by more than two standard errors.
+
+    It is that of the test set or, where the runs do not translate it, of the development set.
 
     Where runs failed, as for [`lower`].
     """

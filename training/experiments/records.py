@@ -94,7 +94,8 @@ def state(run: PlannedRun) -> str:
         return "diverged"
     if not (results := run.folder / RESULTS_NAME).exists():
         return "begun"
-    return "trained" if run.scoring and "test_bleu" not in _read(results).get("scores", {}) else "finished"
+    score = "test_bleu" if run.scoring.get("do_predict") else "eval_bleu"
+    return "trained" if run.scoring and score not in _read(results).get("scores", {}) else "finished"
 
 
 def collect(run: PlannedRun) -> Record | None:
