@@ -27,7 +27,7 @@ NAMES = ["README.md", *(f"docs/{name}.md" for name in "analysis distributed publ
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGES = ("admin_hf", "training", "benchmarks")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
-MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
+MODULES = "residual configuration_admin deepening modeling_admin monitoring profiling reparameterization".split()
 
 
 @pytest.mark.parametrize(
