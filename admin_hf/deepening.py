@@ -4,8 +4,8 @@ import copy
 import re
 from typing import Any, cast
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers import initialization as init
 
 from .architecture import ARCHITECTURES, STACKS
 from .configuration_admin import AdminConfig, admin_fields
@@ -53,10 +53,10 @@ def deepen(
     ```
     """
     config = _admin_config(model)
-    before, after = _depths(config), new_depths(config, encoder_layers, decoder_layers)
+    before, after = new_depths(config), new_depths(config, encoder_layers, decoder_layers)
     for name, layers in after.items():
         setattr(config, f"{name}_layers", layers)
-    with init.no_init_weights():
+    with torch.random.fork_rng([]):
         result: Any = AdminForConditionalGeneration(config)
 
     def source(name: str) -> str:
@@ -78,22 +78,20 @@ def deepen(
     return cast(AdminForConditionalGeneration, result.train(model.training))
 
 
-def new_depths(config: PretrainedConfig, encoder_layers: int | None, decoder_layers: int | None) -> dict[str, int]:
-    """The layers that each stack gets, by its name.
+def new_depths(
+    config: PretrainedConfig, encoder_layers: int | None = None, decoder_layers: int | None = None
+) -> dict[str, int]:
+    """The layers that each stack gets, by its name; those that it has where unset.
 
     Raises:
         ValueError: fewer than it has.
     """
-    depths = _depths(config)
+    depths = {name: int(getattr(config, f"{name}_layers")) for name in STACKS}
     for name, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         if layers is not None and layers < depths[name]:
             raise ValueError(f"{name}_layers={layers} is less than the {depths[name]} that the model has.")
         depths[name] = depths[name] if layers is None else layers
     return depths
-
-
-def _depths(config: PretrainedConfig) -> dict[str, int]:
-    return {name: int(getattr(config, f"{name}_layers")) for name in STACKS}
 
 
 def _admin_config(model: PreTrainedModel) -> AdminConfig:
