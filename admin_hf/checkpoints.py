@@ -133,7 +133,7 @@ def sentencepiece_named() -> Iterator[None]:
     except Exception as error:
         if is_sentencepiece_available() or "sentencepiece" not in str(error).lower():
             raise
-        raise ImportError("it needs the package sentencepiece: pip install sentencepiece") from error
+        raise ImportError("it needs the package sentencepiece (pip install sentencepiece).") from error
 
 
 def check_source(source: str | os.PathLike) -> None:

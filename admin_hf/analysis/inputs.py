@@ -171,7 +171,7 @@ def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTok
             with sentencepiece_named():
                 return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         except ImportError as error:
-            raise ImportError(f"The tokenizer of {source} cannot be loaded: {error}.") from error
+            raise ImportError(f"The tokenizer {source} cannot be loaded: {error}") from error
         except Exception:  # there is none, a damaged one, or one that brings its own code
             continue
     return None

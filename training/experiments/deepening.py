@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -152,6 +153,16 @@ def variants(source: MarianMTModel, data: Data, seed: int) -> dict[str, Callable
         "deepened, 0 1 2 0 1 2, profiled": lambda: profiled(stacked(deeper()), batch),
         "deepened, branches of copies 0, profiled": lambda: profiled(without_branches(deeper()), batch),
     }
+
+
+def markdown(measured: dict[str, Any]) -> str:
+    """The table of docs/continuing.md: the mean loss of the seeds, and half the distance from lowest to highest."""
+    updates = [str(update) for update in (0, *MEASURED)]
+    rows = [["validation loss after updates", *updates], ["---", *["---:" for _ in updates]]]
+    for name, seeds in measured["losses"].items():
+        columns = ([losses[update] for losses in seeds] for update in updates)
+        rows.append([name, *(f"{mean(column):.2f} (± {(max(column) - min(column)) / 2:.2f})" for column in columns)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
