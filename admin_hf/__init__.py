@@ -10,6 +10,7 @@ from .architecture import Stack, Sublayer
 from .attention import CPU_ATTENTION
 from .callback import AdminProfilingCallback, AdminPublishingCallback, profile_and_initialize
 from .configuration_admin import AdminConfig
+from .deepening import deepen
 from .injection import inject, load_injected
 from .modeling_admin import AdminForConditionalGeneration, AdminModel
 from .pretrained import AdminPreTrainedModel
@@ -42,6 +43,7 @@ __all__ = [
     "Translation",
     "average_checkpoints",
     "check_tokenizer",
+    "deepen",
     "initialize_omega",
     "inject",
     "keep_freed_memory",

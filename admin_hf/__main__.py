@@ -113,6 +113,7 @@ def export(arguments: argparse.Namespace) -> None:
 
     Raises:
         OSError, ValueError, RuntimeError: the checkpoint cannot be read or folded, or OUT not be written.
+        ImportError: a package that the tokenizer needs is not installed.
     """
     checkpoint, out = arguments.checkpoint, arguments.out
     check_source(checkpoint)
@@ -121,9 +122,9 @@ def export(arguments: argparse.Namespace) -> None:
         config = AdminConfig.from_pretrained(checkpoint)
     is_base = config.architectures in (["AdminModel"], ["MarianModel"], ["PegasusModel"])
     model_class = AdminModel if is_base else AdminForConditionalGeneration
+    tokenizer, problem = find_tokenizer(checkpoint), ""
     model = load_complete(model_class, checkpoint, config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    tokenizer, problem = find_tokenizer(checkpoint), ""
     if tokenizer is not None:
         try:
             check_tokenizer(model, tokenizer)
@@ -155,6 +156,7 @@ def average(arguments: argparse.Namespace) -> None:
 
     Raises:
         OSError, ValueError: checkpoints are too few, cannot be read or do not fit together, or OUT not be written.
+        ImportError: a package that the tokenizer needs is not installed.
     """
     run, out = arguments.run_folder, arguments.out
     checkpoints = last_checkpoints(run, arguments.last)

@@ -13,7 +13,7 @@ from typing import IO, Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_sentencepiece_available
 
 
 # Without one of these no loader finds a model, so they come last when a folder is written.
@@ -130,6 +130,21 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
         raise
     except Exception as error:  # a stranger's JSON can break any line that reads it
         raise OSError(f"{source} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+
+
+@contextmanager
+def sentencepiece_named() -> Iterator[None]:
+    """Say in one sentence that a tokenizer needs sentencepiece, which Transformers says in several ways.
+
+    Raises:
+        ImportError: so it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_sentencepiece_available() or "sentencepiece" not in str(error).lower():
+            raise
+        raise ImportError("it needs the package sentencepiece (pip install sentencepiece).") from error
 
 
 def check_source(source: str | os.PathLike) -> None:

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import MarianConfig, PreTrainedTokenizerBase
+from transformers import MarianConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from .architecture import ARCHITECTURES, STACKS
@@ -156,9 +156,7 @@ class AdminConfig(MarianConfig):
             raise OSError(f"{pretrained_model_name_or_path} has no config.json with the fields of a model.")
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type in ARCHITECTURES:
-            stock = ARCHITECTURES[model_type]
-            residuals = {f"{stack}_residual": stock.residual for stack in STACKS}
-            config_dict = stock.config.from_dict(config_dict).to_dict() | residuals | {"model_type": cls.model_type}
+            config_dict = admin_fields(ARCHITECTURES[model_type].config.from_dict(config_dict))
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "
@@ -168,4 +166,11 @@ class AdminConfig(MarianConfig):
         return config_dict, kwargs
 
 
-__all__ = ["AdminConfig"]
+def admin_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of the configuration of an Admin model that goes on from a stock one's."""
+    residual = ARCHITECTURES[config.model_type].residual
+    systems = {f"{stack}_residual": residual for stack in STACKS}
+    return config.to_dict() | systems | {"model_type": AdminConfig.model_type}
+
+
+__all__ = ["AdminConfig", "admin_fields"]

@@ -25,17 +25,18 @@ from benchmarks.__main__ import build_parser as build_benchmarks_parser
 from benchmarks.page import markdown
 from benchmarks.systems import word_tokenizer
 from training import arguments
+from training.experiments import deepening
 from training.model import config_changes
 
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-PAGES_OF_DOCS = "analysis distributed publishing systems training translating".split()
-NAMES = ["README.md", *(f"docs/{name}.md" for name in PAGES_OF_DOCS)]
+GUIDES = "analysis continuing distributed publishing systems training translating".split()
+NAMES = ["README.md", *(f"docs/{name}.md" for name in GUIDES)]
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGES = ("admin_hf", "training", "benchmarks")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
-MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
+MODULES = "residual configuration_admin deepening modeling_admin monitoring profiling reparameterization".split()
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,11 @@ def test_measured_tables_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
     assert decoding.more(measured) in README
     assert markdown() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_losses_of_deepened_models_are_those_that_were_recorded():
+    measured = json.loads((REPO / "docs/deepening.json").read_text(encoding="utf-8"))
+    assert deepening.markdown(measured) in PAGES["docs/continuing.md"]
 
 
 def test_the_readmes_speeds_are_those_of_the_recorded_numbers():

@@ -36,6 +36,8 @@ CHECKPOINTED = {"activation_checkpointing": True}
 # of pairs: the value, or None for leaving the flag out, and the flags beside it
 SPECIAL: dict[str, list] = {
     "model_name_or_path": [("{0}/model", {"config_overrides": None}), ("no/such", {"config_overrides": None})],
+    "encoder_layers": [(2, {"model_name_or_path": "{0}/model", "config_overrides": None})],
+    "decoder_layers": [(2, {"model_name_or_path": "{0}/model", "config_overrides": None})],
     "config_name": ["{0}/model", "no/such"],
     "config_overrides": [f"{SHAPE},max_position_embeddings=64,dropout=0.2", "x"],
     "tokenizer_name": [None, "no/such"],

@@ -38,7 +38,7 @@ SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict
 
 # What numbers may be. Those that are named nowhere must be at least 0; a default of -1 stands for "not given"
 AT_LEAST_1 = {
-    *("max_source_length", "max_target_length", "num_beams", "vocab_size"),
+    *("max_source_length", "max_target_length", "num_beams", "vocab_size", "encoder_layers", "decoder_layers"),
     *("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "max_tokens", "pad_to_multiple_of"),
     *("average_last", "early_stopping_patience", "fp16_scale_window", "gradient_accumulation_steps", "max_steps"),
@@ -69,6 +69,11 @@ class ModelArguments:
         default=None,
         help="Admin or Marian checkpoint to go on from (folder or Hub id). Unset: a new model is trained.",
     )
+    encoder_layers: int | None = HfArg(
+        default=None,
+        help="Deepen the encoder of model_name_or_path to so many layers, by copies of its own. ω is profiled anew.",
+    )
+    decoder_layers: int | None = HfArg(default=None, help="Deepen the decoder in the same way.")
     config_name: str | None = HfArg(
         default=None, help="Configuration of a new model: a folder with config.json, or a Hub id."
     )
@@ -119,7 +124,7 @@ class DataTrainingArguments:
     max_source_length: int = HfArg(
         default=1024,
         help="Longest source in tokens. Longer training pairs are skipped, longer sources to translate are "
-        "cut; both are counted.",
+        "cut; both are counted. This and the next two defaults are at most the model's max_position_embeddings.",
     )
     max_target_length: int = HfArg(
         default=128, help="Longest target in tokens; longer training pairs are skipped and counted."
@@ -442,6 +447,12 @@ def _check_start(model: ModelArguments, training: TranslationTrainingArguments) 
         )
     if model.model_name_or_path and (model.config_name or model.config_overrides):
         raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
+    for name in ("encoder_layers", "decoder_layers"):
+        if (layers := getattr(model, name)) is not None and not (model.model_name_or_path and training.do_train):
+            raise InputError(
+                f"--{name} {layers} deepens the model of --model_name_or_path, to train on with --do_train; of a new "
+                f"model say --config_overrides {name}={layers}."
+            )
     if not training.do_train and not model.model_name_or_path and not checkpoints:
         raise InputError(
             "Nothing to evaluate: without --do_train give --model_name_or_path, or an --output_dir with a trained "

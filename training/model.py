@@ -7,13 +7,21 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from admin_hf import AdminConfig, AdminForConditionalGeneration, ResidualProfile, check_tokenizer, initialize_omega
+from admin_hf import (
+    AdminConfig,
+    AdminForConditionalGeneration,
+    ResidualProfile,
+    check_tokenizer,
+    deepen,
+    initialize_omega,
+)
 from admin_hf.allocator import map_large_buffers
 from admin_hf.checkpoints import one_line
+from admin_hf.deepening import new_depths
 from admin_hf.reparameterization import stock_architecture
 
 from . import runs
-from .arguments import Arguments, ModelArguments
+from .arguments import Arguments, DataTrainingArguments, ModelArguments
 from .batching import round_up
 from .errors import InputError, refusing
 
@@ -26,6 +34,10 @@ NOT_OF_THE_CONFIGURATION = dict.fromkeys(
     ("vocab_size", "decoder_vocab_size", "pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"),
     "the tokenizer (--vocab_size, --tokenizer_name)",
 ) | {"label_smoothing": "--label_smoothing_factor"}
+
+# Those of lengths in tokens, where the model has as many positions
+DEFAULT_LENGTHS = {name: getattr(DataTrainingArguments, name) for name in ("max_source_length", "max_target_length")}
+DEFAULT_LENGTHS["val_max_target_length"] = DEFAULT_LENGTHS["max_target_length"]
 
 
 def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -107,24 +119,31 @@ def check_model(arguments: Arguments) -> None:
     if profile := given.residual_profile:
         with refusing(f"--residual_profile {profile}"):
             ResidualProfile.load(profile)
-    if source := given.model_name_or_path:
+    source = given.model_name_or_path
+    if not source and not arguments.training.do_train:
+        source = runs.finished_checkpoint(arguments.training)
+    if source:
         with refusing(f"The model {source} cannot be loaded"):
-            config = AutoConfig.from_pretrained(source, cache_dir=given.cache_dir, revision=given.model_revision)
-    if source or arguments.training.do_train:
-        check_lengths(arguments, config)
+            config = AdminConfig.from_pretrained(source, cache_dir=given.cache_dir, revision=given.model_revision)
+        with refusing(f"The model {source} cannot be deepened"):
+            new_depths(config, given.encoder_layers, given.decoder_layers)
+    check_lengths(arguments, config)
 
 
-def check_lengths(arguments: Arguments, config: PretrainedConfig) -> None:
-    """Find lengths that are beyond the positions of the model."""
-    data, multiple_of = arguments.data, arguments.training.length_multiple
-    longest = max(data.max_source_length, data.max_target_length, data.val_max_target_length)
-    if arguments.training.do_train:
-        longest = round_up(longest, multiple_of)
-    if longest > getattr(config, "max_position_embeddings", longest):
+def check_lengths(arguments: Arguments, config: AdminConfig) -> None:
+    """Lower default lengths to the positions of the model, and find other lengths that are beyond them."""
+    data, positions = arguments.data, config.max_position_embeddings
+    multiple_of = arguments.training.length_multiple if arguments.training.do_train else 1
+    for name, default in DEFAULT_LENGTHS.items():
+        if getattr(data, name) == default > (most := positions - positions % multiple_of):
+            logger.info(f"--{name} is {most} here, for the model has {positions} positions.")
+            setattr(data, name, most)
+    longest = round_up(max(getattr(data, name) for name in DEFAULT_LENGTHS), multiple_of)
+    if longest > positions:
         multiple = f"; lengths are multiples of {multiple_of} (--pad_to_multiple_of)"
         raise InputError(
             f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
-            f"{config.max_position_embeddings}{multiple if multiple_of > 1 else ''}."
+            f"{positions}{multiple if multiple_of > 1 else ''}."
         )
 
 
@@ -154,15 +173,25 @@ def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Adm
 
 
 def _new_or_loaded_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
-    given = arguments.model
-    source = given.model_name_or_path
-    if arguments.training.do_train or not source:
-        source = runs.finished_checkpoint(arguments.training) or source
+    given, finished = arguments.model, None
+    if arguments.training.do_train or not given.model_name_or_path:
+        finished = runs.finished_checkpoint(arguments.training)
+    source = finished or given.model_name_or_path
     if not source:
         return AdminForConditionalGeneration(
             AdminConfig.for_tokenizer(tokenizer, **config_changes(given, AdminConfig))
         )
     with refusing(f"The model {source} cannot be loaded"):
-        return AdminForConditionalGeneration.from_pretrained(
+        model = AdminForConditionalGeneration.from_pretrained(
             source, cache_dir=given.cache_dir, revision=given.model_revision, use_safetensors=True
         )
+    depths = new_depths(model.config, given.encoder_layers, given.decoder_layers)
+    if finished or depths == new_depths(model.config):
+        return model
+    before = f"{model.config.encoder_layers} encoder and {model.config.decoder_layers} decoder layers"
+    model = deepen(model, **{f"{name}_layers": layers for name, layers in depths.items()})
+    logger.info(
+        f"{source} is deepened from {before} to {depths['encoder']} and {depths['decoder']}, by copies of its layers. "
+        "ω starts anew, from a profile."
+    )
+    return model

@@ -12,6 +12,7 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from admin_hf.checkpoints import sentencepiece_named
 from admin_hf.encoding import read_control_tokens_as_text
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
@@ -157,7 +158,7 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
     Raises:
         InputError: there is none, or its layout cannot be trained with.
     """
-    with refusing(f"The tokenizer {name} cannot be loaded"):
+    with refusing(f"The tokenizer {name} cannot be loaded"), sentencepiece_named():
         tokenizer = (
             read_sentencepiece(name)
             if is_sentencepiece(name)

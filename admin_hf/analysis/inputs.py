@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -12,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..checkpoints import check_source, check_weight_files, explained_errors, weight_files
+from ..checkpoints import check_source, check_weight_files, explained_errors, sentencepiece_named, weight_files
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..observation import Places, modes_restored, observed_connections, run_stacks, stack_inputs
@@ -162,10 +161,19 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
 
 
 def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first source that has one of ours or Transformers'; no code of a stranger runs."""
+    """The tokenizer of the first source that has one of ours or Transformers'; no code of a stranger runs.
+
+    Raises:
+        ImportError: there is one, but a package that it needs is not installed.
+    """
     for source in sources:
-        with suppress(Exception):  # there is none, a damaged one, or one that brings its own code
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        try:
+            with sentencepiece_named():
+                return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        except ImportError as error:
+            raise ImportError(f"The tokenizer {source} cannot be loaded: {error}") from error
+        except Exception:  # there is none, a damaged one, or one that brings its own code
+            continue
     return None
 
 
