@@ -26,7 +26,7 @@ REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 NAMES = ["README.md", *(f"docs/{name}.md" for name in "analysis distributed publishing systems training".split())]
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PACKAGES = ("admin_hf", "training", "benchmarks")
+PACKAGES = ("admin_hf", "training", "benchmarks", "website")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 MODULES = ["residual", "configuration_admin", "modeling_admin", "monitoring", "profiling", "reparameterization"]
 

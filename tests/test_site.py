@@ -35,6 +35,7 @@ class Page(HTMLParser):
         super().__init__()
         self.anchors: set[str] = set()
         self.links: set[str] = set()
+        self.navigation: set[str] = set()
         self.loaded: set[str] = set()
         self.feed(path.read_text(encoding="utf-8"))
 
@@ -43,6 +44,8 @@ class Page(HTMLParser):
         self.anchors |= {values[name] for name in ("id", "name") if values.get(name)}
         if tag == "a" and values.get("href"):
             self.links.add(values["href"])
+            if "md-nav__link" in (values.get("class") or "").split():
+                self.navigation.add(values["href"])
         elif values.get("rel") not in ("canonical", "prev", "next"):
             self.loaded |= {values[name] for name in ("href", "src") if values.get(name)}
 
