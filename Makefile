@@ -20,7 +20,7 @@ HEALTHY := import pip, sys; from importlib.metadata import distributions; \
 	sys.exit(sys.version_info < (3, 11) or any(d.read_text("RECORD") is None for d in distributions()))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench style quality clean
+.PHONY: help setup demo test bench docs style quality clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ test: $(STAMP)  ## run all the tests
 bench: $(STAMP)  ## measure what can be measured here, and make docs/performance.md
 	@$(RUN) -m benchmarks
 
+docs: $(STAMP)  ## build the documentation site in site/, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+
 style: $(STAMP)  ## format the code and mend what ruff can mend
 	@$(RUN) -m ruff check --fix . || left=1; $(RUN) -m ruff format . && test -z "$$left"
 
@@ -64,5 +67,5 @@ quality: $(STAMP)  ## check style, format and types; changes nothing
 	@$(RUN) -m mypy
 
 clean:  ## remove caches and build artefacts; .venv and runs/ stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

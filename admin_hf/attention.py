@@ -14,7 +14,8 @@ from .short_attention import fits, short_attention
 
 
 ADMIN_ATTENTION = "admin"  # what a model has unless another attention is asked for
-CPU_ATTENTION = "admin_cpu"  # the same under its former name
+CPU_ATTENTION = "admin_cpu"
+"""The former name of the attention that all Admin models have, `"admin"`: an `attn_implementation`."""
 
 # PyTorch's softmax takes up to 20 times as long for an entry of a row that is shorter than a vector register, which
 # holds 16 float32 with AVX-512: 56 ns in rows of 15, 2.6 ns in rows of 16 (one thread)

@@ -19,20 +19,18 @@ class AdminConfig(MarianConfig):
     the defaults of Transformer-base as the Admin paper trains it. Documented here is what differs from
     [`~transformers.MarianConfig`].
 
-    Args:
-        encoder_residual (`str`, defaults to `"admin"`):
-            The residual system of the encoder: `"admin"`, `"post_ln"`, `"pre_ln"`, `"deepnorm"`, or another one of
-            `admin_hf.residual.SYSTEMS`, which may have one of your own (docs/systems.md has them all).
-        decoder_residual (`str`, defaults to `"admin"`):
-            The same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with Pre-LN. A decoder of
-            `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
-        label_smoothing (`float`, defaults to 0.0):
-            Share of the target probability that the training loss spreads evenly over the vocabulary without padding.
-            Used in train mode only: an evaluation loss is the negative log-likelihood. It takes the place of the
-            Trainer's `label_smoothing_factor`, which smooths over the padding entry too.
-        pad_token_id, decoder_start_token_id (`int`, *optional*):
-            `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>` is last.
-            For any other layout, take [`for_tokenizer`].
+    Attributes:
+        encoder_residual: the residual system of the encoder: `"admin"` (the default), `"post_ln"`, `"pre_ln"`,
+            `"deepnorm"`, or another one of `admin_hf.residual.SYSTEMS`, which may have one of your own (docs/systems.md
+            has them all).
+        decoder_residual: the same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with
+            Pre-LN. A decoder of `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
+        label_smoothing: share of the target probability that the training loss spreads evenly over the vocabulary
+            without padding; 0 by default. Used in train mode only: an evaluation loss is the negative log-likelihood.
+            It takes the place of the Trainer's `label_smoothing_factor`, which smooths over the padding entry too.
+        pad_token_id: `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>`
+            is last. For any other layout, take [`for_tokenizer`].
+        decoder_start_token_id: what decoding starts from; padding where unset.
 
     Raises:
         ValueError: an unknown residual system, or one that cannot work with the rest (see its class), a size below 1,

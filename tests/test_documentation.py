@@ -34,7 +34,7 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 GUIDES = "analysis continuing distributed publishing systems training translating".split()
 NAMES = ["README.md", *(f"docs/{name}.md" for name in GUIDES)]
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PACKAGES = ("admin_hf", "training", "benchmarks")
+PACKAGES = ("admin_hf", "training", "benchmarks", "website")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
 MODULES = "residual configuration_admin deepening modeling_admin monitoring profiling reparameterization".split()
 

@@ -478,15 +478,15 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
-def browse(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Open a page from disk with a fresh profile; what its console says is in stderr."""
+def browse(address: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Open a page with a fresh profile; what its console says is in stderr."""
     command = [
         CHROMIUM,
         *FLAGS,
         f"--user-data-dir={folder / 'profile'}",
         "--enable-logging=stderr",
         *flags,
-        page.as_uri(),
+        address,
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
 
@@ -496,7 +496,7 @@ def browse(page: Path, folder: Path, *flags: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("size", ["1100,1600", "500,1600"])
 def test_the_page_opens_in_a_browser(finished, tmp_path, size):
     page, picture = write_report(finished, tmp_path / "page.html"), tmp_path / "page.png"
-    shown = browse(page, tmp_path, f"--window-size={size}", f"--screenshot={picture}")
+    shown = browse(page.as_uri(), tmp_path, f"--window-size={size}", f"--screenshot={picture}")
     assert "CONSOLE" not in shown.stderr
     pixels = pyplot.imread(picture)[..., :3]
     assert pixels.shape[1::-1] == tuple(map(int, size.split(",")))
@@ -504,5 +504,5 @@ def test_the_page_opens_in_a_browser(finished, tmp_path, size):
     assert 0.005 < ink.mean() < 0.5, "neither blank nor a blot"
     assert ink[len(ink) // 2 :].any(), "down to the end"
     text = Page(page).texts["top"].split()
-    dom = browse(page, tmp_path, "--dump-dom").stdout
+    dom = browse(page.as_uri(), tmp_path, "--dump-dom").stdout
     assert all(word in dom for word in text if word.isalnum()) and "<svg" in dom
