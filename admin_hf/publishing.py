@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .checkpoints import replaced_model
+from .positions import save_own_tables
 from .reparameterization import reparameterize as fold
 
 
@@ -162,6 +163,7 @@ class PublishableModel(PreTrainedModel):
         elif is_main_process or not reparameterize:
             if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
                 state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
+            save_own_tables(self, state_dict)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
