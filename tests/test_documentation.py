@@ -23,7 +23,10 @@ from training.model import config_changes
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-NAMES = ["README.md", *(f"docs/{name}.md" for name in "analysis distributed publishing systems training".split())]
+NAMES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in "analysis distributed fairseq publishing systems training".split()),
+]
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGES = ("admin_hf", "training", "benchmarks")
 PAGES = {name: (REPO / name).read_text(encoding="utf-8") for name in NAMES}
