@@ -20,6 +20,7 @@ from .analysis.command import add_command as add_analyze
 from .analysis.inputs import find_tokenizer
 from .architecture import ARCHITECTURES
 from .checkpoints import check_source, explained_errors, one_line, replaced_model
+from .fairseq.command import add_command as add_import
 from .pretrained import load_complete
 from .publishing import write_vanilla
 from .report import add_command as add_report
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=average)
 
+    add_import(commands)
     add_analyze(commands)
     add_report(commands)
     add_translate(commands)

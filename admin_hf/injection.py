@@ -34,6 +34,7 @@ from .families import base_of, stack_layers, stacks_of
 from .observation import Places
 from .omega_state import OmegaState
 from .parametrization import Scaled, original, remove, scale
+from .positions import save_own_tables
 from .reparameterization import check_scale
 from .residual import deepnorm_constants, uniform_omega
 
@@ -327,6 +328,7 @@ def inject(
     if any(each.kind == "encoder-attention" and not stack.prefix for stack in found for each in stack.sublayers):
         base.register_forward_pre_hook(_check_encoder_states, with_kwargs=True)
     model.injection = injection  # type: ignore[assignment]
+    save_own_tables(model)
     return model
 
 
@@ -374,6 +376,7 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for connection in model.injection.profiled_connections():
         connection.initialized = True
+    save_own_tables(model)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from .attention import ADMIN_ATTENTION
 from .checkpoints import check_finite, check_weight_files, explained_errors
 from .configuration_admin import AdminConfig
 from .omega_state import OmegaState
+from .positions import position_tables
 from .publishing import PublishableModel
 from .residual import AdminConnection, ScaleModule, profiled_connections
 from .special_tokens import BANNING_BIAS
@@ -89,9 +90,8 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
             connection.initialized = name not in loading_info.missing_keys
         if is_silent:
             self.set_profiled(any(bool((connection.omega != 1).any()) for connection in profiled.values()))
-        for module in self.modules():
-            if isinstance(module, MarianSinusoidalPositionalEmbedding):
-                module.weight.requires_grad_(False)
+        for _, table in position_tables(self):
+            table.weight.requires_grad_(False)
 
     def complete_generation_config(self) -> None:
         """Let `generate` go on to the end of a sentence: where nothing is said, Transformers cuts at 20 tokens."""

@@ -18,6 +18,7 @@ from transformers.utils.hub import hf_api
 
 from .card import CARD_NAME, Card, card_by_hand
 from .checkpoints import REPLACED, replaced_model, write_whole
+from .positions import save_own_tables
 from .reparameterization import reparameterize as fold
 
 
@@ -212,6 +213,7 @@ class PublishableModel(PreTrainedModel):
         elif is_main_process or not reparameterize:
             if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
                 state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
+            save_own_tables(self, state_dict)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_main_process and push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)

@@ -16,11 +16,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from .adapters import adapted_layers, bare_model, check_mergeable, merge_adapters
 from .architecture import MARIAN, PEGASUS, STACKS, Architecture, Sublayer
 from .checkpoints import check_finite
+from .positions import is_standard, position_tables, save_own_tables, standard_table
 from .residual import PostLNConnection, PreLNConnection, ResidualConnection, residual_connections
 from .verification import verify
 from .vocabulary import fit_vocabulary
@@ -130,6 +130,7 @@ def reparameterize(
         vanilla.generation_config = copy.deepcopy(model.generation_config)
     if tokenizer is not None:
         vanilla = fit_vocabulary(vanilla, tokenizer)
+    save_own_tables(vanilla)
     return vanilla.to(model.device, dtype)
 
 
@@ -137,20 +138,12 @@ def reparameterize(
 
 
 def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself in float64 and eval mode, on the CPU, without hooks and autocast.
-
-    Raises:
-        ValueError: its positions are not the sinusoidal table, which is all that a vanilla checkpoint has.
-    """
-    rounding = torch.finfo(model.dtype).eps
+    """The model itself in float64 and eval mode, on the CPU, without hooks and autocast."""
     original = _bare_copy(model)
     original.cpu().double().eval()
-    for name, module in original.named_modules():
-        if isinstance(module, MarianSinusoidalPositionalEmbedding):
-            standard = module.create_weight().double()
-            if bool((module.weight - standard).abs().gt(rounding).any()):
-                raise ValueError(f"{name} is not the sinusoidal table, which is all that vanilla checkpoints have.")
-            module.weight.data = standard
+    for _, table in position_tables(original):
+        if is_standard(table.weight):  # at most rounded, which the vanilla model's own is not
+            table.weight.data = standard_table(*table.weight.shape).double()
     original.set_attn_implementation("sdpa")  # flash attention knows no float64
     return original
 
@@ -187,10 +180,8 @@ def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel
 
 
 def _load(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Load all weights but the positions, which every model makes for itself and no checkpoint holds."""
-    result = model.load_state_dict({k: v for k, v in weights.items() if "embed_positions" not in k}, strict=False)
-    wrong = result.unexpected_keys + [name for name in result.missing_keys if "embed_positions" not in name]
-    if wrong:
+    result = model.load_state_dict(weights, strict=False)
+    if wrong := result.unexpected_keys + result.missing_keys:
         raise ValueError(
             f"{', '.join(wrong)}: not in both the model and {type(model).__name__}, so there is no vanilla checkpoint."
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.marian.modeling_marian import MarianMTModel
 
+from .positions import save_own_tables
 from .special_tokens import BANNING_BIAS, check_tokenizer, vocabulary_size
 
 
@@ -55,6 +56,7 @@ def fit_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
     result.to(model.device, model.dtype).eval()
     result.load_state_dict({name: fitted(name, value) for name, value in model.state_dict().items()})
     result.generation_config = copy.deepcopy(model.generation_config)
+    save_own_tables(result)
     return cast(Model, result)
 
 

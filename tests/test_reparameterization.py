@@ -361,13 +361,6 @@ def test_wrapped_models_fold_and_hooks_are_not_run():
     assert not called
 
 
-def test_other_positions_are_refused():
-    model = trained_model()
-    model.model.encoder.embed_positions.weight.data[5] += 0.01
-    with pytest.raises(ValueError, match="embed_positions.* is not the sinusoidal table"):
-        reparameterize(model)
-
-
 def test_the_model_is_untouched():
     model = trained_model().train()
     batch = padded_batch()
