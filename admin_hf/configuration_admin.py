@@ -21,8 +21,8 @@ class AdminConfig(MarianConfig):
 
     Attributes:
         encoder_residual: the residual system of the encoder: `"admin"` (the default), `"post_ln"`, `"pre_ln"`,
-            `"deepnorm"`, or another one of `admin_hf.residual.SYSTEMS`, which may have one of your own; docs/systems.md
-            has them all.
+            `"deepnorm"`, or another one of `admin_hf.residual.SYSTEMS`; docs/systems.md has them all, and says how to
+            add one of your own.
         decoder_residual: the same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with
             Pre-LN. A decoder of `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
         label_smoothing: share of the target probability that the training loss spreads evenly over the vocabulary
