@@ -222,6 +222,7 @@ def test_scores_are_the_same_for_transformers_and_ctranslate2(made, monkeypatch)
     models = [made.model, AutoModelForSeq2SeqLM.from_pretrained(made.vanilla)]
     for model in models:
         monkeypatch.setattr(model.generation_config, "early_stopping", True)
+        monkeypatch.setattr(model.generation_config, "forced_eos_token_id", made.tokenizer.eos_token_id)  # not heeded
     models.append(ctranslate2.Translator(str(made.converted)))
     of_models = [translate(model, made.tokenizer, SOURCES, nbest=2, beams=4, max_length=12) for model in models]
     for found in zip(*of_models, strict=True):  # of a line
@@ -384,7 +385,14 @@ def test_models_that_do_not_translate_are_refused(made, tmp_path, capsys):
     bart.save_pretrained(tmp_path / "bart")
     made.tokenizer.save_pretrained(tmp_path / "bart")
     code, _, err = command(capsys, tmp_path / "bart")
-    assert code == 2 and "bart" in err and err.count("\n") == 1
+    assert code == 2 and f"{tmp_path / 'bart'} has an ω" in err and err.count("\n") == 1
+    config = made.vanilla / "config.json"
+    (tmp_path / "deep").mkdir()
+    for path in made.vanilla.iterdir():
+        (tmp_path / "deep" / path.name).write_bytes(path.read_bytes())
+    deeper = config.read_text().replace('"encoder_layers": 2', '"encoder_layers": 3')
+    (tmp_path / "deep" / "config.json").write_text(deeper)
+    assert "deep lacks model.encoder.layers.2" in command(capsys, tmp_path / "deep")[2]
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     made.tokenizer.save_pretrained(tmp_path)
     assert "'bert' model, which does not translate" in command(capsys, tmp_path)[2]

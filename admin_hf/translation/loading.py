@@ -106,13 +106,13 @@ def _load_stock(place: str, config: Any) -> Any:
     model, info = AutoModelForSeq2SeqLM.from_pretrained(
         place, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
-    if missing := info["missing_keys"]:
-        raise ValueError(f"{place} lacks {min(missing)}: config.json and weights do not belong together.")
     if omegas := [name for name in info["unexpected_keys"] if name.endswith(".omega")]:
         raise ValueError(
             f"{place} has an ω ({min(omegas)}) that was injected into a stock model: fold it by "
             "`reparameterize(load_injected(…))`, save that, and name its folder."
         )
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{place} lacks {min(missing)}: config.json and weights do not belong together.")
     check_finite(model, f"The checkpoint {place}")
     return model
 
