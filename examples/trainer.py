@@ -2,8 +2,9 @@
 
     python examples/trainer.py DATA en de --output_dir runs/en-de --max_steps 20000 --learning_rate 1e-3
 
-DATA has the columns `en` and `de`, and the splits `train` and `validation`: a data set of the Hub (bentrevett/multi30k),
-or a folder with train.jsonl and validation.jsonl. Flags are those of Seq2SeqTrainingArguments; --push_to_hub publishes.
+DATA has the columns `en` and `de`, and the splits `train` and `validation`: a data set of the Hub, such as
+bentrevett/multi30k, or a folder with train.jsonl and validation.jsonl. Flags are those of Seq2SeqTrainingArguments;
+--push_to_hub publishes.
 """
 
 import sys
