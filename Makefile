@@ -3,10 +3,12 @@
 #   TORCH_INDEX  package index that PyTorch comes from; empty is pip's own.
 #                Linux without a GPU: make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   ARGS         further options for pytest: make test ARGS='-m "not slow" -k profil'
+#   TIME_LIMIT   seconds that test-newest and test-oldest may take for their tests
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
 ARGS ?=
+TIME_LIMIT ?= 1500
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -20,10 +22,10 @@ HEALTHY := import pip, sys; from importlib.metadata import distributions; \
 	sys.exit(sys.version_info < (3, 11) or any(d.read_text("RECORD") is None for d in distributions()))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench docs style quality clean
+.PHONY: help setup demo test test-newest test-oldest bench docs style quality clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make .venv with everything the project needs
 	@echo "Ready: $(VENV)"
@@ -49,8 +51,35 @@ $(DEMO_DATA): | $(STAMP)
 
 # One thread in each of the two workers: more would only wait for each other. Files in their order, since with those of
 # most tests first, which pytest-xdist would do, slow ones of few tests come last, when the other worker has nothing to do.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## run all the tests
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) $(PYTEST) $(ARGS)
+
+# The ends of the window of versions in pyproject.toml. Each has an environment that lies over .venv and holds what differs.
+# PyTorch is that of .venv unless TORCH_INDEX is given: pip's own index has its other versions for GPUs alone.
+OVER = $(VENV)-$*
+MOVED := transformers $(if $(TORCH_INDEX),torch triton)
+KEPT := $(if $(TORCH_INDEX),^$$,^(torch|triton)=)
+PINS_newest := grep -vE '^($(subst $() ,|,$(strip $(MOVED))))=' constraints.txt
+PINS_oldest := sed -nE 's/^ *"([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' pyproject.toml | grep -vE '$(KEPT)'
+INSTALL = $(OVER)/bin/python -m pip install --quiet --upgrade -c $(OVER)/pins.txt
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+VERSIONS := -c 'import torch, transformers; print("Transformers", transformers.__version__, "and torch", torch.__version__)'
+
+test-newest:  ## run the fast tests with the newest Transformers that pyproject.toml allows
+test-oldest:  ## run them with the oldest version of each package that it allows
+test-newest test-oldest: test-%: $(STAMP)
+	@$(RUN) -m venv --clear --without-pip $(OVER)
+	@realpath "$$($(RUN) $(PACKAGES))" > "$$($(OVER)/bin/python $(PACKAGES))/below.pth"
+	@$(PINS_$*) > $(OVER)/pins.txt
+	@if { $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch &&) \
+		$(INSTALL) -e '.[dev]' $(MOVED); } 2> $(OVER)/errors.txt; then \
+		$(OVER)/bin/python $(VERSIONS) && \
+		OMP_NUM_THREADS=1 timeout $(TIME_LIMIT) $(OVER)/bin/python $(PYTEST) -m 'not slow' $(ARGS); \
+	elif grep 'No matching distribution' $(OVER)/errors.txt; then \
+		echo "make $@ is skipped: the package index cannot be reached or lacks this version"; \
+	else cat $(OVER)/errors.txt; exit 1; fi
 
 bench: $(STAMP)  ## measure what can be measured here, and make docs/performance.md
 	@$(RUN) -m benchmarks

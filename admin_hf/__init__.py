@@ -25,7 +25,7 @@ AutoConfig.register(AdminConfig.model_type, AdminConfig)
 AutoModel.register(AdminConfig, AdminModel)
 AutoModelForSeq2SeqLM.register(AdminConfig, AdminForConditionalGeneration)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CPU_ATTENTION",

@@ -1,4 +1,4 @@
-"""Command line of the library: `python -m admin_hf --help`."""
+"""Command line of the library: `admin-hf --help`, or `python -m admin_hf --help`."""
 
 import argparse
 import os
@@ -66,7 +66,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(prog="python -m admin_hf", description="Tools for trained Admin models.")
+    # As it was called, so that a line of its help can be copied
+    name = "admin-hf" if Path(sys.argv[0]).stem == "admin-hf" else "python -m admin_hf"
+    parser: argparse.ArgumentParser = _Parser(prog=name, description="Tools for trained Admin models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(

@@ -1,6 +1,6 @@
 """Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -88,12 +88,10 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Transform `hidden_states`, `(batch_size, target_length, d_model)`."""
-        kwargs["past_key_values"] = past_key_values
+        """Transform `hidden_states`, `(batch_size, target_length, d_model)`; `kwargs` is what attention takes."""
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
@@ -106,6 +104,11 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         if encoder_hidden_states is not None:
             x = self.residual(self.encoder_attn_layer_norm, x, encoder_attention)
         return self.residual(self.final_layer_norm, x, self.feed_forward, hidden_states)
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward: `cache`, which was `past_key_values` up to 5.23."""
+    return inputs.get("cache", inputs.get("past_key_values"))
 
 
 @contextmanager
@@ -210,12 +213,13 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> Any:
-        """Decode `input_ids`, `(batch_size, target_length)`, which follow what `past_key_values` holds."""
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        """Decode `input_ids`, `(batch_size, target_length)`, which follow what the cache in `kwargs` holds."""
+        cache = given_cache(kwargs)
+        past = cache.get_seq_length() if cache is not None else 0
         # A static cache says its length in a tensor, which a GPU would have to wait for
         if isinstance(past, Tensor):
             past = int(past) if past.device.type == "cpu" and not torch.compiler.is_compiling() else 0
@@ -227,7 +231,6 @@ class AdminDecoder(_StackMixin, MarianDecoder):
             attention_mask=attention_mask,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -355,7 +358,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: tuple[Tensor] | BaseModelOutput | None = None,
-        past_key_values: Any = None,
+        *,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -372,8 +375,8 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             attention_mask: 1 for source tokens and 0 for padding, of the same shape.
             labels: target ids, `(batch_size, target_length)`, −100 at padding; they also are the decoder's input,
                 shifted right by one, unless `decoder_input_ids` is given.
-            kwargs: `num_items_in_batch`, the number of targets in the whole update, as Trainer passes it, and what
-                attention takes.
+            kwargs: `num_items_in_batch`, the number of targets in the whole update, as Trainer passes it; the cache;
+                and what attention takes.
 
         Raises:
             ValueError: an id outside the vocabulary (looked for on the CPU only), a sequence longer than
@@ -395,7 +398,6 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
             "encoder_outputs": encoder_outputs,
-            "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "decoder_inputs_embeds": decoder_inputs_embeds,
             "use_cache": use_cache,

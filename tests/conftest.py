@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from admin_hf import AdminConfig, AdminForConditionalGeneration, initialize_omega, profile_residuals
 from admin_hf.residual import SYSTEMS
@@ -23,6 +25,12 @@ SYSTEM_PAIRS = [(name, name) for name in SYSTEMS]
 SYSTEM_PAIRS += [("post_ln", "pre_ln"), ("admin_uniform", "admin"), ("rezero", "fixup"), ("fixup", "deepnorm")]
 
 VOCAB_SIZE, PAD = 50, 49
+
+TRANSFORMERS = Version(transformers.__version__)
+# What Transformers calls the cache that a forward takes and returns
+CACHE = "cache" if TRANSFORMERS >= Version("5.24") else "past_key_values"
+# Before, Marian drew a number for layerdrop in each layer of a training pass, which ended the graph of a compiled one
+is_one_graph = pytest.mark.skipif(TRANSFORMERS < Version("5.23"), reason="Marian's layerdrop ends graphs")
 
 MULTI30K = Path(__file__).parents[2] / "shared" / "multi30k"
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import learn, padded_batch, randomize, tiny_config, tiny_model
+from conftest import CACHE, is_one_graph, learn, padded_batch, randomize, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -156,10 +156,11 @@ def test_a_pass_elsewhere_looks_at_no_padding(batch, training, monkeypatch):
 def test_a_mask_elsewhere_is_the_same_while_a_graph_is_recorded(capturing, monkeypatch):
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: capturing)
     config, ones = tiny_config(attn_implementation=ADMIN_ATTENTION), torch.ones(2, 5, device=META)
-    mask = create_causal_mask(config, torch.empty(2, 5, 16, device=META), ones, past_key_values=None)
+    mask = create_causal_mask(config, torch.empty(2, 5, 16, device=META), ones, **{CACHE: None})
     assert mask.shape == (2, 1, 5, 5)
 
 
+@is_one_graph
 def test_a_compiled_pass_elsewhere_is_one_graph(batch, monkeypatch):
     monkeypatch.setattr("admin_hf.modeling_admin.cast_once", lambda x: x)
     model = AdminModel(tiny_config()).to(META).train()

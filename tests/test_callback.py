@@ -290,7 +290,7 @@ def test_a_hybrid_initialises_the_stack_that_has_omega(tmp_path, dataset):
     "changes",
     [
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"bf16": True},
     ],
 )

@@ -30,7 +30,7 @@ DICTS = TranslationTrainingArguments._VALID_DICT_FIELDS
 
 EVALUATED = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 ONE_WORKER = {"dataloader_num_workers": 1}
-CHECKPOINTED = {"activation_checkpointing": True}
+CHECKPOINTED = {"gradient_checkpointing": True}
 
 # What a flag is tried with in place of a value of its type; {0} is a folder with a model, data and a data set. A list
 # of pairs: the value, or None for leaving the flag out, and the flags beside it

@@ -3,7 +3,18 @@ import logging
 
 import pytest
 import torch
-from conftest import PAD, SYSTEM_PAIRS, VOCAB_SIZE, padded_batch, randomize, tiny_config, tiny_model, without_dropout
+from conftest import (
+    CACHE,
+    PAD,
+    SYSTEM_PAIRS,
+    VOCAB_SIZE,
+    is_one_graph,
+    padded_batch,
+    randomize,
+    tiny_config,
+    tiny_model,
+    without_dropout,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianModel, MarianMTModel
@@ -90,9 +101,9 @@ def test_decoding_with_cache_equals_decoding_without(batch, encoder, decoder):
         past, steps = None, []
         for position in range(target.shape[1]):
             step = model(
-                **source, decoder_input_ids=target[:, position : position + 1], past_key_values=past, use_cache=True
+                **source, decoder_input_ids=target[:, position : position + 1], **{CACHE: past}, use_cache=True
             )
-            past = step.past_key_values
+            past = step[CACHE]
             steps.append(step.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
 
@@ -184,7 +195,7 @@ def test_gradient_checkpointing_changes_no_gradient(batch):
     for checkpointing in (False, True):
         model = without_dropout(randomize(tiny_model())).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model(**batch).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -192,6 +203,7 @@ def test_gradient_checkpointing_changes_no_gradient(batch):
         torch.testing.assert_close(grads[0][name], grads[1][name], msg=name)
 
 
+@is_one_graph
 @pytest.mark.parametrize(("encoder", "decoder"), [("admin", "admin"), ("rezero", "fixup")])
 def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batch, encoder, decoder):
     systems = {"encoder_residual": encoder, "decoder_residual": decoder}
@@ -205,6 +217,7 @@ def test_compiled_training_equals_eager_and_is_not_compiled_for_every_shape(batc
     assert counter.frame_count <= 4
 
 
+@is_one_graph
 @pytest.mark.parametrize("attention", ["sdpa", CPU_ATTENTION])
 @pytest.mark.parametrize(("encoder", "decoder"), [("admin", "admin"), ("fixup", "deepnorm")])
 def test_a_compiled_training_pass_is_one_graph(batch, encoder, decoder, attention):
@@ -400,7 +413,7 @@ def test_decoding_past_the_last_position_is_refused_with_cache_too():
     ids = torch.full((1, 64), 3)
     outputs = model(input_ids=ids, decoder_input_ids=ids, use_cache=True)
     with pytest.raises(ValueError, match="decoder_input has 65 tokens"):
-        model(input_ids=ids, decoder_input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
+        model(input_ids=ids, decoder_input_ids=ids[:, :1], **{CACHE: outputs[CACHE]})
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

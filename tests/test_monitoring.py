@@ -203,7 +203,7 @@ def hooks_of(model: nn.Module) -> int:
 def test_watching_leaves_no_hooks(checkpointing):
     model, batch = tiny_model().train(), padded_batch()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     before, monitor = hooks_of(model), ResidualMonitor(model)
     monitor.watch_next_pass()
     monitor.watch_next_pass()

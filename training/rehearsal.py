@@ -41,11 +41,13 @@ def rehearse(training_args: TranslationTrainingArguments) -> None:
                 trainer.create_optimizer()
             with refusing(f"--lr_scheduler_type {shown(args.lr_scheduler_type)} cannot be used"):
                 trainer.create_scheduler(num_training_steps=10)
-        if args.activation_checkpointing:
-            options = dict(args.activation_checkpointing_kwargs or {})
+        # Up to Transformers 5.22 these names are the only ones; from 5.23 on these arguments mirror the new ones
+        if args.gradient_checkpointing:
+            options = dict(args.gradient_checkpointing_kwargs or {})
             with refusing("--activation_checkpointing_kwargs cannot be used"):
                 every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-                model.activation_checkpointing_enable(options or None, every, offload)
+                enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+                enable(options or None, every, offload)
                 model.train()(**trainer.data_collator([trainer.train_dataset[0]]))
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from admin_hf.modeling_admin import given_cache
+
 from ..record import speed
 from .updates import Bench, batches, new_model, stock_model
 
@@ -77,7 +79,7 @@ def compiled_steps(model: PreTrainedModel, backend: str = "inductor") -> Iterato
 
     @functools.wraps(eager)
     def forward(*args: Any, **inputs: Any) -> Any:
-        return (compiled if _is_filled(inputs.get("past_key_values")) else eager)(*args, **inputs)
+        return (compiled if _is_filled(given_cache(inputs)) else eager)(*args, **inputs)
 
     model.forward, model._reorder_cache = forward, reorder_in_place
     try:
