@@ -13,6 +13,10 @@ import pytest
 
 import admin_hf
 from admin_hf.__main__ import build_parser
+from admin_hf.analysis.dependency import LayerDependency, StackDependency
+from admin_hf.analysis.gradients import GradientNorms, StackGradients
+from admin_hf.analysis.output_change import ChangeCurve, Fit, OutputChange
+from admin_hf.architecture import STACKS
 from admin_hf.families import FAMILIES
 from admin_hf.residual import SYSTEMS
 from benchmarks import BENCHMARKS, decoding
@@ -120,6 +124,26 @@ def test_measured_tables_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/decoding.json").read_text(encoding="utf-8"))
     assert decoding.more(measured) in README
     assert markdown() == (REPO / "docs/performance.md").read_text(encoding="utf-8")
+
+
+def test_the_quoted_verdicts_of_the_analyses_are_those_of_the_recorded_numbers():
+    """Each is computed anew of the numbers in docs/analysis/."""
+    page = " ".join(PAGES["docs/analysis.md"].split())
+    recorded = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (REPO / "docs/analysis").iterdir()}
+    found = {name: recorded.pop(f"dependency-{name}") for name in ("admin", "pre_ln", "post_ln")}
+    for values in found.values():
+        stacks = {stack: StackDependency(**values[stack]) for stack in STACKS}
+        assert f'"{LayerDependency(stacks).verdict()}"' in page
+    gradients = recorded.pop("gradients")
+    for values in gradients.values():
+        stacks = {stack: StackGradients(**values[stack]) for stack in STACKS}
+        assert f'"{GradientNorms(stacks).verdict()}"' in page
+    assert len(gradients) == 3
+    values = recorded.pop("output-change")
+    curves = [curve | {fit: Fit(**curve[fit]) for fit in ("linear", "logarithmic")} for curve in values["curves"]]
+    depths = {name: values[name] for name in ("sublayers", "d_model", "seed")}
+    assert f'"{OutputChange(curves=[ChangeCurve(**curve) for curve in curves], **depths).verdict()}"' in page
+    assert not recorded
 
 
 def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
