@@ -51,7 +51,7 @@ def test_the_python_example_of_the_readme_runs(capsys):
     assert "encoder.layers.0.self_attn_layer_norm" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/tour.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/tour.md", "docs/fidelity.md", "CONTRIBUTING.md"])
 def test_what_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / page).read_text(encoding="utf-8"))
     assert links
@@ -73,6 +73,15 @@ def test_names_that_the_pages_import_exist():
     for module, names in imported:
         for name in names.split(","):
             assert hasattr(import_module(module), name.strip()), name
+
+
+def test_the_tests_that_the_page_on_fidelity_names_are_there():
+    page = (REPO / "docs/fidelity.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)`", page)
+    there = "\n".join(path.read_text(encoding="utf-8") for path in (REPO / "tests").glob("test_*.py"))
+    assert len(named) >= 6
+    for name in named:
+        assert f"def {name}(" in there, name
 
 
 def test_the_tour_names_what_there_is_to_read():
@@ -152,6 +161,11 @@ def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
         same = [f for f in measured["figures"] if dtype in f["a"] and dtype in f["b"]]
         medians = [statistics.median(figure["ratios"]) for figure in same]
         assert f"{min(medians):.1f} to {max(medians):.1f} times as fast in {dtype}" in README.replace("\n", " ")
+    growth = json.loads((REPO / "docs/performance/growth.json").read_text(encoding="utf-8"))["figures"]
+    names = [f"layers {n}: times as fast" for n in (6, 12, 24, 50, 100)] + ["vocabulary 1,000: times as fast"]
+    medians = [statistics.median(figure["ratios"]) for figure in growth if figure["what"] in names]
+    assert len(medians) == 6
+    assert f"{min(medians):.2f} to {max(medians):.1f} times as fast" in README.replace("\n", " ")
 
 
 def test_every_family_that_can_have_omega_is_listed():
