@@ -177,7 +177,7 @@ class KeelConnection(nn.LayerNorm, ResidualConnection):
 
 
 class AdminConnection(ScaleModule, PostLNConnection):
-    """``x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))`` with a trainable ω_i (Admin, section 4.2 of the paper).
+    """``x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))`` with a trainable ω_i (Admin, section 4.3 of the paper).
 
     Args:
         d_model: the model's width.

@@ -1,13 +1,13 @@
 """The profiling pass of Admin: measure the branches' variances once, and scale the shortcuts by them.
 
-Section 4.2 of the paper: run the freshly initialised model on one batch, record Var[f_i] of every sub-layer i, and set
+Section 4.3 of the paper: run the freshly initialised model on one batch, record Var[f_i] of every sub-layer i, and set
 
     ω_i = sqrt(Σ_{j<i} Var[f_j])
 
-in all entries, where j = 0 is the stack's embedding. Each stack has a chain of its own; its first sub-layer has no ω
-(see [`~admin_hf.residual.Admin`]), and stacks of other systems are measured as they are. As in the reference
-implementation ω is applied in the very pass that measures it, so that the chain is consistent with itself; unlike
-there, padding is left out of the variances.
+in all entries. Each stack has a chain of its own; its first sub-layer has no ω (see [`~admin_hf.residual.Admin`]), and
+stacks of other systems are measured as they are. Two things are the authors' code's, for the paper measures with ω = 1
+and does not mention the embedding: j = 0 is the stack's embedding, and ω is applied in the very pass that measures it,
+so that the chain is consistent with itself. Unlike there, padding is left out of the variances.
 """
 
 import contextlib

@@ -148,8 +148,8 @@ def uniform_omega(n: int) -> float:
 class Admin(ResidualSystem):
     """Post-LN with a profiled shortcut scale ω on every sub-layer but the first of the stack.
 
-    No LayerNorm precedes the first sub-layer into which a trained ω_1 could be folded; paper and reference
-    implementation start ω_1 at 1 and train it.
+    No LayerNorm precedes the first sub-layer into which a trained ω_1 could be folded. The authors' code starts ω_1 at
+    1 and trains it; the paper does not say what it starts at.
     """
 
     # What ω starts at where no profile is needed

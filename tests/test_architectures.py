@@ -7,11 +7,12 @@ import pytest
 from training.embedded_data import write_embedded_data
 from training.experiments import preparation, records, stock_models
 from training.experiments.architectures import CLAIMS, PRE_LN, SHAPES, architecture_run, architecture_runs
-from training.experiments.page import draw_losses, loss_list, make_table
+from training.experiments.page import draw_losses
 from training.experiments.preparation import prepare
 from training.experiments.records import Record, collect, state
 from training.experiments.runner import FLAGS, flags
 from training.experiments.scales import SCALES, PlannedRun
+from training.experiments.tables import loss_list, make_table
 
 
 SCALE = SCALES["architectures"]
@@ -136,9 +137,9 @@ def test_the_table_says_losses_omega_and_failures_of_what_is_done():
     losses = {"Post-LN": 5.62, "Admin": 4.2}
     table = make_table(runs, {run.name: ended(run, losses[run.row], 5.25) for run in runs if run.row in losses})
     assert loss_list(table)[2:] == [
-        "| OPT 24, Xavier | Post-LN | 6.52 | 5.62 |  | **1** of 1 |",
+        "| OPT 24, Xavier | Post-LN | 6.52 | 5.62 |  | 1 **failed** (+0.02) |",
         "| OPT 24, Xavier | Pre-LN | … | … | … | … |",
-        "| OPT 24, Xavier | Admin | 5.10 | 4.20 | 1.00 to 5.25 | 0 of 1 |",
+        "| OPT 24, Xavier | Admin | 5.10 | 4.20 | 1.00 to 5.25 | 1 trained (-1.40) |",
         "| OPT 24, Xavier | Admin, naive chain | … | … | … | … |",
     ]
 

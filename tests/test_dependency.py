@@ -97,14 +97,16 @@ def test_beta_is_of_the_first_tokens_of_a_large_batch():
 
 
 def test_own_dependency_at_initialisation_falls_with_admin_and_pre_ln_and_is_level_with_post_ln():
-    exponents = {}
-    for system in ("admin", "pre_ln", "post_ln"):
-        sizes = {"d_model": 64, "encoder_ffn_dim": 128, "encoder_layers": 12, "decoder_layers": 1}
+    """The tolerances are the spread over weights and tokens: the exponents of five seeds lie within 0.06, around these
+    values. 1/i, an exponent of −1, is that of many branches of one variance, without the embedding."""
+    for system, exponent in (("admin", -0.57), ("pre_ln", -0.56), ("post_ln", 0.15)):
+        sizes = {"d_model": 256, "encoder_ffn_dim": 512, "encoder_layers": 12, "decoder_layers": 1}
         config = tiny_config(encoder_residual=system, decoder_residual=system, **sizes)
         stack = layer_dependency(initialized_model(config), random_batch(config)).encoder
-        exponents[system] = stack.exponent()
-        assert sum(beta**2 for beta in stack.beta[-1]) == pytest.approx(1, abs=0.25)  # nearly independent
-    assert exponents["admin"] < -0.4 and exponents["pre_ln"] < -0.4 and abs(exponents["post_ln"]) < 0.3
+        assert stack.exponent() == pytest.approx(exponent, abs=0.06)
+        assert ("is level" if system == "post_ln" else "falls") in stack.verdict()
+        # Branches are nearly independent: chance correlations of 256 dimensions make 0.84 to 1.10 of the 1
+        assert sum(beta**2 for beta in stack.beta[-1]) == pytest.approx(1, abs=0.16)
 
 
 def test_independent_branches_of_variance_one_give_the_closed_forms():

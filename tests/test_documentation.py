@@ -18,6 +18,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 
 import admin_hf
 from admin_hf.__main__ import build_parser
+from admin_hf.analysis.dependency import LayerDependency, StackDependency
+from admin_hf.analysis.gradients import GradientNorms, StackGradients
+from admin_hf.analysis.output_change import ChangeCurve, Fit, OutputChange
+from admin_hf.architecture import STACKS
 from admin_hf.families import FAMILIES
 from admin_hf.residual import SYSTEMS
 from benchmarks import BENCHMARKS, decoding
@@ -76,7 +80,7 @@ def test_the_page_on_lora_ends_with_a_vanilla_model(tmp_path, monkeypatch):
     assert torch.equal(logits(again, batch), logits(names["model"], batch))
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/tour.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/lora.md", "docs/tour.md", "docs/fidelity.md", "CONTRIBUTING.md"])
 def test_what_a_page_links_to_exists(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (REPO / page).read_text(encoding="utf-8"))
     assert links
@@ -98,6 +102,15 @@ def test_names_that_the_pages_import_exist():
     for module, names in imported:
         for name in names.split(","):
             assert hasattr(import_module(module), name.strip()), name
+
+
+def test_the_tests_that_the_page_on_fidelity_names_are_there():
+    page = (REPO / "docs/fidelity.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+)`", page)
+    there = "\n".join(path.read_text(encoding="utf-8") for path in (REPO / "tests").glob("test_*.py"))
+    assert len(named) >= 6
+    for name in named:
+        assert f"def {name}(" in there, name
 
 
 def test_the_tour_names_what_there_is_to_read():
@@ -156,12 +169,37 @@ def test_losses_of_deepened_models_are_those_that_were_recorded():
     assert deepening.markdown(measured) in PAGES["docs/continuing.md"]
 
 
+def test_the_quoted_verdicts_of_the_analyses_are_those_of_the_recorded_numbers():
+    """Each is computed anew of the numbers in docs/analysis/."""
+    page = " ".join(PAGES["docs/analysis.md"].split())
+    recorded = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (REPO / "docs/analysis").iterdir()}
+    found = {name: recorded.pop(f"dependency-{name}") for name in ("admin", "pre_ln", "post_ln")}
+    for values in found.values():
+        stacks = {stack: StackDependency(**values[stack]) for stack in STACKS}
+        assert f'"{LayerDependency(stacks).verdict()}"' in page
+    gradients = recorded.pop("gradients")
+    for values in gradients.values():
+        stacks = {stack: StackGradients(**values[stack]) for stack in STACKS}
+        assert f'"{GradientNorms(stacks).verdict()}"' in page
+    assert len(gradients) == 3
+    values = recorded.pop("output-change")
+    curves = [curve | {fit: Fit(**curve[fit]) for fit in ("linear", "logarithmic")} for curve in values["curves"]]
+    depths = {name: values[name] for name in ("sublayers", "d_model", "seed")}
+    assert f'"{OutputChange(curves=[ChangeCurve(**curve) for curve in curves], **depths).verdict()}"' in page
+    assert not recorded
+
+
 def test_the_readmes_speeds_are_those_of_the_recorded_numbers():
     measured = json.loads((REPO / "docs/performance/training_step.json").read_text(encoding="utf-8"))
     for dtype in ("float32", "bfloat16"):
         same = [f for f in measured["figures"] if dtype in f["a"] and dtype in f["b"]]
         medians = [statistics.median(figure["ratios"]) for figure in same]
         assert f"{min(medians):.1f} to {max(medians):.1f} times as fast in {dtype}" in README.replace("\n", " ")
+    growth = json.loads((REPO / "docs/performance/growth.json").read_text(encoding="utf-8"))["figures"]
+    names = [f"layers {n}: times as fast" for n in (6, 12, 24, 50, 100)] + ["vocabulary 1,000: times as fast"]
+    medians = [statistics.median(figure["ratios"]) for figure in growth if figure["what"] in names]
+    assert len(medians) == 6
+    assert f"{min(medians):.2f} to {max(medians):.1f} times as fast" in README.replace("\n", " ")
 
 
 def test_every_family_that_can_have_omega_is_listed():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import SYSTEM_PAIRS, randomize, tiny_model
+from conftest import SYSTEM_PAIRS, randomize, tiny_config, tiny_model
 
-from admin_hf.analysis import gradient_norms, layer_dependency, training_loss
+from admin_hf.analysis import gradient_norms, initialized_model, layer_dependency, random_batch, training_loss
 from admin_hf.analysis.gradients import StackGradients
 from admin_hf.architecture import DECODER
 from admin_hf.residual import residual_connections
@@ -60,6 +60,22 @@ def test_steps_and_verdict_tell_where_gradients_vanish():
     assert "gradients vanish" in stack.verdict() and "0.50 through encoder-attention" in stack.verdict()
     assert "do not vanish" in StackGradients("pre_ln", names, kinds, norms[::-1], 3.0).verdict()
     assert "no gradient" in StackGradients("fixup", names, kinds, [0.0] * 12, 0.0).verdict()
+
+
+def test_gradients_vanish_in_the_decoder_of_a_fresh_18_layer_post_ln_model_and_nowhere_else():
+    """As Figure 3 has it; the verdict is of real models."""
+    found = {}
+    for system in ("post_ln", "pre_ln", "admin"):
+        sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+        sizes |= {"encoder_layers": 18, "decoder_layers": 18}
+        config = tiny_config(encoder_residual=system, decoder_residual=system, **sizes)
+        found[system] = gradient_norms(initialized_model(config), random_batch(config))
+    decoder = found["post_ln"].decoder
+    assert "(post_ln): gradients vanish, ‖Δx_1‖ is" in decoder.verdict() and decoder.lowest_to_highest() < 0.06
+    steps = decoder.steps()
+    assert steps["encoder-attention"] < 0.9 < min(steps["self-attention"], steps["feed-forward"])
+    for stack in (found["post_ln"].encoder, *found["pre_ln"].stacks.values(), *found["admin"].stacks.values()):
+        assert "gradients do not vanish" in stack.verdict() and stack.lowest_to_highest() > 0.3
 
 
 def test_a_loss_that_is_not_finite_is_refused(batch):

@@ -9,7 +9,7 @@ import torch
 from conftest import randomize, tiny_config, tiny_model
 
 from admin_hf.analysis.drawing import draw_output_change
-from admin_hf.analysis.inputs import initialized_model
+from admin_hf.analysis.inputs import initialized_model, random_batch
 from admin_hf.analysis.output_change import OutputChange, fitted_curve, model_changes, output_change
 from admin_hf.residual import SYSTEMS
 
@@ -157,6 +157,18 @@ def test_the_encoder_s_own_system_is_measured_beside_those_of_the_paper(batch):
         for system in ("post_ln", "pre_ln", "admin", "own")
     ]
     assert result.curves[3].mean == result.curves[0].mean, "which is Post-LN under another name"
+
+
+@pytest.mark.slow
+def test_post_ln_outgrows_admin():
+    """Of real models: at 12 sub-layers its output moves two to six times as far, at 72 seven times and more."""
+    config = tiny_config(d_model=32, encoder_ffn_dim=64, decoder_layers=1)
+    batch = random_batch(config, rows=4, length=16)
+    result = output_change(config, batch, systems=("post_ln", "admin"), sublayers=(12, 36, 72), repeats=3)
+    assert result.verdict().count("at N = 72 Post-LN changes") == 2, "whatever the step"
+    for post_ln, admin in (result.curves[:2], result.curves[2:]):
+        ratios = [one / other for one, other in zip(post_ln.mean, admin.mean, strict=True)]
+        assert ratios[0] > 1.5 and ratios[-1] > max(4, 1.5 * ratios[0])
 
 
 @pytest.mark.parametrize(

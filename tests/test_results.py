@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def test_the_page_is_made_from_what_the_runs_recorded(tmp_path, docs):
     (docs / "results.md").unlink()
     results.main([])
     assert (docs / "results.md").read_text() == page
+
+
+def test_the_page_in_the_repository_is_made_of_the_records_there():
+    paths = sorted((results.DOCS / "results").glob("*.json"))
+    text = results.page([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    assert text == (results.DOCS / "results.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert (results.DOCS / name).exists(), name
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, docs):

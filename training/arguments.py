@@ -172,7 +172,7 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
         default=Seq2SeqTrainingArguments.default_optim,
         help="'radam', or any optimiser of Trainer. Weight decay spares biases, norms and ω.",
     )
-    warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (the paper: 1e-7).")
+    warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (Admin's code: 1e-7).")
     average_last: int | None = HfArg(
         default=None, help="Average the last so many checkpoints when training is done; that is the run's model."
     )

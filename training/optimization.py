@@ -1,4 +1,4 @@
-"""What the paper's recipe adds to Trainer: RAdam, a warm-up that starts above 0, a loss scale with a lower bound."""
+"""What the recipe of the paper and its code adds to Trainer: RAdam, a warm-up from above 0, a least loss scale."""
 
 from typing import Any
 

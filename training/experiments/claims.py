@@ -1,5 +1,6 @@
 """What the paper claims of the runs of an experiment, and whether what was recorded shows it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -7,13 +8,17 @@ from math import inf, isfinite, isnan, nan, sqrt
 from operator import eq, lt
 from statistics import mean, stdev
 
-from .records import Record
+from .records import OUTCOMES, TRAINED, Record
 
 
 # Row and column in a table. In a claim both may be patterns such as "Admin*".
 Cell = tuple[str, str]
 # The records of a table's cells, those of the seeds that are done, and how many are planned.
 Table = Mapping[Cell, tuple[Sequence[Record], int]]
+
+# What the records show of a claim: that it holds or not, why they cannot tell, or None while runs are missing
+Holds = bool | str | None
+WITHIN_NOISE, ONE_SEED = "within noise", "seen with one seed"
 
 
 @dataclass(frozen=True)
@@ -23,22 +28,24 @@ class Claim:
     Attributes:
         text: the sentence.
         cells: which cells of the table it is about.
-        check: takes the records of the cells that each pattern selects; returns whether the claim holds (None: they
-            cannot say) and numbers.
+        check: takes the records of the cells that each pattern selects; returns whether the claim holds and numbers.
     """
 
     text: str
     cells: tuple[Cell, ...]
-    check: Callable[..., tuple[bool | None, str]]
+    check: Callable[..., tuple[Holds, str]]
 
-    def verdict(self, table: Table) -> tuple[bool | None, str]:
-        """Whether the claim holds, None where that is not known (yet), and the numbers."""
+    def verdict(self, table: Table) -> tuple[Holds, str]:
+        """Whether the claim holds, and the numbers. With one seed of each cell it is seen at most, not reproduced."""
         selected = [[table[cell] for cell in table if all(map(fnmatchcase, cell, pattern))] for pattern in self.cells]
         cells = [cell for group in selected for cell in group]
         done, wanted = sum(len(records) for records, _ in cells), sum(planned for _, planned in cells)
         if done < wanted or not all(selected):
             return None, f"not run yet: {done} of {wanted} runs are done"
-        return self.check(*([records for records, _ in group] for group in selected))
+        holds, numbers = self.check(*([records for records, _ in group] for group in selected))
+        if max(len(records) for records, _ in cells) == 1 and isinstance(holds, bool):
+            return ONE_SEED if holds else False, f"{numbers}; one seed"
+        return holds, numbers
 
 
 Groups = Sequence[Sequence[Record]]  # the records of each cell
@@ -60,19 +67,33 @@ def fail_somewhere(text: str, cells: Cell) -> Claim:
 
 
 def _failing(text: str, cells: Cell, holds: Callable[[int, int], bool]) -> Claim:
-    """A claim on how many runs fail, of how many."""
+    """A claim on how many runs fail, of how many.
 
-    def check(groups: Groups) -> tuple[bool, str]:
+    A cell's losses must be further than two standard errors from the threshold, or the claim is within noise.
+    """
+
+    def check(groups: Groups) -> tuple[Holds, str]:
         records = [record for group in groups for record in group]
-        failed, diverged = (sum(map(test, records)) for test in (lambda r: r.failed, lambda r: r.loss is None))
+        outcomes = Counter(record.outcome for record in records)
         losses = [record.loss for record in records if record.loss is not None]
-        numbers = f"{failed} of {len(records)} runs failed"
-        numbers += f", {diverged} by divergence" if diverged else ""
+        ends = [f"{outcomes[word]} {word}" for word in OUTCOMES if outcomes[word]]
+        numbers = f"{len(records)} run{'s' * (len(records) > 1)}: {', '.join(ends)}"
         if losses:
-            numbers += f"; losses {min(losses):.2f} to {max(losses):.2f}, blind {records[0].blind_loss:.2f}"
-        return holds(failed, len(records)), numbers
+            blind = records[0].blind_loss - records[0].margin
+            numbers += f"; losses {min(losses):.2f} to {max(losses):.2f}, threshold {blind:.2f}"
+        if any(map(_is_near_the_threshold, groups)):
+            return WITHIN_NOISE, numbers
+        return holds(len(records) - outcomes[TRAINED], len(records)), numbers
 
     return Claim(text, (cells,), check)
+
+
+def _is_near_the_threshold(records: Sequence[Record]) -> bool:
+    """Whether the seeds of a cell end, in the mean, less than two standard errors from the loss that failing means."""
+    distances = [record.distance for record in records]
+    if len(records) < 2 or not all(map(isfinite, distances)):
+        return False
+    return abs(mean(distances)) <= 2 * stdev(distances) / sqrt(len(distances))
 
 
 def lower(text: str, one: Cell, other: Cell, early: bool = False) -> Claim:
@@ -98,10 +119,10 @@ def score_higher(text: str, one: Cell, other: Cell) -> Claim:
 
 def _means(
     value: Callable[[Record], float], has_failed: Callable[[Record], bool], name: str, sign: int = -1
-) -> Callable[[Groups, Groups], tuple[bool | None, str]]:
+) -> Callable[[Groups, Groups], tuple[Holds, str]]:
     """Checks whether the mean of a value is lower (`sign` −1) or higher (1) by more than two standard errors."""
 
-    def check(ones: Groups, others: Groups) -> tuple[bool | None, str]:
+    def check(ones: Groups, others: Groups) -> tuple[Holds, str]:
         one, other = ([record for group in groups for record in group] for groups in (ones, others))
         if any(map(has_failed, (*one, *other))):
             failed = [sum(map(has_failed, records)) for records in (one, other)]
@@ -111,9 +132,11 @@ def _means(
         difference, error = mean(a) - mean(b), standard_error(a, b)
         numbers = f"{name} {mean(a):.3f} against {mean(b):.3f}, difference {difference:+.3f}"
         if isnan(error):
-            return None, f"{numbers}, which one seed cannot tell from chance"
+            return WITHIN_NOISE, f"{numbers}, which one seed cannot tell from chance"
         numbers += f" ± {error:.3f} (standard error, {len(one)} and {len(other)} seeds)"
-        return sign * difference > 2 * error, numbers
+        if abs(difference) <= 2 * error:
+            return WITHIN_NOISE, numbers
+        return sign * difference > 0, numbers
 
     return check
 

@@ -1,17 +1,20 @@
 """docs/experiments.md with its figures and numbers, made of what the runs recorded."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from admin_hf.analysis.drawing import COLOUR_MAP, add_lines, new_figure, plain_axes, save_figure
 from admin_hf.checkpoints import write_whole
 from admin_hf.monitoring import perplexity
 
-from .claims import Cell, Claim, Table
+from .claims import ONE_SEED, WITHIN_NOISE, Cell, Claim, Holds, Table
 from .plan import EXPERIMENTS, planned
-from .records import Record, kept, known, to_json
+from .preparation import with_blind_training_loss
+from .records import COLLAPSED, DIVERGED, OUTCOMES, STALLED, Record, kept, known, to_json
 from .scales import REPO, SCALES, PlannedRun, Scale, settings
+from .tables import axes, loss_list, make_table, markdown
 from .translations import SAMPLES, Comparison
 from .translations import update as update_comparisons
 
@@ -27,30 +30,44 @@ def update(seeds: Sequence[int] = ()) -> None:
         seeds: to look for beside those that are planned or recorded.
     """
     sections, overview = [], []
+    ended: dict[str, tuple[PlannedRun, Record]] = {}
     for name, experiment in EXPERIMENTS.items():
         path = DOCS / "experiments" / f"{name}.json"
         before = kept(name)
         records: dict[str, Record] = {}
         sections += ["", f"## {experiment.title}", "", experiment.paper]
         for scale in (SCALES[name] for name in experiment.scales):
-            own = planned(name, scale)
-            others = {*seeds, *(record.arguments["seed"] for record in before.values())} - {*map(seed_of, own)}
-            more = planned(name, scale, sorted(others)) if others else []
-            here = known([*own, *more], before)
-            runs = own + [run for run in more if run.name in here]
+            runs, here = _recorded(name, scale, before, seeds)
             if here or scale.name == experiment.scales[0]:
                 changed = here != {run: before.get(run) for run in here}
                 lines, summary = section(name, scale, runs, here, redraw=changed)
                 sections += ["", *lines]
                 link = f"[{experiment.title}](#{_anchor(experiment.title)})"
-                done = sum(not record.begun for record in here.values())
-                overview.append(f"| {link} | {scale.name} | {done} of {len(runs)} | {summary} |")
+                done = {run.name: (run, here[run.name]) for run in runs if _has_ended(here.get(run.name))}
+                overview.append(f"| {link} | {scale.name} | {len(done)} of {len(runs)} | {summary} |")
+                ended |= done
             records |= here
         if records != before:
             write_whole(path, to_json(records))
     intro = (DOCS / "experiments_intro.md").read_text(encoding="utf-8").rstrip()
     header = ["| experiment | scale | runs done | the paper's claims |", "| --- | --- | ---: | --- |"]
-    write_whole(DOCS / "experiments.md", "\n".join([intro, "", *header, *overview, *sections, ""]))
+    lines = [intro, "", how_runs_ended(ended.values()), "", *header, *overview, *sections, ""]
+    write_whole(DOCS / "experiments.md", "\n".join(lines))
+
+
+def _recorded(
+    name: str, scale: Scale, before: dict[str, Record], seeds: Sequence[int]
+) -> tuple[list[PlannedRun], dict[str, Record]]:
+    """The runs of an experiment at a scale, those of further seeds where there are any, and what is recorded."""
+    own = planned(name, scale)
+    others = {*seeds, *(record.arguments["seed"] for record in before.values())} - {*map(seed_of, own)}
+    more = planned(name, scale, sorted(others)) if others else []
+    here = {run: with_blind_training_loss(record) for run, record in known([*own, *more], before).items()}
+    return own + [run for run in more if run.name in here], here
+
+
+def _has_ended(record: Record | None) -> bool:
+    return record is not None and not record.begun
 
 
 def section(
@@ -65,9 +82,7 @@ def section(
     claims = _verdicts(experiment.claims, verdicts)
     if not runs:
         return [f"{command}: the runs are known when dropout is chosen.", "", *claims], "cannot be judged yet"
-    known = [holds for holds, _ in verdicts if holds is not None]
-    summary = f"{sum(known)} of {len(known)} reproduced" if known else "cannot be judged yet"
-    summary += f", {len(verdicts) - len(known)} open" if 0 < len(known) < len(verdicts) else ""
+    summary = summarise([holds for holds, _ in verdicts])
     done = f"{len(ended)} of {len(runs)} runs are done"
     lines = [f"{command}: {done}. {settings(runs)}"]
     if experiment.outcome:
@@ -96,28 +111,43 @@ def seed_of(run: PlannedRun) -> int:
     return run.arguments["seed"]
 
 
-def make_table(runs: Iterable[PlannedRun], records: dict[str, Record]) -> Table:
-    """Put the records of all seeds into the cells of the table, and count what is planned."""
-    table: dict[Cell, tuple[list[Record], int]] = {}
-    for run in runs:
-        there, count = table.get((run.row, run.column), ([], 0))
-        there += [records[run.name]] if run.name in records else []
-        table[run.row, run.column] = there, count + 1
-    return table
-
-
-def axes(table: Table) -> tuple[list[str], list[str]]:
-    """The rows and columns of a table, in their order."""
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*table, strict=True))
-    return rows, columns
-
-
 # --- text -----------------------------------------------------------------------------------------
 
 
-def _verdicts(claims: Sequence[Claim], verdicts: Sequence[tuple[bool | None, str]]) -> list[str]:
-    words = {True: "**reproduced**", False: "**not reproduced at this scale**", None: "open"}
-    return [f"- {claim.text}: {words[holds]} ({why})." for claim, (holds, why) in zip(claims, verdicts, strict=True)]
+def how_runs_ended(ended: Iterable[tuple[PlannedRun, Record]]) -> str:
+    """How many runs there are of each outcome, each run counted once, and how often dropout makes the difference."""
+    runs, records = ([*column] for column in zip(*ended, strict=True)) if (ended := [*ended]) else ([], [])
+    outcomes = Counter(record.outcome for record in records)
+    watched = sum(run.program == "run_translation" for run in runs)
+    text = f"**{outcomes[DIVERGED]} of {watched}** runs of run_translation.py tripped its detector of divergence."
+    if ends := ", ".join(f"{outcomes[word]} {word}" for word in OUTCOMES if outcomes[word]):
+        text += f" Of all {len(records)} runs that have ended, each counted once: {ends}."
+    apart = [(record, record.training_distance) for record in records]
+    worse = Counter(record.outcome for record, there in apart if there is not None and record.distance > there + 1)
+    if worse:
+        words = " and ".join(f"{worse[word]} {word}" for word in (STALLED, COLLAPSED) if worse[word])
+        text += f" With dropout off, {worse.total()} of them ({words}) end more than 1 nat further above the blind"
+        text += " guess than in training."
+    return text
+
+
+def summarise(outcomes: Sequence[Holds]) -> str:
+    """How many claims are reproduced, and what can be said of the others."""
+    decided = [holds for holds in outcomes if holds is not None]
+    if not decided:
+        return "cannot be judged yet"
+    words = [f"{decided.count(True)} of {len(decided)} reproduced"]
+    words += [f"{decided.count(word)} {word}" for word in (ONE_SEED, WITHIN_NOISE) if word in decided]
+    words += [f"{len(outcomes) - len(decided)} open"] if len(decided) < len(outcomes) else []
+    return ", ".join(words)
+
+
+def _verdicts(claims: Sequence[Claim], verdicts: Sequence[tuple[Holds, str]]) -> list[str]:
+    words: dict[Holds, str] = {True: "**reproduced**", False: "**not reproduced at this scale**", None: "open"}
+    lines = []
+    for claim, (holds, why) in zip(claims, verdicts, strict=True):
+        lines.append(f"- {claim.text}: {words.get(holds, f'**{holds}**')} ({why}).")
+    return lines
 
 
 def _comparisons(
@@ -149,69 +179,6 @@ def _under_way(runs: Sequence[PlannedRun], records: Mapping[str, Record]) -> lis
             update, loss = record.eval_loss[-1]
             lines.append(f"- {run.row}, {run.column}, seed {seed_of(run)}: loss {loss:.3f} after update {update:,.0f}")
     return ["", "Under way:", "", *lines] if lines else []
-
-
-def markdown(table: Table) -> list[str]:
-    """The table: development perplexity, and BLEU where there is one, mean and standard deviation over seeds."""
-    rows, columns = axes(table)
-    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
-    for row in rows:
-        texts = [describe(*table[row, column]) if (row, column) in table else "" for column in columns]
-        lines.append(f"| {row} | {' | '.join(texts)} |")
-    return lines
-
-
-def loss_list(table: Table) -> list[str]:
-    """The table of losses at the end, a line for each cell: mean and standard deviation over seeds, ω of the first."""
-    lines = [
-        "| model, initialisation | system | training loss | validation loss | ω at the start | runs that failed |"
-    ]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
-    rows, columns = axes(table)
-    for column in columns:
-        for row in rows:
-            records, wanted = table.get((row, column), ([], 0))
-            if not wanted:
-                continue
-            cells = ["…"] * 4
-            if records:
-                losses = [[r.train_loss[-1][1] for r in records], [record.final_loss for record in records]]
-                omega = " to ".join(f"{value:.2f}" for value in records[0].omega)
-                failed = sum(record.failed for record in records)
-                cells = [*map(_spread, losses), omega, f"{f'**{failed}**' if failed else 0} of {len(records)}"]
-                cells[-1] += f" ({wanted} are planned)" if len(records) < wanted else ""
-            lines.append(f"| {column} | {row} | {' | '.join(cells)} |")
-    return lines
-
-
-def describe(records: Sequence[Record], wanted: int) -> str:
-    """What a cell says: the runs that trained, and how many failed."""
-    if not records:
-        return "…"
-    trained = [record for record in records if not record.failed]
-    parts = []
-    if trained:
-        parts.append(_spread([perplexity(record.final_loss) for record in trained]))
-        if bleu := [record.bleu for record in trained if record.bleu is not None]:
-            parts.append(f"{_spread(bleu)} BLEU")
-        development = [float(record.scores["eval_bleu"]) for record in trained if "test_bleu" in record.scores]
-        if development:
-            parts[-1] += f" (development: {_spread(development)})"
-    if failed := [record for record in records if record.failed]:
-        diverged = sorted(record.diverged_at for record in failed if record.diverged_at is not None)
-        ends = [f"diverged at update {', '.join(map(str, diverged))}"] if diverged else []
-        if stuck := [perplexity(record.final_loss) for record in failed if record.loss is not None]:
-            ends.append(f"ended at {_spread(stuck)}")
-        many = f" {len(failed)} of {len(records)}" if len(records) > 1 else ""
-        parts.append(f"**failed**{many}: {', '.join(ends)}")
-    if len(records) < wanted:
-        parts.append(f"({len(records)} of {wanted} runs)")
-    return "; ".join(parts)
-
-
-def _spread(values: Sequence[float]) -> str:
-    digits = 2 if mean(values) < 10 else 1
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _anchor(title: str) -> str:
@@ -270,7 +237,7 @@ def mean_curve(
 
 
 def draw_map(table: Table, path: Path, title: str, caption: str) -> None:
-    """The table in colours: development loss, and where runs failed."""
+    """The table in colours: development loss, and how runs ended that failed."""
     rows, columns = axes(table)
     figure = new_figure(width=7, height=0.4 * len(rows) + 2, caption=caption)
     panel = figure.add_subplot()
@@ -283,7 +250,8 @@ def draw_map(table: Table, path: Path, title: str, caption: str) -> None:
         for x, column in enumerate(columns):
             if records := table.get((row, column), ([], 0))[0]:
                 value = values[y][x]
-                text = "failed" if any(record.failed for record in records) else f"{value:.2f}"
+                failed = {record.outcome.split()[0]: None for record in records if record.failed}
+                text = " ".join(failed) or f"{value:.2f}"
                 dark = value < image.norm.vmin + 0.5 * (image.norm.vmax - image.norm.vmin)
                 panel.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     save_figure(figure, path)

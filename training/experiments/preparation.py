@@ -1,25 +1,30 @@
-"""What the runs on a data set share: the tokenizer, and the loss below which a model has learnt something."""
+"""What the runs on a data set share: the tokenizer, and the losses below which a model has learnt something."""
 
 import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import lru_cache
+from itertools import count, islice
+from math import isclose
+from statistics import fmean
 from typing import Any
 
 from admin_hf.checkpoints import write_whole
 
 from .. import data as parallel
 from ..arguments import DataTrainingArguments, ModelArguments
+from ..batching import TokenBatchSampler
+from ..errors import InputError
 from ..tokenization import load_tokenizer, save_tokenizer, text_batches, train_tokenizer
-from .records import BLIND_NAME
+from ..tokenized_data import tokenize_for_training
+from .blind import BlindGuess
+from .records import BLIND_NAME, Record
 from .scales import REPO
 from .stock_models import tokens
 
 
 BLIND_SENTENCES = 100_000  # of the training data; Multi30k has 29,000
 TEXT_MARGIN = 0.1  # nats below the blind guess that a run on text must reach
-PSEUDO_COUNTS = 100  # of the position's distribution, given to that of all positions
 
 
 def prepare(arguments: dict[str, Any]) -> None:
@@ -46,7 +51,7 @@ def prepare(arguments: dict[str, Any]) -> None:
         ids = [[[token] for token in tokens(pairs, tokenizer)] for pairs in (train, validation)]
         margin = TEXT_MARGIN
     record = {
-        "loss": blind_loss(*ids, vocab_size=len(tokenizer)),
+        "loss": BlindGuess(ids[0], len(tokenizer)).loss(ids[1]),
         "training_sentences": len(sentences),
         "margin": margin,
     }
@@ -65,32 +70,63 @@ def data_arguments(arguments: dict[str, Any]) -> tuple[ModelArguments, DataTrain
     return model, data
 
 
-def blind_loss(train: Sequence[Sequence[int]], development: Sequence[Sequence[int]], vocab_size: int) -> float:
-    """The loss per token of the best guess at a token of `development` that knows its position alone.
+# --- the blind guess in training ------------------------------------------------------------------
 
-    The guess is how often tokens stand at this position in `train`, smoothed by how often they occur at all (and that
-    by one occurrence of every token). A model that learns neither from the source nor from the words before can do no
-    better, and a stack in which nothing arrives from below does no better.
 
-    Example:
+def with_blind_training_loss(record: Record) -> Record:
+    """The record of a run that failed, with what the blind guess has where its last training loss was measured.
 
-    ```python
-    >>> round(blind_loss([[2, 0]] * 1000, [[2, 0]], vocab_size=4), 3)
-    0.047
+    That is on the targets of the updates since the training loss before, in their batches of tokens: batches of long
+    and of short sentences differ by 0.1 and more. Where batches are drawn at random it is on all training targets.
 
-    ```
+    Returns:
+        The record as it is if the run did not fail, if it has that loss, or if data and tokenizer are not at hand.
     """
-    at: defaultdict[int, Counter[int]] = defaultdict(Counter)
-    for sentence in train:
-        for position, token in enumerate(sentence):
-            at[position][token] += 1
-    anywhere = sum(at.values(), Counter())
-    entries = anywhere.total() + vocab_size
+    if not record.failed or record.begun or record.blind_train_loss is not None or not record.train_loss:
+        return record
+    arguments = record.arguments
+    path = REPO / arguments["tokenizer_name"] / BLIND_NAME
+    # A tokenizer of other data would have another blind loss
+    if not path.exists() or not isclose(json.loads(path.read_text(encoding="utf-8"))["loss"], record.blind_loss):
+        return record
+    shared = {
+        field.name: arguments[field.name]
+        for group in (ModelArguments, DataTrainingArguments)
+        for field in fields(group)
+        if field.name in arguments and not field.name.startswith("config_")
+    }
+    try:
+        guess, targets, lengths = _training_targets(json.dumps(shared), arguments.get("max_tokens"))
+    except InputError:
+        return record
+    batches: Sequence[Sequence[Sequence[int]]] = [targets]
+    if "max_tokens" in arguments:
+        steps = [0, *(step for step, _ in record.train_loss)]
+        batches = [[targets[i] for i in batch] for batch in islice(_batches(arguments, lengths), *steps[-2:])]
+    smoothing = arguments.get("label_smoothing_factor", 0.0)
+    return replace(record, blind_train_loss=fmean(guess.loss(batch, smoothing, True) for batch in batches))
 
-    def probability(position: int, token: int) -> float:
-        here = at.get(position, Counter())
-        smoothing = PSEUDO_COUNTS * (anywhere[token] + 1) / entries
-        return (here[token] + smoothing) / (here.total() + PSEUDO_COUNTS)
 
-    losses = [-math.log(probability(i, token)) for sentence in development for i, token in enumerate(sentence)]
-    return sum(losses) / len(losses)
+@lru_cache(maxsize=1)
+def _training_targets(arguments: str, longest: int | None) -> tuple[BlindGuess, list[list[int]], list[int]]:
+    """The blind guess, the targets in the order of the training data, and the lengths that batches are made by."""
+    model, data = data_arguments(json.loads(arguments))
+    pairs = parallel.load_pairs("train", data, model)
+    tokenizer = load_tokenizer(str(REPO / str(model.tokenizer_name)), model)
+    if data.source_lang == data.target_lang:
+        targets = [[token] for token in tokens(pairs, tokenizer)]
+        return BlindGuess(targets, len(tokenizer)), targets, []
+    tokenized = tokenize_for_training(pairs, tokenizer, data, longest)
+    targets = list(tokenized["labels"])
+    return BlindGuess(targets[:BLIND_SENTENCES], len(tokenizer)), targets, list(tokenized["length"])
+
+
+def _batches(arguments: dict[str, Any], lengths: list[int]) -> Iterator[list[int]]:
+    """The pairs of each update, from the first on, as run_translation.py takes them on one device."""
+    pieces = arguments.get("gradient_accumulation_steps", 1)
+    sampler = TokenBatchSampler(lengths, arguments["max_tokens"], arguments["seed"], multiple_of=pieces)
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        batches = iter(sampler)
+        while update := [*islice(batches, pieces)]:
+            yield [pair for batch in update for pair in batch]

@@ -19,6 +19,12 @@ SESSIONS_NAME = "sessions.jsonl"
 # Which of a run's scores are kept where it has translated, by split and with their signatures
 SCORES = ("loss", "bleu", "moses_bleu", "chrf", "ter")
 
+# How a run ends: the detector of run_translation.py stopped it; it is not below the blind guess in training; it is in
+# training, but not with dropout off; it is not, and the guess was not measured in training; or none of these
+DIVERGED, STALLED, COLLAPSED, FAILED = "diverged", "stalled", "collapsed with dropout off", "failed"
+TRAINED = "trained"
+OUTCOMES = (TRAINED, STALLED, COLLAPSED, FAILED, DIVERGED)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -40,6 +46,8 @@ class Record:
         seconds: of the training, where one session did it all.
         begun: whether the run is still to go on, so that the curves end before it does.
         sessions: what computed it: commit, processor, threads and PyTorch, each combination once.
+        blind_train_loss: what `blind_loss` is for the last of `train_loss`; only of runs that failed, where it could
+            be measured.
     """
 
     arguments: dict[str, Any]
@@ -58,11 +66,35 @@ class Record:
     seconds: float | None = None
     begun: bool = False
     sessions: list[dict[str, Any]] = field(default_factory=list)
+    blind_train_loss: float | None = None
 
     @property
     def failed(self) -> bool:
         """Whether the run diverged, or ends no better than blind."""
-        return self.loss is None or not self.loss < self.blind_loss - self.margin
+        return not self.distance < 0
+
+    @property
+    def outcome(self) -> str:
+        """How the run ended: one of [`OUTCOMES`]."""
+        if self.loss is None:
+            return DIVERGED
+        if not self.failed:
+            return TRAINED
+        if self.training_distance is None:
+            return FAILED
+        return COLLAPSED if self.training_distance < 0 else STALLED
+
+    @property
+    def distance(self) -> float:
+        """How far the last development loss is above what it must be below, in nats; infinite if the run diverged."""
+        return self.final_loss - self.blind_loss + self.margin
+
+    @property
+    def training_distance(self) -> float | None:
+        """The same of the last training loss, with dropout on; None where the blind guess was not measured there."""
+        if self.blind_train_loss is None or not self.train_loss:
+            return None
+        return self.train_loss[-1][1] - self.blind_train_loss + self.margin
 
     @property
     def final_loss(self) -> float:
