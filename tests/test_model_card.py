@@ -82,6 +82,6 @@ def test_a_data_set_of_the_hub_is_named(tmp_path):
 
     given = dict.fromkeys(("train_file", "validation_file", "test_file", "dataset_config_name"))
     given |= {"dataset_name": "user/corpus", "source_lang": "en", "target_lang": "de", "lowercase": False}
-    card = _metadata(given, {"vanilla_test_bleu": 1.0}, "user/model", True)
+    card = _metadata(given, {"vanilla_test_bleu": 1.0}, "user/model")
     assert card.datasets == ["user/corpus"] and card.eval_results[0].dataset_type == "user/corpus"
     assert "- test: user/corpus" in _data(given)
