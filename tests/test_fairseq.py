@@ -293,7 +293,7 @@ STATES = {
     "holds 'huge'": {"args": options(), "model": {"huge": torch.ones(1).expand(10**12)}},
     "holds 'whole'": {"args": options(), "model": {"whole": torch.ones(2, dtype=torch.long)}},
     "holds 'nowhere'": {"args": options(), "model": {"nowhere": torch.ones(2, device="meta")}},
-    "is no Transformer for translation": {"args": options(), "model": {"encoder.conv.weight": torch.ones(2, 2)}},
+    "weights of 0 encoder layers": {"args": options(), "model": {"encoder.conv.weight": torch.ones(2, 2)}},
 }
 
 

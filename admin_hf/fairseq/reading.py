@@ -73,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
         with torch.serialization.safe_globals(_ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file can break any line that reads it
-        if named := re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(error)):
+        if named := re.search(r"(?i)unsupported global(?:: GLOBAL)? ([\w.]+)", str(error)):
             raise OSError(
                 f"{path} is refused: it names {named[1]}, as no checkpoint of fairseq does, and that might run code."
             ) from error
