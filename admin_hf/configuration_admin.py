@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MarianConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from .architecture import ARCHITECTURES, STACKS
+from .architecture import ARCHITECTURES, PEGASUS, STACKS
 from .residual import residual_system
 from .special_tokens import required_ids, vocabulary_size
 
@@ -160,6 +160,8 @@ class AdminConfig(MarianConfig):
             stock = ARCHITECTURES[model_type]
             residuals = {f"{stack}_residual": stock.residual for stack in STACKS}
             config_dict = stock.config.from_dict(config_dict).to_dict() | residuals | {"model_type": cls.model_type}
+            if stock is PEGASUS:  # whose embeddings are all tied, or none is
+                config_dict["share_encoder_decoder_embeddings"] = config_dict["tie_word_embeddings"]
         elif model_type != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ class _Meter:
 
 
 # What a checkpoint may name, beside tensors and plain data
-_ALLOWED = [
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((_Meter, f"fairseq.meters.{name}") for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")),
 ]
