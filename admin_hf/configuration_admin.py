@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import MarianConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
-from .architecture import ARCHITECTURES, STACKS
+from .architecture import ARCHITECTURES, PEGASUS, STACKS
 from .residual import residual_system
 from .special_tokens import required_ids, vocabulary_size
 
@@ -166,9 +166,11 @@ class AdminConfig(MarianConfig):
 
 def admin_fields(config: PretrainedConfig) -> dict[str, Any]:
     """The fields of the configuration of an Admin model that goes on from a stock one's."""
-    residual = ARCHITECTURES[config.model_type].residual
-    systems = {f"{stack}_residual": residual for stack in STACKS}
-    return config.to_dict() | systems | {"model_type": AdminConfig.model_type}
+    stock, fields = ARCHITECTURES[config.model_type], config.to_dict()
+    fields |= {f"{stack}_residual": stock.residual for stack in STACKS} | {"model_type": AdminConfig.model_type}
+    if stock is PEGASUS:  # whose embeddings are all tied, or none is
+        fields["share_encoder_decoder_embeddings"] = fields["tie_word_embeddings"]
+    return fields
 
 
 __all__ = ["AdminConfig", "admin_fields"]

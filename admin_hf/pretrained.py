@@ -43,6 +43,8 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
 
     config: AdminConfig
     _no_split_modules = ["AdminEncoderLayer", "AdminDecoderLayer"]
+    # A Pegasus whose embeddings are not tied has this matrix too, and does not use it
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?shared\.weight$"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The attention that is asked for, or the models' own."""

@@ -45,9 +45,9 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
     if all(isinstance(each, PostLNConnection) and not each.adds_layer_input for each in connections):
         return MARIAN
     if all(isinstance(connection, PreLNConnection) for connection in connections):
-        if not (model.config.share_encoder_decoder_embeddings and model.config.tie_word_embeddings):
+        if (model.config.decoder_vocab_size or model.config.vocab_size) != model.config.vocab_size:
             raise ValueError(
-                "Transformers' Pre-LN model (Pegasus) shares one embedding matrix, this model does not. "
+                "Transformers' Pre-LN model (Pegasus) has one vocabulary, this model one for each side. "
                 + _UNFOLDED.format(name=type(model).__name__)
             )
         return PEGASUS
@@ -174,8 +174,13 @@ def _stock_model(model: PreTrainedModel, stock: Architecture) -> PreTrainedModel
     is_base = model.base_model is model
     if stock is PEGASUS:  # as Google's own checkpoints say; CTranslate2's converter asks for it
         values |= {"normalize_before": True, "normalize_embedding": False}
+        # Its embeddings are all tied, or none is
+        values["tie_word_embeddings"] &= model.config.share_encoder_decoder_embeddings
     vanilla = (stock.base if is_base else stock.translation)(stock.config(**values)).double()
-    _load(vanilla, folded_weights(model))
+    weights, prefix = folded_weights(model), "" if is_base else f"{model.base_model_prefix}."
+    if stock is PEGASUS:  # which has this matrix even where it reads those of its stacks
+        weights.setdefault(f"{prefix}shared.weight", weights[f"{prefix}encoder.embed_tokens.weight"])
+    _load(vanilla, weights)
     return vanilla
 
 

@@ -18,6 +18,7 @@ from admin_hf import (
     profile_residuals,
     reparameterize,
 )
+from admin_hf.pretrained import load_complete
 from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem
 
 
@@ -268,9 +269,10 @@ def test_what_is_neither_post_nor_pre_ln_throughout_has_no_stock_architecture(en
         reparameterize(trained_model(encoder, decoder))
 
 
-def test_pre_ln_with_separate_embeddings_has_no_stock_architecture():
-    with pytest.raises(ValueError, match="Pegasus.*one embedding matrix"):
-        reparameterize(trained_model("pre_ln", "pre_ln", tie_word_embeddings=False))
+def test_pre_ln_with_two_vocabularies_has_no_stock_architecture():
+    separate = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 60}
+    with pytest.raises(ValueError, match="Pegasus.*one vocabulary"):
+        reparameterize(trained_model("pre_ln", "pre_ln", **separate))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, -1e-5])
@@ -434,11 +436,16 @@ def test_training_goes_on_from_stock_marian(tmp_path):
     assert torch.equal(logits(stock, batch), logits(model, batch)), "ω = 1 is Marian bit for bit"
 
 
-def test_training_goes_on_from_an_exported_pre_ln_model(tmp_path):
-    model = trained_model("pre_ln", "pre_ln")
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_training_goes_on_from_an_exported_pre_ln_model(tmp_path, is_shared, is_tied):
+    sharing = {"share_encoder_decoder_embeddings": is_shared, "tie_word_embeddings": is_tied}
+    model = trained_model("pre_ln", "pre_ln", **sharing)
     reparameterize(model).save_pretrained(tmp_path)
-    back, batch = AdminForConditionalGeneration.from_pretrained(tmp_path).eval(), padded_batch()
-    assert (back.config.encoder_residual, back.config.decoder_residual) == ("pre_ln", "pre_ln")
+    back = load_complete(AdminForConditionalGeneration, tmp_path, AdminConfig.from_pretrained(tmp_path))
+    batch = padded_batch()
+    assert (back.eval().config.encoder_residual, back.config.decoder_residual) == ("pre_ln", "pre_ln")
+    assert_same_function(model, back)
     assert torch.equal(logits(back, batch), logits(PegasusForConditionalGeneration.from_pretrained(tmp_path), batch))
 
 

@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{lacking} of the entries are not in the target's dictionary: they are hardly ever predicted.")
     if isinstance(written, MarianMTModel):
         print(
-            "Its positions are fairseq's, in the file of its weights. Stock Transformers and CTranslate2 read them, but "
-            "a stock MarianMTModel that is saved again loses them without a word: copy the folder instead."
+            "Its positions are fairseq's, in the file of its weights. Stock Transformers and CTranslate2 read them, "
+            "but a stock MarianMTModel that is saved again loses them without a word: copy the folder instead."
         )
 
 

@@ -36,8 +36,10 @@ MAX_LENGTH = 201
 _MAX_POSITIONS = 100_000
 
 # Options that change the model and leave no trace among the names of its weights
-_REFUSED = ("adaptive_softmax_cutoff", "adaptive_input", "char_inputs", "cross_self_attention", "layer_wise_attention")
-_REFUSED += ("no_cross_attention", "no_decoder_final_norm")
+_REFUSED = (
+    *("adaptive_softmax_cutoff", "adaptive_input", "char_inputs", "cross_self_attention", "layer_wise_attention"),
+    *("no_cross_attention", "no_decoder_final_norm"),
+)
 _INIT_TYPES = ("default", "adaptive", "looklinear", "rezero", "rezero_postln", "deepnet")
 
 _ACTIVATIONS = {"gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}

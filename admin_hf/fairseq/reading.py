@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ class _Meter:
 
 
 # What a checkpoint may name, beside tensors and plain data
-_ALLOWED = [
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((_Meter, f"fairseq.meters.{name}") for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")),
 ]
@@ -73,7 +73,7 @@ def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
         with torch.serialization.safe_globals(_ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's file can break any line that reads it
-        if named := re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(error)):
+        if named := re.search(r"(?i)unsupported global(?:: GLOBAL)? ([\w.]+)", str(error)):
             raise OSError(
                 f"{path} is refused: it names {named[1]}, as no checkpoint of fairseq does, and that might run code."
             ) from error

@@ -96,10 +96,10 @@ class Vocabulary:
         tokens = list(dict.fromkeys([EOS, UNK, *target[len(SPECIAL) :], BOS, *source[len(SPECIAL) :], *pieces]))
         if PAD in tokens:
             raise ValueError(f"{PAD} is a piece of the BPE codes, but stands for padding in fairseq's dictionaries.")
-        rows = [[ids.get(token, ids[UNK]) for token in tokens] for ids in map(_ids, (source, target))]
+        source_rows, target_rows = ([ids.get(t, ids[UNK]) for t in tokens] for ids in map(_ids, (source, target)))
         known = set(target)
         lacking = [number for number, token in enumerate(tokens) if token not in known]
-        return cls([*tokens, PAD], *rows, lacking)
+        return cls([*tokens, PAD], source_rows, target_rows, lacking)
 
     def tokenizer(self, merges: Sequence[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
         """The tokenizer of this vocabulary: of text split into words, which the merges split into pieces.
