@@ -394,7 +394,7 @@ def test_the_blind_guess_is_made_on_the_targets_of_the_last_logged_updates(data,
     monkeypatch.setattr(TranslationTrainer, "training_step", training_step)
     for module in (preparation, records):
         monkeypatch.setattr(module, "REPO", tmp_path)
-    changes = {"max_tokens": 200, "per_device_train_batch_size": None, "max_steps": 14, "logging_steps": 4}
+    changes = {"max_tokens": 400, "per_device_train_batch_size": None, "max_steps": 14, "logging_steps": 4}
     changes |= {"gradient_accumulation_steps": pieces, "label_smoothing_factor": 0.1, "test_file": None}
     values = tiny_runs.arguments(data, tmp_path / "run", tokenizer_name=str(tmp_path / "tokenizer"), **changes)
     prepare({name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
