@@ -165,11 +165,17 @@ class LineTranslator:
         nothing = [Translation("", 0.0)] * (self.nbest or 1)
         found = {row: nothing for row in range(len(lines)) if row not in sources}
         progress(len(found))
+        end = self.tokenizer.eos_token_id
         order = sorted(sources, key=lambda row: -len(sources[row]))
+        cut: list[int] = []
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
-            found |= zip(rows, self._translate([sources[row] for row in rows], rows), strict=True)
+            batch = [sources[row] for row in rows]
+            targets = self.engine.search(batch, self.prefix, self.settings)
+            cut += [row for row, (best, *_) in zip(rows, targets, strict=True) if best[-1:] != [end]]
+            found |= zip(rows, self._translations(batch, targets), strict=True)
             progress(len(rows))
+        self._say(cut, f"have a translation that is cut at {self.settings.max_length:,} tokens, see max_length")
         self.count += len(lines)
         return [found[row] for row in range(len(lines))]
 
@@ -223,11 +229,7 @@ class LineTranslator:
         back = self.encoder.back
         return sources | {row: [*sources[row][: longest - len(back)], *back] for row in long}
 
-    def _translate(self, sources: list[Ids], rows: list[int]) -> list[list[Translation]]:
-        targets = self.engine.search(sources, self.prefix, self.settings)
-        end = self.tokenizer.eos_token_id
-        cut = [row for row, (best, *_) in zip(rows, targets, strict=True) if best[-1:] != [end]]
-        self._say(cut, f"have a translation that is cut at {self.settings.max_length:,} tokens, see max_length")
+    def _translations(self, sources: list[Ids], targets: list[list[Ids]]) -> list[list[Translation]]:
         texts = [self._decode(found) for found in targets]
         if self.nbest is None:
             return [[Translation(best, 0.0)] for best, *_ in texts]
