@@ -35,7 +35,7 @@ from training.model import config_changes
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
-GUIDES = "analysis continuing distributed fairseq publishing systems training translating".split()
+GUIDES = "analysis continuing distributed fairseq publishing serving systems training translating".split()
 NAMES = ["README.md", *(f"docs/{name}.md" for name in GUIDES)]
 CONTRIBUTING = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PACKAGES = ("admin_hf", "training", "benchmarks", "website")

@@ -185,8 +185,9 @@ def test_stock_transformers_and_ctranslate2_score_as_fairseq(tmp_path, system, s
         torch.testing.assert_close(torch.tensor(found.log_probs).double(), expected, rtol=0, atol=2e-5)
 
 
-def test_the_admin_folder_is_loaded_exported_and_trained_on(tmp_path, capsys):
-    args = options(**SHARING["output"])
+@pytest.mark.parametrize("sharing", ["output", "nothing"])
+def test_the_admin_folder_is_loaded_and_exported(tmp_path, sharing, capsys):
+    args = options(**SHARING[sharing])
     assert imported(tmp_path, args, source=OTHER_WORDS) == 0
     printed = capsys.readouterr().out
     assert "2 encoder layers (admin) and 3 decoder layers (admin)" in printed and "loses them" in printed

@@ -100,6 +100,9 @@ def convert(
         raise ValueError(f"The checkpoint is no Transformer for translation: it lacks {error}.") from error
     except (IndexError, TypeError) as error:  # of matrices without rows or columns
         raise ValueError(f"The checkpoint is no Transformer for translation: {error}.") from error
+    bias = weights["final_logits_bias"] = torch.zeros(1, len(vocabulary.tokens), dtype=torch.float64)
+    bias[:, vocabulary.lacking] = LACKING_BIAS
+    bias[:, vocabulary.tokens.index(PAD)] = BANNING_BIAS
     tokenizer = vocabulary.tokenizer(merges)
     tokenizer.model_max_length = fields["max_position_embeddings"]
     return _model(AdminConfig.for_tokenizer(tokenizer, **fields), weights), tokenizer
@@ -241,10 +244,6 @@ def _place_embeddings(
     fields["tie_word_embeddings"] = is_tied
     if fields["share_encoder_decoder_embeddings"]:
         weights["model.shared.weight"] = weights["model.encoder.embed_tokens.weight"]
-    bias = torch.zeros(1, len(vocabulary.tokens), dtype=torch.float64)
-    bias[:, vocabulary.lacking] = LACKING_BIAS
-    bias[:, vocabulary.tokens.index(PAD)] = BANNING_BIAS
-    weights["final_logits_bias"] = bias
 
 
 def _laid_out(matrix: Tensor, rows: Sequence[int]) -> Tensor:
