@@ -81,14 +81,17 @@ def translate(
         tokenizer: the model's.
         lines: what to translate.
         nbest: how many translations of each line.
-        beams: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
-        length_penalty: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
-            generation settings say, else 1.
-        prefix: what every translation begins with. Names of special tokens in it, such as language codes, are these.
-        source_prefix: what comes before every line, likewise.
-        max_length: tokens of the longest translation, with the decoder's start token. Default: as the model's
-            generation settings say, else as many as it takes.
-        batch_size: lines that are translated at a time.
+        **options: of the search and of the text:
+
+            - `beams`: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
+            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
+              generation settings say, else 1.
+            - `prefix`: what every translation begins with. The names of special tokens in it, such as language codes,
+              mean these tokens.
+            - `source_prefix`: what comes before every line, likewise.
+            - `max_length`: tokens of the longest translation, with the decoder's start token. Default: as the model's
+              generation settings say, else as many as it takes.
+            - `batch_size`: lines that are translated at a time.
 
     Returns:
         The translations; with `nbest`, a list of so many [`Translation`]s, the best first, for each line.
