@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fold ω away and write a vanilla Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
         "which Transformers and CTranslate2 load without this project. It is verified against the model before it is "
         "written; an error leaves OUT as it was.",
-        epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de-vanilla --dtype float16",
+        epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved model, or its id on the Hub")
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write; a vanilla model in it is replaced")

@@ -145,7 +145,7 @@ def add_command(commands: Any) -> None:
         help="measure and draw what the paper measures",
         description="Measure what the paper measures, of a fresh or a trained model. Each analysis writes a figure "
         "and its numbers as JSON, and says what it found. No data is needed.",
-        epilog="example: python -m admin_hf analyze dependency hub_configs/wmt14-en-de-18-18-admin --output analysis",
+        epilog="example: python -m admin_hf analyze dependency runs/en-de",
     )
     kinds = command.add_subparsers(required=True, metavar="WHAT")
     for what, analysis in ANALYSES.items():
