@@ -93,6 +93,12 @@ def test_every_line_is_translated_as_it_is_by_itself(made, beams):
     assert found[3] == PAIRS[SOURCES[0]]
 
 
+def test_lines_that_are_all_blank_stay_blank(made):
+    assert translate(made.model, made.tokenizer, []) == []
+    assert translate(made.model, made.tokenizer, ["", " "]) == ["", ""]
+    assert translate(made.model, made.tokenizer, [""], nbest=2) == [[("", 0.0)] * 2]
+
+
 def test_the_search_is_the_models_own_unless_one_is_asked_for(made, monkeypatch):
     asked, generate = [], AdminForConditionalGeneration.generate
 

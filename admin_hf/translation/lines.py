@@ -210,7 +210,8 @@ class LineTranslator:
 
     def _encode(self, lines: Sequence[str]) -> dict[int, Ids]:
         """The lines that hold something to translate, as ids."""
-        rows = [row for row, line in enumerate(lines) if not is_blank(line)]
+        if not (rows := [row for row, line in enumerate(lines) if not is_blank(line)]):
+            return {}  # fast tokenizers take no empty list
         encoded = self.encoder([lines[row] for row in rows])
         for flag, what in SAID.items():
             self._say([row for row, note in zip(rows, encoded.notes, strict=True) if note & flag], what)
