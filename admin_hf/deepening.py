@@ -27,7 +27,8 @@ def deepen(
     Args:
         model: an [`AdminForConditionalGeneration`] of any residual systems, or a stock [`~transformers.MarianMTModel`]
             (or Pegasus, which is Pre-LN). It stays as it is.
-        encoder_layers, decoder_layers: the new depth, any that is at least the present one, which is kept where unset.
+        encoder_layers: the new depth of the encoder, at least the present one, which is kept by default.
+        decoder_layers: the same of the decoder.
 
     Returns:
         A model of its own weights, in the dtype, on the device and in the mode of the given one. Where neither stack

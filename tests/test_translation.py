@@ -149,10 +149,10 @@ def test_long_lines_are_cut_and_said(made, caplog):
 
 def test_translations_that_are_cut_are_said(made, caplog):
     with caplog.at_level("WARNING", logger="transformers"):
-        translate(made.model, made.tokenizer, [SOURCES[0], SOURCES[4]], max_length=20)
+        translate(made.model, made.tokenizer, [SOURCES[0], SOURCES[4], SOURCES[4]], max_length=20, batch_size=1)
     whole = len(made.tokenizer(PAIRS[SOURCES[0]])["input_ids"])
     assert whole < 20 < len(made.tokenizer(PAIRS[SOURCES[4]])["input_ids"])
-    assert "Some lines (2) have a translation that is cut at 20 tokens" in caplog.text
+    assert "Some lines (2, 3) have a translation that is cut at 20 tokens" in caplog.text, "once for all batches"
 
 
 def test_a_translation_begins_with_the_prefix(made):

@@ -28,9 +28,9 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "translate",
         help="translate text, line for line",
-        description="Translate files, or standard input, line for line: every line of the output is the translation "
-        "of the line with its number, and blank if that is blank. Names of special tokens in the text are text. Lines "
-        "that are too long for the model are cut, which standard error says, with their numbers.",
+        description="Translate files, or standard input, line for line: line n of the output is the translation of "
+        "line n of the input, and a blank line stays blank. Names of special tokens in the text are text. Lines that "
+        "are too long for the model are cut; standard error says which.",
         epilog="example: python -m admin_hf translate runs/en-de test.en --output test.de",
     )
     command.add_argument(

@@ -74,7 +74,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         """The log-probabilities of the next tokens.
 
         Args:
-            input_ids, attention_mask: `(batch, source)`.
+            input_ids: `(batch, source)`.
+            attention_mask: `(batch, source)`.
             decoder_input_ids: `(batch, target)`, or its last token where there are caches.
             encoder_outputs: of `get_encoder()`, whose last hidden state is `(batch, source, sum of the widths)`.
 

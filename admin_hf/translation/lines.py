@@ -81,14 +81,17 @@ def translate(
         tokenizer: the model's.
         lines: what to translate.
         nbest: how many translations of each line.
-        beams: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
-        length_penalty: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
-            generation settings say, else 1.
-        prefix: what every translation begins with. Names of special tokens in it, such as language codes, are these.
-        source_prefix: what comes before every line, likewise.
-        max_length: tokens of the longest translation, with the decoder's start token. Default: as the model's
-            generation settings say, else as many as it takes.
-        batch_size: lines that are translated at a time.
+        **options: of the search and of the text:
+
+            - `beams`: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
+            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
+              generation settings say, else 1.
+            - `prefix`: what every translation begins with. The names of special tokens in it, such as language codes,
+              mean these tokens.
+            - `source_prefix`: what comes before every line, likewise.
+            - `max_length`: tokens of the longest translation, with the decoder's start token. Default: as the model's
+              generation settings say, else as many as it takes.
+            - `batch_size`: lines that are translated at a time.
 
     Returns:
         The translations; with `nbest`, a list of so many [`Translation`]s, the best first, for each line.
@@ -165,11 +168,17 @@ class LineTranslator:
         nothing = [Translation("", 0.0)] * (self.nbest or 1)
         found = {row: nothing for row in range(len(lines)) if row not in sources}
         progress(len(found))
+        end = self.tokenizer.eos_token_id
         order = sorted(sources, key=lambda row: -len(sources[row]))
+        cut: list[int] = []
         for first in range(0, len(order), self.batch_size):
             rows = order[first : first + self.batch_size]
-            found |= zip(rows, self._translate([sources[row] for row in rows], rows), strict=True)
+            batch = [sources[row] for row in rows]
+            targets = self.engine.search(batch, self.prefix, self.settings)
+            cut += [row for row, (best, *_) in zip(rows, targets, strict=True) if best[-1:] != [end]]
+            found |= zip(rows, self._translations(batch, targets), strict=True)
             progress(len(rows))
+        self._say(cut, f"have a translation that is cut at {self.settings.max_length:,} tokens, see max_length")
         self.count += len(lines)
         return [found[row] for row in range(len(lines))]
 
@@ -225,11 +234,7 @@ class LineTranslator:
         back = self.encoder.back
         return sources | {row: [*sources[row][: longest - len(back)], *back] for row in long}
 
-    def _translate(self, sources: list[Ids], rows: list[int]) -> list[list[Translation]]:
-        targets = self.engine.search(sources, self.prefix, self.settings)
-        end = self.tokenizer.eos_token_id
-        cut = [row for row, (best, *_) in zip(rows, targets, strict=True) if best[-1:] != [end]]
-        self._say(cut, f"have a translation that is cut at {self.settings.max_length:,} tokens, see max_length")
+    def _translations(self, sources: list[Ids], targets: list[list[Ids]]) -> list[list[Translation]]:
         texts = [self._decode(found) for found in targets]
         if self.nbest is None:
             return [[Translation(best, 0.0)] for best, *_ in texts]
