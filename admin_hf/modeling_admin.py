@@ -315,7 +315,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         self.complete_generation_config()
 
     def _resize_token_embeddings(self, *args: Any) -> nn.Embedding:
-        new = cast(nn.Embedding, super()._resize_token_embeddings(*args))
+        new = super()._resize_token_embeddings(*args)
         if self.config.share_encoder_decoder_embeddings:
             # Three modules of one weight again: of one module, PEFT would adapt `shared`, which nothing calls
             self.model.shared, self.model.decoder.embed_tokens = (
