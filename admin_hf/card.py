@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, logging
 
@@ -92,9 +97,14 @@ class Card:
         Args:
             folder: with the configuration and the weights.
             repo_id: what the model is loaded by: its name on the Hub, or a name to be replaced.
+
+        Raises:
+            FileNotFoundError: the folder has no model.
         """
         path = Path(folder, CARD_NAME)
-        if path.exists() and is_by_hand(path.read_text(encoding="utf-8")):
+        if not Path(folder, CONFIG_NAME).exists():
+            raise FileNotFoundError(f"{folder} has no model to describe: save it first, as by trainer.save_model().")
+        if path.exists() and is_by_hand(path.read_text(encoding="utf-8", errors="replace")):
             logger.warning(f"{CARD_NAME} is kept, for it was written by hand: remove it to get this model's card.")
             return
         metadata = self.metadata(repo_id).to_yaml()
@@ -169,9 +179,15 @@ def is_by_hand(card: str) -> bool:
 
 
 def card_by_hand(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """The card of a repository on the Hub, if it was written by hand."""
+    """The card of a repository on the Hub, if it was written by hand.
+
+    Raises:
+        OSError: the Hub does not answer, so that nobody knows.
+    """
     try:
         path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
+    except LocalEntryNotFoundError:  # an EntryNotFoundError, too
+        raise
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
     card = Path(path).read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -312,6 +313,15 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
             self._tied_weights_keys = {name: source for name, source in tied if name != "lm_head.weight"}
         self.post_init()
         self.complete_generation_config()
+
+    def _resize_token_embeddings(self, *args: Any) -> nn.Embedding:
+        new: nn.Embedding = super()._resize_token_embeddings(*args)
+        if self.config.share_encoder_decoder_embeddings:
+            # Three modules of one weight again: of one module, PEFT would adapt `shared`, which nothing calls
+            self.model.shared, self.model.decoder.embed_tokens = (
+                copy.deepcopy(new, {id(new.weight): new.weight}) for _ in range(2)
+            )
+        return new
 
     def _resize_final_logits_bias(self, new_num_tokens: int) -> None:
         # Marian has resized the output layer if it is tied, or untied by the configuration, but not by a system

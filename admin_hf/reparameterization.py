@@ -209,12 +209,15 @@ def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
             if isinstance(connection, PostLNConnection):
                 _fold(weights, name, connection, stack.sublayer(path), before)
             else:
+                weights[f"{name}.weight"] *= total.sign()
                 total = total * _scale(connection, "shortcut_scale", name)
                 _fold_pre_ln(weights, name, connection, stack.sublayer(path), total)
             for parameter, _ in connection.named_parameters():
                 if parameter not in ("weight", "bias"):
                     del weights[f"{name}.{parameter}"]
             before = name
+        if f"{prefix}{stack.name}.layer_norm.weight" in weights:
+            weights[f"{prefix}{stack.name}.layer_norm.weight"] *= total.sign()
     return weights
 
 
@@ -253,7 +256,7 @@ def _fold_pre_ln(
     """Fold the scales s, r and n of ``x_i = s x_{i-1} + r ⊙ f(n LN(x_{i-1}))`` into the weights around it.
 
     With c_i = s_i c_{i-1} (`total`), y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i, and every
-    LayerNorm reads it alike, but for its ε: LN(x_i) = LN(y_i).
+    LayerNorm reads it alike, but for its ε: LN(x_i) = LN(y_i), or −LN(y_i) where c_i is negative.
     """
     layer = name.rpartition(".")[0]
     r = _scale(connection, "branch_scale", name) / total

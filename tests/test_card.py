@@ -14,7 +14,7 @@ from test_reparameterization import trained_model
 from transformers import MarianConfig, MarianMTModel
 
 from admin_hf import AdminForConditionalGeneration, AdminProfilingCallback, AdminPublishingCallback, reparameterize
-from admin_hf.card import MARK, Card
+from admin_hf.card import MARK, Card, card_by_hand
 from admin_hf.trainer_card import card_of_training
 
 
@@ -152,6 +152,26 @@ def test_a_card_by_hand_stays_and_ours_is_written_anew(tmp_path, caplog):
 
 
 # --- on the Hub -----------------------------------------------------------------------------------
+
+
+def test_a_card_in_another_encoding_stays(tmp_path):
+    trained_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes(b"# M\xefne")
+    Card.of(trained_model()).write(tmp_path, "me/m")
+    assert (tmp_path / "README.md").read_bytes() == b"# M\xefne"
+
+
+def test_a_folder_without_a_model_gets_no_card(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no model to describe.*save_model"):
+        Card.of(trained_model()).write(tmp_path, "me/m")
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_without_a_network_no_card_counts_as_missing(monkeypatch):
+    """Or one that was written by hand would be replaced when the network is back for the upload."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="offline|cannot find"):
+        card_by_hand("me/there-is-no-such-repository")
 
 
 @pytest.mark.slow

@@ -373,6 +373,7 @@ def test_dictionaries_and_codes_that_cannot_be_used(tmp_path, capsys):
         "special": ("<pad> 1\n", read_dictionary, "line 1, has '<pad>' a second time"),
         "old": ("e r\n", read_codes, "expected '#version: 0.2'"),
         "three": ("#version: 0.2\na b c\n", read_codes, "line 2, is 'a b c'; expected two pieces"),
+        "empty": ("", read_codes, "holds no codes"),
         "latin": ("#version: 0.2\nä b\n".encode("latin-1"), read_codes, "no text in UTF-8"),
     }
     for name, (content, read, message) in files.items():

@@ -98,6 +98,19 @@ def test_the_vanilla_model_is_that_of_merge_and_unload(name, batch):
     torch.testing.assert_close(logits(vanilla, batch), logits(by_hand, batch), rtol=0, atol=1e-5)
 
 
+def test_new_words_are_trained(batch):
+    model = trained_model()
+    words = model.config.vocab_size
+    model.resize_token_embeddings(words + 2)
+    config = LoraConfig(target_modules=["fc1"], r=2, trainable_token_indices=[words, words + 1], **SEQ2SEQ)
+    model = adapted(config, model)
+    batch = batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 3, words)}
+    found = logits(model, batch)
+    with model.disable_adapter():
+        assert (found - logits(model, batch))[:, words:].abs().max() > 1e-2
+    torch.testing.assert_close(logits(reparameterize(model), batch), found, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["LoRA", "LoRA and norms", "IA3"])
 def test_what_is_switched_off_is_left_out(name, batch):
     model = adapted(MERGED[name])

@@ -19,7 +19,7 @@ from admin_hf import (
     reparameterize,
 )
 from admin_hf.pretrained import load_complete
-from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem
+from admin_hf.residual import SYSTEMS, AdminConnection, PostLNConnection, ResidualSystem, residual_connections
 
 
 POST_LN_FAMILY = [("admin", "admin"), ("post_ln", "post_ln"), ("admin", "post_ln"), ("post_ln", "admin")]
@@ -78,6 +78,15 @@ def test_the_pre_ln_family_becomes_pegasus(encoder, decoder):
     assert type(folded) is PegasusForConditionalGeneration
     # The LayerNorms of GPAS read what its scales have made smaller, beside which their ε is larger
     assert_same_function(model, folded, tolerance=1e-4 if "gpas" in (encoder, decoder) else 1e-5)
+
+
+@pytest.mark.parametrize("places", [(0,), (1,), (0, 2), (3,)])
+def test_a_negative_scale_of_gpas_folds(places):
+    model = trained_model("gpas", "gpas")
+    connections = [c for _, c in residual_connections(model.model.encoder)]
+    for place in places:
+        connections[place].alpha.data.fill_(2.0)  # 1 − SiLU(2) = −0.76
+    assert_same_function(model, reparameterize(model), tolerance=1e-4)
 
 
 def test_the_fold_of_scaled_pre_ln_by_hand():

@@ -38,7 +38,7 @@ def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is of another version, or a line is no pair.
+        ValueError: it is of another version, has no codes, or a line is no pair.
     """
     merges: dict[tuple[str, str], None] = {}
     for number, line in _lines(path):
@@ -50,6 +50,8 @@ def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
             raise ValueError(f"{path}, line {number}, is {line.strip()!r:.100}; expected two pieces.")
         else:
             merges[left, right] = None
+    if not merges:
+        raise ValueError(f"{path} holds no codes; expected '#version: 0.2', and two pieces in each line.")
     return list(merges)
 
 
