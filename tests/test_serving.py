@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -99,6 +100,7 @@ def test_requests_at_the_same_time_get_their_own_lines(address):
         ({"lines": ["A dog runs."] * 65}, "at most 64 items"),
         ({"lines": ["A" * 4001]}, "at most 4000 characters"),
         ({"lines": ["A dog runs.", "cat " * 300]}, "Some lines ([2]) have more than 256 tokens."),
+        ({"lines": ["</s>" * 100]}, "Some lines ([1]) have more than 256 tokens."),  # each is text, of four tokens
     ],
 )
 def test_what_cannot_be_taken_is_refused(address, body, reason):
@@ -121,10 +123,10 @@ def test_two_requests_are_translated_side_by_side(model, monkeypatch):
 
     monkeypatch.setattr(serve, "translator", Translator(str(model)))
     server = uvicorn.Server(uvicorn.Config(serve.app, log_level="warning"))
-    with uvicorn.Config(serve.app, port=0, log_level="warning").bind_socket() as socket:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
-        address = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with ThreadPoolExecutor(2) as pool:
             answers = list(pool.map(lambda line: post(address, {"lines": [line]}), SOURCES[:2]))
         server.should_exit = True

@@ -95,7 +95,6 @@ CSS = """
 .map {overflow-x: auto}
 .omega svg {max-width: 500px}
 """
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of no other server
 
 with gr.Blocks(title="Translate", analytics_enabled=False) as page:
     gr.Markdown(f"# {folder.resolve().name if folder == Path(source) else source}")
@@ -119,4 +118,4 @@ with gr.Blocks(title="Translate", analytics_enabled=False) as page:
     gr.on([place.change for place in places], heat_map, [seen, *places], attention, api_visibility="private")
 
 if __name__ == "__main__":
-    page.launch(theme=gr.themes.Default(**FONTS), css=CSS, footer_links=["api"])
+    page.launch(css=CSS, footer_links=["api"])
