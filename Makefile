@@ -59,11 +59,13 @@ test: $(STAMP)  ## run all the tests
 # The ends of the window of versions in pyproject.toml. Each has an environment that lies over .venv and holds what differs.
 # PyTorch is that of .venv unless TORCH_INDEX is given: pip's own index has its other versions for GPUs alone.
 OVER = $(VENV)-$*
-MOVED := transformers $(if $(TORCH_INDEX),torch triton)
-KEPT := $(if $(TORCH_INDEX),^$$,^(torch|triton)=)
-PINS_newest := grep -vE '^($(subst $() ,|,$(strip $(MOVED))))=' constraints.txt
-PINS_oldest := sed -nE 's/^ *"([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' pyproject.toml | grep -vE '$(KEPT)'
-INSTALL = $(OVER)/bin/python -m pip install --quiet --upgrade -c $(OVER)/pins.txt
+ENDS := transformers$(if $(TORCH_INDEX),|torch|triton)
+LOWEST := sed -nE 's/^ *"([A-Za-z0-9_-]+)>=([0-9.]+).*/\1==\2.*/p' pyproject.toml
+END_oldest := $(LOWEST) | grep -E '^($(ENDS))='
+END_newest := sed -nE 's/^ *"(($(ENDS))>=[^";]+).*/\1/p' pyproject.toml
+PINS_oldest := $(LOWEST)$(if $(TORCH_INDEX),, | grep -vE '^(torch|triton)=')
+PINS_newest := grep -vE '^($(ENDS))=' constraints.txt
+INSTALL = timeout 900 $(OVER)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 VERSIONS := -c 'import torch, transformers; print("Transformers", transformers.__version__, "and torch", torch.__version__)'
 
@@ -72,13 +74,13 @@ test-oldest:  ## run them with the oldest version of each package that it allows
 test-newest test-oldest: test-%: $(STAMP)
 	@$(RUN) -m venv --clear --without-pip $(OVER)
 	@realpath "$$($(RUN) $(PACKAGES))" > "$$($(OVER)/bin/python $(PACKAGES))/below.pth"
+	@$(END_$*) > $(OVER)/end.txt
 	@$(PINS_$*) > $(OVER)/pins.txt
-	@if { $(if $(TORCH_INDEX),$(INSTALL) --no-deps --index-url $(TORCH_INDEX) torch &&) \
-		$(INSTALL) -e '.[dev]' $(MOVED); } 2> $(OVER)/errors.txt; then \
-		$(OVER)/bin/python $(VERSIONS) && \
+	@if $(INSTALL) --no-deps --ignore-installed -r $(OVER)/end.txt 2> $(OVER)/errors.txt; then \
+		$(INSTALL) -c $(OVER)/pins.txt -e '.[dev]' && $(OVER)/bin/python $(VERSIONS) && \
 		OMP_NUM_THREADS=1 timeout $(TIME_LIMIT) $(OVER)/bin/python $(PYTEST) -m 'not slow' $(ARGS); \
 	elif grep 'No matching distribution' $(OVER)/errors.txt; then \
-		echo "make $@ is skipped: the package index cannot be reached or lacks this version"; \
+		echo "make $@ is skipped: the package index lacks this version, or cannot be reached"; \
 	else cat $(OVER)/errors.txt; exit 1; fi
 
 bench: $(STAMP)  ## measure what can be measured here, and make docs/performance.md

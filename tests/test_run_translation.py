@@ -240,7 +240,7 @@ def test_the_best_checkpoint_is_the_best_in_a_language_without_spaces(tmp_path):
     scores = {entry["step"]: entry["eval_bleu"] for entry in state["log_history"] if "eval_bleu" in entry}
     assert scores[30] < max(scores.values()) and state["best_global_step"] == max(scores, key=scores.get) > 30
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    assert results["eval_bleu"] == results["vanilla_eval_bleu"] == max(scores.values()) > 50
+    assert results["eval_bleu"] == results["vanilla_eval_bleu"] == max(scores.values()) > 40
     assert "tok:zh" in results["eval_bleu_signature"] and "asian:yes" in results["eval_ter_signature"]
     assert "eval_moses_bleu" not in results
     assert "tok:zh" in (tmp_path / "out" / "vanilla" / "README.md").read_text()
