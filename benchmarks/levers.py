@@ -71,7 +71,7 @@ class PlainRelu:
 class PlainDropout:
     """A layer with PyTorch's dropout."""
 
-    def residual(self: Any, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def residual(self: Any, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor], *others: Any) -> Tensor:
         f = branch(kernels.cast_once(connection.branch_input(x)))
         return connection(x, nn.functional.dropout(f, self.dropout, self.training))
 

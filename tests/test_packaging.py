@@ -31,8 +31,10 @@ EXTRAS = {name: names(of) for name, of in PROJECT["optional-dependencies"].items
 
 
 def test_the_library_imports_what_it_says_that_it_needs():
-    """Figures and the page of a run need the extra `analysis`; Triton comes with PyTorch for a GPU. Adapters of PEFT and
-    folders of CTranslate2 come from who has these packages."""
+    """Figures and the page of a run need the extra `analysis`; Triton comes with PyTorch for a GPU.
+
+    Adapters of PEFT and folders of CTranslate2 are read where these packages are at hand.
+    """
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (REPO / "admin_hf").rglob("*.py"))
     found = {name for tree in trees for node in ast.walk(tree) for name in imported(node)}
     assert found - sys.stdlib_module_names == NEEDED | EXTRAS["analysis"] | {"triton", "peft", "ctranslate2"}
