@@ -14,7 +14,7 @@ import torch
 from conftest import PAD, padded_batch
 from peft import PeftModel
 from test_reparameterization import logits, trained_model
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertForMaskedLM, MarianMTModel, Seq2SeqTrainingArguments
 
 import admin_hf
 from admin_hf.__main__ import build_parser
@@ -57,6 +57,30 @@ def test_examples_in_docstrings_run(name):
 def test_the_python_example_of_the_readme_runs(capsys):
     exec(re.search(r"## In Python\n\n```python\n(.*?)```", README, re.DOTALL)[1], {})
     assert "encoder.layers.0.self_attn_layer_norm" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_readmes_trainer_runs_as_printed(tmp_path):
+    (code,) = re.findall(r"two callbacks do everything.*?```python\n(.*?)```", README, re.DOTALL)
+    tokenizer = word_tokenizer(50)
+    args = Seq2SeqTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+    dataset = [{"input_ids": [5, 6, 7, 0], "labels": [9, 8, 0]}] * 8
+    names = {"tokenizer": tokenizer, "args": args, "dataset": dataset}
+    exec(code, names)
+    names["trainer"].train()
+    assert names["model"].is_profiled
+    names["trainer"].save_model()
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path)) is MarianMTModel
+
+
+@pytest.mark.slow
+def test_the_readmes_stock_model_runs_as_printed():
+    (code,) = re.findall(r"folds it into their weights:\n\n```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert type(names["vanilla"]) is type(names["model"]) is BertForMaskedLM
+    assert not any("omega" in name for name in names["vanilla"].state_dict())
+    assert any("omega" in name for name in names["model"].state_dict())
 
 
 def test_the_page_on_lora_ends_with_a_vanilla_model(tmp_path, monkeypatch):
