@@ -79,7 +79,7 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         super().__init__(config, layer_idx)
         system.connect(self, layer_idx)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
