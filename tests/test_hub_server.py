@@ -91,7 +91,7 @@ def test_a_broken_commit_stores_nothing_and_the_next_one_works(hub: HubServer, t
     # Without Xet the client does not try again by itself
     environment = hub.environment(tmp_path, hub.token) | {"HF_HUB_DISABLE_XET": "1"}
     broken = run_python(UPLOAD, environment)
-    assert broken.returncode == 1 and broken.stderr.splitlines()[-1].startswith("httpx2.")
+    assert broken.returncode == 1 and broken.stderr.splitlines()[-1].startswith("httpx")
     assert hub.requests[-1].status == 0
     assert pushed_files(hub.repos["user/model"]) == {}
 
