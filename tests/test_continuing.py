@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from datasets import Dataset
 from layouts import TEXTS, save_layout
 from test_deepening import stock_model
@@ -184,3 +185,14 @@ def test_every_command_that_needs_sentencepiece_names_it(opus, text, tmp_path):
     assert reported.endswith("=== 0\n"), "the other parts of a report need none"
     assert not out.exists(), "refused before anything is written"
     assert "it needs the package sentencepiece" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_model_without_a_tokenizer_needs_no_sentencepiece(tmp_path):
+    """Transformers asks for the package before it looks for a tokenizer's files."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "out")]
+    program = [sys.executable, "-c", WITHOUT_SENTENCEPIECE, json.dumps([command])]
+    result = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert result.stderr.endswith("=== 0\n"), result.stderr
+    assert "has no tokenizer that can be loaded" in result.stdout

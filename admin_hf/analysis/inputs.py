@@ -160,6 +160,10 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
 
 
+# One of these has every folder with a tokenizer
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.spm", "*.model")
+
+
 def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first source that has one of ours or Transformers'; no code of a stranger runs.
 
@@ -171,6 +175,8 @@ def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTok
             with sentencepiece_named():
                 return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         except ImportError as error:
+            if Path(source).is_dir() and not any(any(Path(source).glob(name)) for name in _TOKENIZER_FILES):
+                continue  # Transformers looks for the package before it looks for the files
             raise ImportError(f"The tokenizer {source} cannot be loaded: {error}") from error
         except Exception:  # there is none, a damaged one, or one that brings its own code
             continue
