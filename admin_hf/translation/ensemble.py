@@ -11,6 +11,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
+# What Transformers calls a cache: `cache`, and up to 5.23 `past_key_values`
+_CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
 # What members must share: a token is the same id for all of them
 _SHARED = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 
@@ -67,7 +70,6 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
-        past_key_values: "_Caches | None" = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
@@ -77,12 +79,14 @@ class Ensemble(PreTrainedModel, GenerationMixin):
             input_ids: `(batch, source)`.
             attention_mask: `(batch, source)`.
             decoder_input_ids: `(batch, target)`, or its last token where there are caches.
+            kwargs: the caches, by the name that Transformers has for them.
             encoder_outputs: of `get_encoder()`, whose last hidden state is `(batch, source, sum of the widths)`.
 
         Returns:
             `logits`: log of the mean of the members' probabilities, `(batch, target, vocabulary)` in float32.
         """
         encoded: Any = encoder_outputs or self.get_encoder()(input_ids, attention_mask)
+        given: _Caches | None = kwargs.get(_CACHE)
         widths = [cast(Any, member).config.hidden_size for member in self.members]
         log_probabilities, caches = [], []
         for number, (member, hidden) in enumerate(
@@ -92,14 +96,14 @@ class Ensemble(PreTrainedModel, GenerationMixin):
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
                 encoder_outputs=BaseModelOutput(last_hidden_state=hidden.to(member.dtype)),
-                past_key_values=past_key_values.caches[number] if past_key_values is not None else None,
                 use_cache=use_cache,
                 return_dict=True,
+                **{_CACHE: given.caches[number] if given is not None else None},
             )
             log_probabilities.append(output.logits.float().log_softmax(-1))
-            caches.append(output.past_key_values)
+            caches.append(output[_CACHE] if use_cache else None)
         mean = torch.stack(log_probabilities).logsumexp(0) - math.log(len(self.members))
-        return Seq2SeqLMOutput(logits=mean, past_key_values=cast(Any, _Caches(caches)) if use_cache else None)
+        return Seq2SeqLMOutput(logits=mean, **{_CACHE: cast(Any, _Caches(caches)) if use_cache else None})
 
 
 class _Encoders(nn.Module):
