@@ -36,17 +36,10 @@ from .omega_state import OmegaState
 from .parametrization import Scaled, original, remove, scale
 from .positions import save_own_tables
 from .reparameterization import check_scale
-from .residual import deepnorm_constants, uniform_omega
+from .residual import OUTPUT_CHANGES, deepnorm_constants
 
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# ω of an output change that grows so in the number n of sub-layers of a stack, as in the authors' package admin-torch
-OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
-    "O(log n)": uniform_omega,
-    "O(1)": math.sqrt,
-    "O(n)": lambda n: 1.0,
-}
 
 
 class InjectedConnection:
@@ -62,7 +55,7 @@ class InjectedConnection:
     """
 
     branch_scale = 1.0
-    profiled = initialized = False
+    profiled = initialized = adds_layer_input = False
 
     def __init__(
         self, layer: nn.Module, sublayer: Sublayer, layer_name: str, stack: list[InjectedConnection], front: Any

@@ -140,9 +140,12 @@ class PreLN(ResidualSystem):
         return nn.LayerNorm(self.config.d_model)
 
 
-def uniform_omega(n: int) -> float:
-    """ω of a stack of n sub-layers whose output change is O(log n): sqrt((n + 1) / ln(n + 1) − 1)."""
-    return math.sqrt((n + 1) / math.log(n + 1) - 1)
+# ω of an output change that grows so in the number n of sub-layers of a stack, as in the authors' package admin-torch
+OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
+    "O(log n)": lambda n: math.sqrt((n + 1) / math.log(n + 1) - 1),
+    "O(1)": math.sqrt,
+    "O(n)": lambda n: 1.0,
+}
 
 
 class Admin(ResidualSystem):
@@ -166,23 +169,24 @@ class AdminUniform(Admin):
     From the authors' package admin-torch, as its variants below are.
     """
 
-    omega_of: Callable[[int], float] = staticmethod(uniform_omega)
+    omega: float
+    output_change = "O(log n)"
 
     def __init__(self, config: MarianConfig, stack: str) -> None:
         super().__init__(config, stack)
-        self.omega = self.omega_of(self.depth)
+        self.omega = OUTPUT_CHANGES[self.output_change](self.depth)
 
 
 class AdminUniformO1(AdminUniform):
     """As `admin_uniform`, with sqrt(n): an output change of O(1)."""
 
-    omega_of = staticmethod(math.sqrt)
+    output_change = "O(1)"
 
 
 class AdminUniformOn(AdminUniform):
     """As `admin_uniform`, with 1: an output change of O(n), as Post-LN's, but ω is trained."""
 
-    omega_of = staticmethod(lambda n: 1.0)
+    output_change = "O(n)"
 
 
 class AdminConstant(AdminUniform):
@@ -190,15 +194,13 @@ class AdminConstant(AdminUniform):
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         d_model = self.config.d_model
-        return (
-            DeepNormConnection(d_model, self.omega_of(self.depth)) if sublayer_idx > 0 else PostLNConnection(d_model)
-        )
+        return DeepNormConnection(d_model, self.omega) if sublayer_idx > 0 else PostLNConnection(d_model)
 
 
 class AdminConstantO1(AdminConstant):
     """As `admin_constant`, with sqrt(n)."""
 
-    omega_of = staticmethod(math.sqrt)
+    output_change = "O(1)"
 
 
 class DeepNorm(ResidualSystem):

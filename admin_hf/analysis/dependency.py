@@ -135,7 +135,7 @@ class _Components:
     def __init__(self, connections: list[tuple[str, Any]], tokens: Places) -> None:
         self.names, self.tokens = [name for name, _ in connections], tokens
         self.values = torch.empty(0)  # components × tokens × d_model, while the stack runs
-        self.adds_layer_input = any(getattr(each, "adds_layer_input", False) for _, each in connections)
+        self.adds_layer_input = any(each.adds_layer_input for _, each in connections)
         self.layer, self.layer_input = "", torch.empty(0)  # its components, of the layer under way
         self.rows: list[list[float]] = []
         self.error = 0.0
@@ -150,7 +150,7 @@ class _Components:
         present = self.values[: len(self.rows) + 3]
         if self.adds_layer_input and (layer := name.rpartition(".")[0]) != self.layer:
             self.layer, self.layer_input = layer, present[:-1].clone()
-        if getattr(connection, "adds_layer_input", False):
+        if connection.adds_layer_input:
             present[: len(self.layer_input)] += self.layer_input
         blocks = _carried(connection, present, shortcut, branch)
         deviations = torch.cat([_deviation(block) for block in blocks])
