@@ -209,9 +209,7 @@ def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
             if isinstance(connection, PostLNConnection):
                 _fold(weights, name, connection, stack.sublayer(path), before)
             else:
-                weights[f"{name}.weight"] *= total.sign()
-                total = total * _scale(connection, "shortcut_scale", name)
-                _fold_pre_ln(weights, name, connection, stack.sublayer(path), total)
+                total = _fold_pre_ln(weights, name, connection, stack.sublayer(path), total)
             for parameter, _ in connection.named_parameters():
                 if parameter not in ("weight", "bias"):
                     del weights[f"{name}.{parameter}"]
@@ -246,24 +244,35 @@ def _fold(
         weights[f"{before}.bias"] *= s  # ν ← ν s
     for projection in sublayer.reads:
         weights[f"{layer}.{projection}.weight"] /= s  # W ← W / s, along the input dimension
-    weights[f"{layer}.{sublayer.ends}.weight"] *= r.reshape(-1, 1)  # W ← r W, along the output dimension
-    weights[f"{layer}.{sublayer.ends}.bias"] *= r
+    _scale_branch(weights, f"{layer}.{sublayer.ends}", r)
 
 
 def _fold_pre_ln(
     weights: dict[str, Tensor], name: str, connection: ResidualConnection, sublayer: Sublayer, total: Tensor
-) -> None:
+) -> Tensor:
     """Fold the scales s, r and n of ``x_i = s x_{i-1} + r ⊙ f(n LN(x_{i-1}))`` into the weights around it.
 
-    With c_i = s_i c_{i-1} (`total`), y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i, and every
-    LayerNorm reads it alike, but for its ε: LN(x_i) = LN(y_i), or −LN(y_i) where c_i is negative.
+    With c_i = s_i c_{i-1}, y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i. A LayerNorm normalises x_i
+    to what it makes of y_i, times the sign of c_i, but for its ε.
+
+    Args:
+        total: c_{i-1}.
+
+    Returns:
+        c_i.
     """
-    layer = name.rpartition(".")[0]
+    weights[f"{name}.weight"] *= connection.input_scale * total.sign()  # γ ← ±n γ
+    weights[f"{name}.bias"] *= connection.input_scale  # ν ← n ν
+    total = total * _scale(connection, "shortcut_scale", name)
     r = _scale(connection, "branch_scale", name) / total
-    for parameter in ("weight", "bias"):
-        weights[f"{name}.{parameter}"] *= connection.input_scale  # γ ← n γ and ν ← n ν
-    weights[f"{layer}.{sublayer.ends}.weight"] *= r.reshape(-1, 1)  # W ← r / c W, along the output dimension
-    weights[f"{layer}.{sublayer.ends}.bias"] *= r
+    _scale_branch(weights, f"{name.rpartition('.')[0]}.{sublayer.ends}", r)
+    return total
+
+
+def _scale_branch(weights: dict[str, Tensor], matrix: str, r: Tensor) -> None:
+    """W ← r W, along the output dimension of the matrix that ends a branch, and its bias."""
+    weights[f"{matrix}.weight"] *= r.reshape(-1, 1)
+    weights[f"{matrix}.bias"] *= r
 
 
 def _scale(connection: Any, attribute: str, name: str) -> Tensor:
