@@ -16,8 +16,7 @@ from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
 from .adapters import adapted_layers, bare_model, check_mergeable
-from .card import CARD_NAME, card_by_hand
-from .checkpoints import write_whole
+from .card import keep_card_by_hand
 from .omega_state import omega_state
 from .profiling import ResidualProfile, initialize_omega, profile_residuals
 from .publishing import Publication, publish, push
@@ -314,8 +313,8 @@ class AdminPublishingCallback(_AdminCallback):
             given: to `trainer.create_model_card`.
         """
         folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
-        if repo_id and (by_hand := card_by_hand(repo_id, trainer.args.hub_revision)) is not None:
-            write_whole(folder / CARD_NAME, by_hand)
+        if repo_id:
+            keep_card_by_hand(folder, repo_id, trainer.args.hub_revision)
         data = given_data(self.card_data, given)
         card = card_of_training(trainer.model, trainer.args, trainer.state, data)
         card.write(folder, repo_id or folder.absolute().name)

@@ -194,6 +194,18 @@ def card_by_hand(repo_id: str, revision: str | None = None, token: str | bool | 
     return card if is_by_hand(card) else None
 
 
+def keep_card_by_hand(
+    folder: str | os.PathLike, repo_id: str, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Put the card of a repository, if it was written by hand, into a folder, where [`Card.write`] leaves it.
+
+    Raises:
+        OSError: as [`card_by_hand`].
+    """
+    if (by_hand := card_by_hand(repo_id, revision, token)) is not None:
+        write_whole(Path(folder, CARD_NAME), by_hand)
+
+
 # --- its section on training ----------------------------------------------------------------------
 
 
@@ -233,4 +245,4 @@ def training_section(
     return "\n\n".join(parts)
 
 
-__all__ = ["CARD_NAME", "Card", "card_by_hand", "is_by_hand"]
+__all__ = ["CARD_NAME", "Card", "card_by_hand", "is_by_hand", "keep_card_by_hand"]

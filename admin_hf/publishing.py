@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.hub import hf_api
 
-from .card import CARD_NAME, Card, card_by_hand
-from .checkpoints import REPLACED, replaced_model, write_whole
+from .card import CARD_NAME, Card, keep_card_by_hand
+from .checkpoints import REPLACED, replaced_model
 from .positions import save_own_tables
 from .reparameterization import reparameterize as fold
 
@@ -117,8 +117,7 @@ def push(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if (by_hand := card_by_hand(repo_id, revision, token)) is not None:
-            write_whole(folder / CARD_NAME, by_hand)
+        keep_card_by_hand(folder, repo_id, revision, token)
         card.write(folder, repo_id)
         if tags:
             written = ModelCard.load(folder / CARD_NAME)

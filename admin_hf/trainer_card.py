@@ -165,7 +165,12 @@ def _score_section(scores: Mapping[str, Any]) -> str:
     return score_table(["evaluation, before folding", "score", "signature"], rows) if rows else ""
 
 
+def table_cell(text: str) -> str:
+    """Text for a cell of a Markdown table, which a bar would end."""
+    return text.replace("|", "\\|")
+
+
 def score_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]  # a bar would end a cell
+    cells = [[*map(table_cell, row)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells))

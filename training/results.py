@@ -17,6 +17,7 @@ from admin_hf.architecture import STACKS
 from admin_hf.checkpoints import write_whole
 from admin_hf.report.page import without_folders
 from admin_hf.run.folder import ARGUMENTS_NAME, DECODES_NAME, PROFILE_NAME, SPLITS, STATE_NAME, Run, curve
+from admin_hf.trainer_card import table_cell
 
 from .errors import InputError
 
@@ -85,11 +86,6 @@ def _scores(results: list[dict[str, Any]]) -> list[str]:
                 cell = " ".join(f"`{table_cell(signature)}`" for signature in signatures if signature)
                 rows.append(f"| {result['name']} | {split} | {' | '.join(values)} | {cell} |")
     return rows
-
-
-def table_cell(text: str) -> str:
-    """Text for a cell of a Markdown table, which a bar would end."""
-    return text.replace("|", "\\|")
 
 
 def _number(value: float | None) -> str:
