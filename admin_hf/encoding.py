@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass, field
 from itertools import chain, groupby
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from tokenizers import AddedToken, Encoding, Regex, pre_tokenizers
-from transformers import BatchEncoding, PreTrainedTokenizerBase, TokenizersBackend
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, pre_tokenizers, processors
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast, TokenizersBackend
 
 
 # Codes that choose the target language, as OPUS-MT and MADLAD have them; not every vocabulary marks them as special
@@ -85,6 +85,23 @@ class Encoded(NamedTuple):
     unknown: np.ndarray  # how many of these are unknown
     notes: np.ndarray  # flags: NAMED, REPLACED, MARKED
     words: list[list[int]]  # how many ids each word has, where that is asked for
+
+
+def sentence_tokenizer(tokenizer: Tokenizer, eos_token: str, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of the package tokenizers as one of Transformers, which ends every sentence with `eos_token`.
+
+    Args:
+        options: further special tokens, and whatever else the tokenizer's class takes.
+    """
+    end = tokenizer.token_to_id(eos_token)
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {eos_token}", special_tokens=[(eos_token, end)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos_token,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
 
 
 @dataclass

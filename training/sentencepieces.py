@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
+
+from admin_hf.encoding import sentence_tokenizer
 
 from .errors import InputError
 
@@ -48,17 +50,8 @@ def read_sentencepiece(name: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(_unigram(proto) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(proto))
     tokenizer.add_special_tokens([*(piece.piece for piece in proto.pieces if piece.type == _CONTROL), pad])
     _set_rules(tokenizer, proto)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=end,
-        unk_token=next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN),
-        pad_token=pad,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
+    return sentence_tokenizer(tokenizer, end, unk_token=unknown, pad_token=pad)
 
 
 def _set_rules(tokenizer: Tokenizer, proto: Any) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from admin_hf.checkpoints import sentencepiece_named
-from admin_hf.encoding import read_control_tokens_as_text
+from admin_hf.encoding import read_control_tokens_as_text, sentence_tokenizer
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
@@ -64,16 +64,7 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
         vocab = learnt["vocab"] | {byte: len(learnt["vocab"]) + i for i, byte in enumerate(spelling)}
         tokenizer.model = models.BPE(vocab, [*map(tuple, learnt["merges"])], unk_token=UNK, byte_fallback=True)
     tokenizer.add_special_tokens([PAD])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        unk_token=UNK,
-        pad_token=PAD,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-    )
+    return sentence_tokenizer(tokenizer, EOS, unk_token=UNK, pad_token=PAD, split_special_tokens=True)
 
 
 def _check_size(vocab_size: int, learnt: int, spelling: int) -> None:

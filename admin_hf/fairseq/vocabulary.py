@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..checkpoints import one_line
+from ..encoding import sentence_tokenizer
 
 
 BOS, PAD, EOS, UNK = SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # fairseq's ids 0 to 3
@@ -116,17 +117,8 @@ class Vocabulary:
             tokenizer = Tokenizer(models.BPE(ids, list(merges), unk_token=UNK, end_of_word_suffix=END_OF_WORD))
             tokenizer.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, ids[EOS])])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            bos_token=BOS,
-            eos_token=EOS,
-            unk_token=UNK,
-            pad_token=PAD,
-            model_input_names=["input_ids", "attention_mask"],
-            clean_up_tokenization_spaces=False,
-            split_special_tokens=True,
-        )
+        special = {"bos_token": BOS, "unk_token": UNK, "pad_token": PAD}
+        return sentence_tokenizer(tokenizer, EOS, **special, split_special_tokens=True)
 
 
 def _ids(tokens: Sequence[str]) -> dict[str, int]:
