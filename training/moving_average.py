@@ -37,9 +37,8 @@ class MovingAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average: dict[str, Tensor] = {}
-        self._training: dict[
-            str, Tensor
-        ] = {}  # the weights that training goes on from, while the model has the average
+        # The weights that training goes on from, while the model has the average
+        self._training: dict[str, Tensor] = {}
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         for name, weight in self._weights.items():
             if decay and weight.dtype != torch.float32:

@@ -79,8 +79,8 @@ class Ensemble(PreTrainedModel, GenerationMixin):
             input_ids: `(batch, source)`.
             attention_mask: `(batch, source)`.
             decoder_input_ids: `(batch, target)`, or its last token where there are caches.
-            kwargs: the caches, by the name that Transformers has for them.
             encoder_outputs: of `get_encoder()`, whose last hidden state is `(batch, source, sum of the widths)`.
+            kwargs: the caches, by the name that Transformers has for them.
 
         Returns:
             `logits`: log of the mean of the members' probabilities, `(batch, target, vocabulary)` in float32.
