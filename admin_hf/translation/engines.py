@@ -145,7 +145,7 @@ class CTranslate2Engine:
             results = self._translate(sources, prefix, settings)
         except RuntimeError as error:  # only a source beyond the table of positions is found so late
             raise ValueError(
-                f"CTranslate2 cannot translate a line: {error}. If the line has too many tokens, name the model that it "
+                f"CTranslate2 cannot translate a line: {error}. If the line is too long, name the model that it "
                 "was converted from by --tokenizer: its config.json has the limit, and longer lines are cut."
             ) from error
         return [
