@@ -21,7 +21,7 @@ from training.arguments import parse_arguments
 from training.data import load_pairs
 from training.embedded_data import write_embedded_data
 from training.errors import InputError
-from training.experiments import __main__, blind, page, preparation, records, translations
+from training.experiments import __main__, blind, dropout_losses, page, preparation, records, translations
 from training.experiments.__main__ import main
 from training.experiments.blind import BlindGuess
 from training.experiments.claims import (
@@ -34,6 +34,7 @@ from training.experiments.claims import (
     score_higher,
     train,
 )
+from training.experiments.dropout_losses import STACKS, measure_dropout_losses
 from training.experiments.page import how_runs_ended
 from training.experiments.plan import (
     DROPOUTS,
@@ -49,7 +50,7 @@ from training.experiments.preparation import prepare, with_blind_training_loss
 from training.experiments.records import BLIND_NAME, SESSIONS_NAME, Record, collect, from_json, known, state, to_json
 from training.experiments.runner import Runner, flags, log_path
 from training.experiments.scales import REPO, SCALES, PlannedRun
-from training.experiments.tables import describe, make_table, markdown
+from training.experiments.tables import describe, dropout_list, make_table, markdown
 from training.metrics import TranslationMetric
 from training.model import config_changes
 from training.runs import recorded
@@ -405,6 +406,32 @@ def test_how_a_run_ended_is_told_by_both_losses():
         "each counted once: 1 trained, 1 stalled, 1 collapsed with dropout off, 1 diverged. With dropout off, 1 of "
         "them (1 collapsed with dropout off) end more than 1 nat further above the blind guess than in training."
     )
+
+
+def test_the_losses_by_dropout_are_those_of_the_development_set(data, tmp_path, monkeypatch):
+    """With dropout off that of Trainer, with dropout on another, of each stack its own; they say how a run failed."""
+    for module in (dropout_losses, preparation, records):
+        monkeypatch.setattr(module, "REPO", tmp_path)
+    changes = {"max_steps": 5, "max_eval_samples": 20, "do_eval": True, "test_file": None}
+    values = tiny_runs.arguments(data, tmp_path / "run", tokenizer_name=str(tmp_path / "tokenizer"), **changes)
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    prepare(given)
+    assert run_translation.main(tiny_runs.flags(values)) == 0
+    run = PlannedRun("tiny/run", "Admin", "", given, 1.0)
+    monkeypatch.setattr(PlannedRun, "folder", tmp_path / "run")
+    measure_dropout_losses(run)
+    found = collect(run)
+    assert found.dropout_losses["neither"] == pytest.approx(found.loss, rel=1e-4)
+    assert len(set(found.dropout_losses.values())) == 4 and list(found.dropout_losses) == [*STACKS]
+    path = tmp_path / "run" / records.DROPOUT_NAME
+    path.write_text(json.dumps(found.dropout_losses | {"both": 1.0}))
+    measure_dropout_losses(run)  # once is enough
+    found = replace(collect(run), loss=99.0)
+    assert found.outcome == "collapsed with dropout off" and found.training_distance == 1.0 - found.blind_loss
+    assert replace(found, dropout_losses=found.dropout_losses | {"both": 99.0}).outcome == "stalled"
+    table = {("Admin", "2-2"): ([found], 1), ("Post-LN", "2-2"): ([record()], 1)}
+    assert [line.count("|") for line in dropout_list(table)] == [7, 7, 7] and " 1.00 |" in dropout_list(table)[2]
+    assert dropout_list({("Post-LN", "2-2"): ([record()], 1)}) == []
 
 
 @pytest.mark.parametrize("pieces", [1, 2])

@@ -46,12 +46,14 @@ def plan(arguments: argparse.Namespace) -> dict[str, PlannedRun]:
 def run_all(arguments: argparse.Namespace, runs: dict[str, PlannedRun], left: Sequence[PlannedRun]) -> int:
     """Do what is `left` and make the page; returns what `main` does."""
     # Transformers and matplotlib take seconds to load
+    from .dropout_losses import measure_dropout_losses
     from .page import update
     from .preparation import prepare
 
     seeds = arguments.seeds or ()
 
     def after(run: PlannedRun) -> Iterable[PlannedRun]:
+        measure_dropout_losses(run)
         update(seeds)
         return plan(arguments).values()
 

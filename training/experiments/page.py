@@ -14,7 +14,7 @@ from .plan import EXPERIMENTS, planned
 from .preparation import with_blind_training_loss
 from .records import COLLAPSED, DIVERGED, OUTCOMES, STALLED, Record, kept, known, to_json
 from .scales import REPO, SCALES, PlannedRun, Scale, settings
-from .tables import axes, loss_list, make_table, markdown
+from .tables import axes, dropout_list, loss_list, make_table, markdown
 from .translations import SAMPLES, Comparison
 from .translations import update as update_comparisons
 
@@ -92,6 +92,7 @@ def section(
         summary = f"{len(claims)} chosen" if claims else "not chosen yet"
     lines += ["", *claims] if claims else []
     lines += ["", *(loss_list if experiment.lists_losses else markdown)(table)]
+    lines += ["", *there] if (there := dropout_list(table)) else []
     if experiment.reference:
         path = DOCS / "experiments" / f"{name}-comparisons.json"
         found = update_comparisons(path, path.parent / "translations", runs, ended, experiment.reference)

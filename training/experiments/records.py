@@ -15,6 +15,7 @@ from .scales import REPO, PlannedRun
 
 
 BLIND_NAME = "blind_loss.json"
+DROPOUT_NAME = "dropout_losses.json"
 SESSIONS_NAME = "sessions.jsonl"
 # Which of a run's scores are kept where it has translated, by split and with their signatures
 SCORES = ("loss", "bleu", "moses_bleu", "chrf", "ter")
@@ -48,6 +49,8 @@ class Record:
         sessions: what computed it: commit, processor, threads and PyTorch, each combination once.
         blind_train_loss: what `blind_loss` is for the last of `train_loss`; only of runs that failed, where it could
             be measured.
+        dropout_losses: at the end, the loss on the development set with dropout on in "neither" stack, the "encoder",
+            the "decoder", or "both".
     """
 
     arguments: dict[str, Any]
@@ -67,6 +70,7 @@ class Record:
     begun: bool = False
     sessions: list[dict[str, Any]] = field(default_factory=list)
     blind_train_loss: float | None = None
+    dropout_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
@@ -91,7 +95,9 @@ class Record:
 
     @property
     def training_distance(self) -> float | None:
-        """The same of the last training loss, with dropout on; None where the blind guess was not measured there."""
+        """The same with dropout on: of the same sentences, or of the last training loss; None if neither is known."""
+        if self.dropout_losses:
+            return self.dropout_losses["both"] - self.blind_loss + self.margin
         if self.blind_train_loss is None or not self.train_loss:
             return None
         return self.train_loss[-1][1] - self.blind_train_loss + self.margin
@@ -176,6 +182,7 @@ def _record(run: PlannedRun, how: str, history: list[dict[str, Any]]) -> Record:
         seconds=results.get("seconds"),
         begun=how in ("begun", "trained"),
         sessions=_sessions(folder / SESSIONS_NAME),
+        dropout_losses=_read(path) if (path := folder / DROPOUT_NAME).exists() else {},
     )
 
 

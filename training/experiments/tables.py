@@ -57,6 +57,18 @@ def loss_list(table: Table) -> list[str]:
     return lines
 
 
+def dropout_list(table: Table) -> list[str]:
+    """Losses at the end by the stacks with dropout on, of the cells with runs that failed."""
+    lines = ["| runs that failed | dropout off | in the encoder | in the decoder | in both | blind guess |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for (row, column), (records, _) in table.items():
+        if there := [record for record in records if record.failed and record.dropout_losses]:
+            by_stack = zip(*(record.dropout_losses.values() for record in there), strict=True)
+            cells = [_spread(losses) for losses in by_stack]
+            lines.append(f"| {row}, {column} | {' | '.join(cells)} | {there[0].blind_loss:.2f} |")
+    return lines if len(lines) > 2 else []
+
+
 def describe(records: Sequence[Record], wanted: int) -> str:
     """What a cell says: for each outcome the runs that ended so, and how far from the blind guess, in nats."""
     if not records:
