@@ -108,8 +108,8 @@ class DataTrainingArguments:
     source_lang: str | None = HfArg(default=None, help="Source language, such as 'en'.")
     target_lang: str | None = HfArg(
         default=None,
-        help="Target language, such as 'de', or several, 'de,fr,cs': one model then translates into all of them, and a "
-        "tag before the source, such as '>>de<<', says into which.",
+        help="Target language, such as 'de', or several, 'de,fr,cs': one model then translates into all of them, and "
+        "a tag before the source, such as '>>de<<', says into which.",
     )
     dataset_name: str | None = HfArg(
         default=None, help="Data set on the Hub, or a local folder with one, in place of files."
@@ -165,10 +165,10 @@ class DataTrainingArguments:
 
     def by_target(self) -> dict[str, "DataTrainingArguments"]:
         """The arguments of each target language alone; where there are several, its tag begins every source."""
+        if not self.tags:
+            return {str(self.target_lang): self}
         prefixes = {language: f"{tag} {self.source_prefix or ''}" for language, tag in self.tags.items()}
-        return {
-            language: replace(self, target_lang=language, source_prefix=prefix) for language, prefix in prefixes.items()
-        } or {str(self.target_lang): self}
+        return {name: replace(self, target_lang=name, source_prefix=prefix) for name, prefix in prefixes.items()}
 
 
 @dataclass
@@ -430,7 +430,7 @@ def _check_data(data: DataTrainingArguments, training: TranslationTrainingArgume
             raise InputError(f"--{name} is missing: give a language key such as 'en'.")
     languages = str(data.target_lang).split(",")
     if len(languages) > 1 and not all(re.fullmatch(r"[\w.-]+", language) for language in languages):
-        raise InputError(f"--target_lang {data.target_lang}: expected languages with commas alone between them: de,fr.")
+        raise InputError(f"--target_lang {data.target_lang}: expected languages with commas between them: de,fr.")
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise InputError(f"--target_lang {data.target_lang} has {twice[0]!r} twice; expected each language once.")
     if data.source_lang in languages:

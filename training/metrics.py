@@ -219,9 +219,7 @@ class MultilingualMetric:
         first, *others = self.metrics.values()
         return [name for name in first.names if all(name in other.names for other in others)]
 
-    def compute(
-        self, predictions: list[str], references: list[str], language: list[str]
-    ) -> dict[str, float | str]:
+    def compute(self, predictions: list[str], references: list[str], language: list[str]) -> dict[str, float | str]:
         """The scores and their signatures; a mean only if there are texts in every language."""
         scores: dict[str, float | str] = {}
         for name, metric in self.metrics.items():

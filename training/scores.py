@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from admin_hf.checkpoints import write_whole
 from admin_hf.paths import published
-from admin_hf.run.folder import DECODES_NAME, PREDICTIONS_NAME, RESULTS_NAME
+from admin_hf.run.folder import DECODES_NAME, RESULTS_NAME, predictions_name
 
 from .arguments import Arguments
 from .data import Splits
@@ -49,8 +49,8 @@ def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) ->
 def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset) -> dict:
     """Translate the test sentences, and score them if they can be.
 
-    Line n of generated_predictions.txt is the translation of sentence n; of several target languages each has a file of
-    its own, such as generated_predictions.de.txt.
+    Line n of generated_predictions.txt is the translation of sentence n; of several target languages, each has a file
+    of its own, such as generated_predictions.de.txt.
     """
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
@@ -68,8 +68,7 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     for language in dict.fromkeys(languages):
         is_in = [of_line == language for of_line in languages]
         rows = sorted(compress(zip(dataset["index"], dataset["source"], lines, strict=True), is_in))
-        path = Path(trainer.args.output_dir, PREDICTIONS_NAME)
-        path = path.with_suffix(f".{language}{path.suffix}") if language else path
+        path = Path(trainer.args.output_dir, predictions_name(language))
         write_whole(path, "".join(f"{translation}\n" for _, _, translation in rows))
         for _, source, translation in rows[:3]:
             print(f"  {source}\n  -> {translation}")

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from admin_hf.checkpoints import sentencepiece_named
-from admin_hf.encoding import control_tokens, read_control_tokens_as_text, sentence_tokenizer
+from admin_hf.encoding import control_tokens, language_codes, read_control_tokens_as_text, sentence_tokenizer
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
@@ -172,7 +172,8 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
             in text, for whoever translates with the model.
 
     Raises:
-        InputError: there is none, or its layout cannot be trained with.
+        InputError: there is none, or its layout cannot be trained with, or it is a run's whose sources had language
+            codes, and the prefix has none.
     """
     with refusing(f"The tokenizer {name} cannot be loaded"), sentencepiece_named():
         tokenizer = (
@@ -203,4 +204,10 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
             )
     if max(ids) >= len(tokenizer):
         raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
+    codes = language_codes(tokenizer) if "split_special_tokens" in tokenizer.init_kwargs else []
+    if codes and not any(code in prefix for code in codes):
+        raise InputError(
+            f"The tokenizer {name} is of a model whose sources begin with a language code, such as {codes[0]}: give "
+            f"all its languages as --target_lang, with commas between them, or one with --source_prefix '{codes[0]} '."
+        )
     return read_control_tokens_as_text(tokenizer, prefix)

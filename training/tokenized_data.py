@@ -71,8 +71,12 @@ def tokenize(raw: Texts, tokenizer: PreTrainedTokenizerBase, arguments: Argument
             else tokenize_for_evaluation(dataset, tokenizer, targets[language], split)
             for language, dataset in texts.items()
         }
-        splits[split] = next(iter(parts.values())) if len(parts) == 1 else datasets.concatenate_datasets(
-            [part.add_column("language", [language] * len(part)) for language, part in parts.items()]
+        splits[split] = (
+            next(iter(parts.values()))
+            if len(parts) == 1
+            else datasets.concatenate_datasets(
+                [part.add_column("language", [language] * len(part)) for language, part in parts.items()]
+            )
         )
     return splits
 
