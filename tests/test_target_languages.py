@@ -83,7 +83,8 @@ def test_a_tag_within_a_line_is_text(data, tmp_path, caplog):
         _, tokenizer, splits = prepared(data, tmp_path / "run", train_file=tmp_path / "train", vocab_size=90)
     assert splits["train"][0]["input_ids"].count(tokenizer.convert_tokens_to_ids(">>fr<<")) == 0
     assert splits["train"][0]["input_ids"][0] == tokenizer.convert_tokens_to_ids(">>de<<")
-    assert "(the first is number 1) hold the name of a control token" in caplog.text
+    said = "(the first is number 1) hold the name of a control token, such as <s>, which is read as text"
+    assert said in caplog.text
 
 
 def test_limits_are_of_each_language_and_source_text_alone_has_no_scores(data, tmp_path):

@@ -64,7 +64,7 @@ def write_run_card(
 
 
 def _data_arguments(arguments: dict[str, Any]) -> DataTrainingArguments:
-    return DataTrainingArguments(**{name: arguments[name] for name in ("target_lang", "source_prefix")})
+    return DataTrainingArguments(**{name: arguments.get(name) for name in ("target_lang", "source_prefix")})
 
 
 def _dataset(arguments: dict[str, Any], split: str) -> str:
