@@ -33,6 +33,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(zip(names, cast(list[int], tokenizer.convert_tokens_to_ids(names)), strict=True))
 
 
+def language_codes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The codes, such as `>>de<<`, by which lines choose a target language, if the tokenizer reads them in text."""
+    return [] if tokenizer.split_special_tokens else sorted(filter(_LANGUAGE_CODE.fullmatch, tokenizer.get_vocab()))
+
+
+def first_code(line: str) -> str:
+    """The language code that a line begins with, of whatever model; empty if there is none."""
+    return match[0] if (match := _LANGUAGE_CODE.match(line.lstrip())) else ""
+
+
 def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer, changed to read names of control tokens as text, here and wherever it is loaded once it is saved.
 

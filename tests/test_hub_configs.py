@@ -32,6 +32,10 @@ ROWS = {
     "wmt14-en-fr-6-6": (SYSTEMS, 67),
     "wmt14-en-fr-60-12": (SYSTEMS, 262),
     "multi30k-4-4-tiny": (None, 2.57),
+    "multi30k-4-4-tiny-en-fr": (None, 2.57),
+    "multi30k-4-4-tiny-en-cs": (None, 2.57),
+    "multi30k-4-4-tiny-fr-en": (None, 2.57),
+    "multi30k-4-4-tiny-en-mul": (None, 2.57),
     "multi30k-6-6-tiny": (None, None),
     "multi30k-12-12-tiny": (None, None),
     "multi30k-18-18-tiny": (None, None),
@@ -211,6 +215,18 @@ def test_deeper_models_of_multi30k_train_as_the_shallow_one(layers):
     deep = read(f"multi30k-{layers}-tiny", "recipe.json")
     own = {"config_name": f"hub_configs/multi30k-{layers}-tiny", "output_dir": f"runs/multi30k-{layers}-tiny"}
     assert deep | read("multi30k-4-4-tiny", "recipe.json") | own == deep
+
+
+@pytest.mark.parametrize(
+    ("pair", "languages"),
+    {"en-fr": ("en", "fr"), "en-cs": ("en", "cs"), "fr-en": ("fr", "en"), "en-mul": ("en", "de,fr,cs")}.items(),
+)
+def test_other_languages_of_multi30k_train_as_german_does(pair, languages):
+    name = f"multi30k-4-4-tiny-{pair}"
+    own = {"config_name": f"hub_configs/{name}", "output_dir": f"runs/{name}"}
+    own |= dict(zip(("source_lang", "target_lang"), languages, strict=True))
+    assert read(name, "recipe.json") == read("multi30k-4-4-tiny", "recipe.json") | own
+    assert read(name, "config.json") == read("multi30k-4-4-tiny", "config.json")
 
 
 @pytest.mark.parametrize("name", PAPER_FOLDERS)

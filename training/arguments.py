@@ -4,9 +4,10 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -105,7 +106,11 @@ class DataTrainingArguments:
     """Which sentence pairs to train on, to validate with and to translate."""
 
     source_lang: str | None = HfArg(default=None, help="Source language, such as 'en'.")
-    target_lang: str | None = HfArg(default=None, help="Target language, such as 'de'.")
+    target_lang: str | None = HfArg(
+        default=None,
+        help="Target language, such as 'de', or several, 'de,fr,cs': one model then translates into all of them, and "
+        "a tag before the source, such as '>>de<<', says into which.",
+    )
     dataset_name: str | None = HfArg(
         default=None, help="Data set on the Hub, or a local folder with one, in place of files."
     )
@@ -151,6 +156,19 @@ class DataTrainingArguments:
     def __post_init__(self) -> None:
         if self.val_max_target_length is None:
             self.val_max_target_length = self.max_target_length
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What chooses each of several target languages, such as `{"de": ">>de<<", "fr": ">>fr<<"}`; none of one."""
+        languages = (self.target_lang or "").split(",")
+        return {language: f">>{language}<<" for language in languages} if len(languages) > 1 else {}
+
+    def by_target(self) -> dict[str, "DataTrainingArguments"]:
+        """The arguments of each target language alone; where there are several, its tag begins every source."""
+        if not self.tags:
+            return {str(self.target_lang): self}
+        prefixes = {language: f"{tag} {self.source_prefix or ''}" for language, tag in self.tags.items()}
+        return {name: replace(self, target_lang=name, source_prefix=prefix) for name, prefix in prefixes.items()}
 
 
 @dataclass
@@ -410,7 +428,12 @@ def _check_data(data: DataTrainingArguments, training: TranslationTrainingArgume
     for name in ("source_lang", "target_lang"):
         if not getattr(data, name):
             raise InputError(f"--{name} is missing: give a language key such as 'en'.")
-    if data.source_lang == data.target_lang:
+    languages = str(data.target_lang).split(",")
+    if len(languages) > 1 and not all(re.fullmatch(r"[\w.-]+", language) for language in languages):
+        raise InputError(f"--target_lang {data.target_lang}: expected languages with commas between them: de,fr.")
+    if twice := [language for language in languages if languages.count(language) > 1]:
+        raise InputError(f"--target_lang {data.target_lang} has {twice[0]!r} twice; expected each language once.")
+    if data.source_lang in languages:
         raise InputError(f"--source_lang and --target_lang are both {data.source_lang!r}.")
     for split, flag in wanted.items():
         if data.dataset_name is None and getattr(data, f"{split}_file") is None:
@@ -425,11 +448,12 @@ def _check_metric(training: TranslationTrainingArguments, target_lang: str) -> N
         raise InputError(f"--metric_for_best_model {metric} needs translations: give --predict_with_generate True.")
     if name not in scores:
         raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
-    if name == "moses_bleu" and not Language.parse(target_lang).has_moses_tokens:
-        raise InputError(
-            f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {target_lang}; use "
-            "bleu, whose tokens fit the language."
-        )
+    for language in target_lang.split(","):
+        if name == "moses_bleu" and not Language.parse(language).has_moses_tokens:
+            raise InputError(
+                f"--metric_for_best_model {metric}: there is no Moses tokenizer for --target_lang {language}; use "
+                "bleu, whose tokens fit the language."
+            )
 
 
 def _check_start(model: ModelArguments, training: TranslationTrainingArguments) -> None:

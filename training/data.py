@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -21,7 +22,9 @@ from .files import TextFile, check_text, contents, load_files, place
 
 logger = logging.getLogger(__name__)
 
-Splits = dict[str, Dataset]  # "train", "validation" and "test", those of them that are used
+# "train", "validation" and "test", those of them that are used; of text, one data set for each target language
+Splits = dict[str, Dataset]
+Texts = dict[str, dict[str, Dataset]]
 
 
 def resolve_files(file: str, data: DataTrainingArguments, split: str) -> list[TextFile]:
@@ -156,18 +159,38 @@ def _limit(dataset: Dataset, split: str, data: DataTrainingArguments) -> Dataset
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
-def load_data(arguments: Arguments) -> Splits:
-    """Load the splits that are used, after checking the files of all of them, and that the run has begun with them."""
+def load_data(arguments: Arguments) -> Texts:
+    """Load the splits that are used, after checking the files of all of them, and that the run has begun with them.
+
+    Raises:
+        InputError: something cannot be read, is not what the run has begun with, or is to be scored in some of the
+            target languages alone.
+    """
     model, data, training = arguments
     check_cache(model)
-    splits = [split for split, flag in SPLIT_FLAGS.items() if getattr(training, flag)]
-    files = {split: split_files(split, data, model) for split in splits}
-    runs.check_data(arguments, {split: contents(found) for split, found in files.items() if found})
-    raw = {split: load_pairs(split, data, model, files[split]) for split in splits}
+    splits, targets = [split for split, flag in SPLIT_FLAGS.items() if getattr(training, flag)], data.by_target()
+    files = {split: {name: split_files(split, one, model) for name, one in targets.items()} for split in splits}
+    known = {split: contents([*chain.from_iterable(found.values())]) for split, found in files.items()}
+    runs.check_data(arguments, {split: content for split, content in known.items() if content})
+    raw = {
+        split: {name: load_pairs(split, one, model, files[split][name]) for name, one in targets.items()}
+        for split in splits
+    }
     runs.check_data(arguments, contents_of(raw))  # with that of data sets by name, which is known now
+    for split, texts in raw.items():
+        missing = [name for name, dataset in texts.items() if "target" not in dataset.column_names]
+        if 0 < len(missing) < len(texts):
+            raise InputError(f"The {split} data have no {missing[0]!r}: add it, or leave out all target languages.")
     return raw
 
 
-def contents_of(raw: Splits) -> dict[str, runs.Contents]:
+def contents_of(raw: Texts) -> dict[str, runs.Contents]:
     """Size and checksum of what each split was loaded from, by path or name."""
-    return {split: dataset.info.download_checksums for split, dataset in raw.items()}
+    contents_by_split: dict[str, runs.Contents] = {}
+    for split, texts in raw.items():
+        found = contents_by_split[split] = {}
+        for language, dataset in texts.items():
+            for name, content in dataset.info.download_checksums.items():
+                # Of a data set by name, each target language is another text
+                found[name if found.get(name, content) == content else f"{name} {language}"] = content
+    return contents_by_split

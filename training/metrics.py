@@ -151,6 +151,11 @@ class TranslationMetric(evaluate.Metric):
         self.language = None if target_lang is None else Language.parse(target_lang)
         self.scorers = build_scorers(self.language, lowercase)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the scores."""
+        return [*self.scorers]
+
     def normalize(self, text: str) -> str:
         """The text as it is compared, before its words are found."""
         text = " ".join(unicodedata.normalize("NFC", text).split())
@@ -179,3 +184,53 @@ class TranslationMetric(evaluate.Metric):
                 signature.update("unicode", "NFC")
             results[f"{name}_signature"] = str(signature)
         return results
+
+
+class MultilingualMetric:
+    """Scores of translations into several languages: of each by its own rules, as `de_bleu`, and the means, as `bleu`.
+
+    Args:
+        metrics: by the languages' names.
+
+    Example:
+
+    ```python
+    >>> metric = MultilingualMetric({language: TranslationMetric(target_lang=language) for language in ("de", "fr")})
+    >>> texts = ["ein kleiner Test .", "un petit test ."]
+    >>> scores = metric.compute(predictions=[texts[0], "rien"], references=texts, language=["de", "fr"])
+    >>> round(scores["de_bleu"]), round(scores["fr_bleu"]), round(scores["bleu"])
+    (100, 0, 50)
+    >>> scores["bleu_signature"]
+    'mean:de,fr|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0'
+
+    ```
+    """
+
+    def __init__(self, metrics: dict[str, TranslationMetric]) -> None:
+        self.metrics = metrics
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the scores, the means first."""
+        return [*self._means, *(f"{language}_{name}" for language, of in self.metrics.items() for name in of.names)]
+
+    @property
+    def _means(self) -> list[str]:
+        first, *others = self.metrics.values()
+        return [name for name in first.names if all(name in other.names for other in others)]
+
+    def compute(self, predictions: list[str], references: list[str], language: list[str]) -> dict[str, float | str]:
+        """The scores and their signatures; a mean only if there are texts in every language."""
+        scores: dict[str, float | str] = {}
+        for name, metric in self.metrics.items():
+            rows = [row for row, of_row in enumerate(language) if of_row == name]
+            texts = {"predictions": [predictions[i] for i in rows], "references": [references[i] for i in rows]}
+            found = metric.compute(**texts) if rows else {}
+            scores |= {f"{name}_{key}": value for key, value in found.items()}
+        for name in self._means:
+            of_name: list = [scores.get(f"{language}_{name}") for language in self.metrics]
+            if None not in of_name:
+                signatures = dict.fromkeys(str(scores[f"{language}_{name}_signature"]) for language in self.metrics)
+                scores[name] = sum(of_name) / len(of_name)
+                scores[f"{name}_signature"] = f"mean:{','.join(self.metrics)}|{' '.join(signatures)}"
+        return scores

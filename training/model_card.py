@@ -1,6 +1,8 @@
 """The model card of a run: what admin_hf.card knows of any model, and what this script recorded beside it."""
 
 import re
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +52,19 @@ def write_run_card(
         _draw(omega, vanilla / FIGURE_NAME)
         training += "\n\n" + FIGURE.format(profiled=PROFILED if found.profile else "")
     sentence = "A dog runs." if arguments["source_lang"].startswith("en") else "…"
+    targets, tags = _data_arguments(arguments).by_target(), _data_arguments(arguments).tags
     card = Card(
         _metadata(arguments, scores, repo_id),
         is_profiled,
         base_model=arguments["model_name_or_path"],
-        sections={"Scores": _scores(scores), "Data": _data(arguments), "Training": training},
-        example=(arguments["source_prefix"] or "") + sentence,
+        sections={"Scores": _scores(scores, tags), "Data": _data(arguments), "Training": training},
+        example=(next(iter(targets.values())).source_prefix or "") + sentence,
     )
     card.write(vanilla, repo_id)
+
+
+def _data_arguments(arguments: dict[str, Any]) -> DataTrainingArguments:
+    return DataTrainingArguments(**{name: arguments.get(name) for name in ("target_lang", "source_prefix")})
 
 
 def _dataset(arguments: dict[str, Any], split: str) -> str:
@@ -68,7 +75,7 @@ def _dataset(arguments: dict[str, Any], split: str) -> str:
 
 
 def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -> ModelCardData:
-    languages = [arguments["source_lang"], arguments["target_lang"]]
+    languages = [arguments["source_lang"], *_data_arguments(arguments).by_target()]
     dataset = arguments["dataset_name"]
     datasets = [dataset] if dataset and is_hub_id(dataset) else None
     results = [
@@ -94,13 +101,14 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -
     )
 
 
-def _scores(scores: dict[str, Any]) -> str:
+def _scores(scores: dict[str, Any], languages: Iterable[str]) -> str:
     rows = []
-    for split, name in SPLITS.items():
+    for (split, name), language in product(SPLITS.items(), ["", *languages]):
         for metric in SHOWN_METRICS:
-            if f"vanilla_{split}_{metric}" in scores:
-                both = (f"{scores[key]:.2f}" for key in (f"vanilla_{split}_{metric}", f"{split}_{metric}"))
-                rows.append([name, METRICS[metric], *both, f"`{scores[f'{split}_{metric}_signature']}`"])
+            key = "_".join(filter(None, (split, language, metric)))
+            if f"vanilla_{key}" in scores:
+                both = (f"{scores[name]:.2f}" for name in (f"vanilla_{key}", key))
+                rows.append([f"{name} {language}".strip(), METRICS[metric], *both, f"`{scores[f'{key}_signature']}`"])
     if not rows:
         return "This model was not evaluated."
     return score_table(["set", "metric", "this model", "before folding", "sacreBLEU signature"], rows)
@@ -111,6 +119,8 @@ def _data(arguments: dict[str, Any]) -> str:
     for split in ("train", "validation", "test"):
         if name := arguments["dataset_name"] or arguments[f"{split}_file"]:
             lines.append(f"- {split}: {published(name, '' if arguments['dataset_name'] else '_file')}")
+    if tags := _data_arguments(arguments).tags:
+        lines.append(f"- the target language is chosen by a tag before the source: {', '.join(tags.values())}")
     case = "Text is lower-cased." if arguments["lowercase"] else "Text keeps its case."
     return "\n".join([*lines, "", case])
 

@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 # Which arguments tell one run from another, for the table
 SHOWN = ("optim", "learning_rate", "warmup_steps", "max_tokens", "per_device_train_batch_size", "average_last")
 SHOWN += ("num_beams", "label_smoothing_factor", "bf16", "seed")
-OTHER_ARGUMENTS = ("config_name", "config_overrides", "output_dir")
+OTHER_ARGUMENTS = ("config_name", "config_overrides", "output_dir", "target_lang")
 
 
 def collect(run: Path) -> dict[str, Any]:
@@ -76,9 +76,11 @@ def _scores(results: list[dict[str, Any]]) -> list[str]:
     header = "| run | split | tokenised BLEU | BLEU | vanilla | chrF2 | TER | loss | signatures |"
     rows = [header, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
     for result in results:
-        for prefix, split in SPLITS.items():
-            scores = result["scores"]
-            if f"{prefix}_loss" in scores:
+        scores, languages = result["scores"], (result["arguments"].get("target_lang") or "").split(",")
+        of_all, each = SPLITS.items(), languages if len(languages) > 1 else []
+        rows_of = [*of_all, *((f"{prefix}_{name}", f"{split} {name}") for prefix, split in of_all for name in each)]
+        for prefix, split in rows_of:
+            if scores.keys() & {f"{prefix}_loss", f"{prefix}_bleu"}:
                 names = [f"{prefix}_{name}" for name in ("moses_bleu", "bleu", "chrf", "ter", "loss")]
                 names.insert(2, f"vanilla_{prefix}_bleu")
                 values = [_number(scores.get(name)) for name in names]

@@ -3,13 +3,14 @@
 import json
 import logging
 from datetime import UTC, datetime
+from itertools import compress
 from pathlib import Path
 
 from datasets import Dataset
 
 from admin_hf.checkpoints import write_whole
 from admin_hf.paths import published
-from admin_hf.run.folder import DECODES_NAME, PREDICTIONS_NAME, RESULTS_NAME
+from admin_hf.run.folder import DECODES_NAME, RESULTS_NAME, predictions_name
 
 from .arguments import Arguments
 from .data import Splits
@@ -46,7 +47,11 @@ def evaluate(trainer: TranslationTrainer, vanilla: TranslationTrainer | None) ->
 
 
 def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dataset: Dataset) -> dict:
-    """Translate the test sentences into generated_predictions.txt, in their order, and score them if they can be."""
+    """Translate the test sentences, and score them if they can be.
+
+    Line n of generated_predictions.txt is the translation of sentence n; of several target languages, each has a file
+    of its own, such as generated_predictions.de.txt.
+    """
     output = trainer.predict(dataset, metric_key_prefix="test")
     metrics = output.metrics | {f"test_{name}": value for name, value in trainer.signatures.items()}
     log_scores(trainer, "test", metrics)
@@ -57,15 +62,18 @@ def predict(trainer: TranslationTrainer, vanilla: TranslationTrainer | None, dat
     if not trainer.is_world_process_zero() or not trainer.args.predict_with_generate:
         return metrics
     lines = trainer.translations(output.predictions, dataset)
-    rows = sorted(zip(dataset["index"], dataset["source"], lines, strict=True))
-    _, sources, translations = zip(*rows, strict=True)
-    if not any(translations):
+    if not any(lines):
         logger.warning("All translations are empty: the model has not learnt enough; train longer.")
-    path = Path(trainer.args.output_dir) / PREDICTIONS_NAME
-    write_whole(path, "".join(f"{text}\n" for text in translations))
-    for source, translation in zip(sources[:3], translations[:3], strict=True):
-        print(f"  {source}\n  -> {translation}")
-    print(f"Translations: {path}\nModel, tokenizer, scores: {trainer.args.output_dir}")
+    languages = dataset["language"][:] if "language" in dataset.column_names else [""] * len(lines)
+    for language in dict.fromkeys(languages):
+        is_in = [of_line == language for of_line in languages]
+        rows = sorted(compress(zip(dataset["index"], dataset["source"], lines, strict=True), is_in))
+        path = Path(trainer.args.output_dir, predictions_name(language))
+        write_whole(path, "".join(f"{translation}\n" for _, _, translation in rows))
+        for _, source, translation in rows[:3]:
+            print(f"  {source}\n  -> {translation}")
+        print(f"Translations: {path}")
+    print(f"Model, tokenizer, scores: {trainer.args.output_dir}")
     return metrics
 
 
@@ -83,13 +91,13 @@ def log_scores(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
 
 def compare(trainer: TranslationTrainer, split: str, metrics: dict, vanilla_metrics: dict) -> dict:
     """Print the scores of the trained and of the vanilla model side by side; save and return the latter."""
-    names = [name for name in (f"{split}_{name}" for name in trainer.metric.scorers) if name in metrics]
+    names = [name for name in (f"{split}_{name}" for name in trainer.metric.names) if name in metrics]
     scores = {f"vanilla_{name}": vanilla_metrics[f"vanilla_{name}"] for name in names}
     trainer.save_metrics(f"vanilla_{split}", scores)
     if trainer.is_world_process_zero():
-        print(f"{'':16}{'trained':>10}{'vanilla':>10}")
+        print(f"{'':20}{'trained':>10}{'vanilla':>10}")
         for name in names:
-            print(f"{name:16}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
+            print(f"{name:20}{metrics[name]:>10.2f}{scores[f'vanilla_{name}']:>10.2f}")
     return scores
 
 

@@ -18,16 +18,16 @@ from . import runs
 from .arguments import Arguments, shown
 from .batching import TranslationCollator
 from .checkpointing import remove_incomplete_checkpoints, writing
-from .data import Splits, contents_of
+from .data import Splits, Texts, contents_of
 from .divergence import Divergence
 from .errors import InputError, refusing
 from .hub import first_line
-from .metrics import TranslationMetric
+from .metrics import MultilingualMetric, TranslationMetric
 from .scores import log_scores, remove_results
 from .segmentation import BpeDropout
 from .signals import StopOnSignal
 from .tokenization import lowercases
-from .tokenized_data import check_references, pair_limits
+from .tokenized_data import check_references, in_language, pair_limits
 from .trainer import EarlyStopping, TranslationTrainer
 
 
@@ -45,9 +45,12 @@ def build_trainer(
     training = arguments.training
     if not training.do_train or runs.finished_checkpoint(training):
         training.report_to = []  # there is nothing to draw, and TensorBoard would make a folder elsewhere
-    metric = TranslationMetric(lowercases(tokenizer), arguments.data.target_lang)
-    if training.predict_with_generate:
-        check_references(metric, tokenizer, data, arguments.data.val_max_target_length)
+    metrics, lowercase = {}, lowercases(tokenizer)
+    for language in arguments.data.by_target():
+        metrics[language] = TranslationMetric(lowercase, language)
+        if training.predict_with_generate:
+            evaluated = {split: in_language(data[split], language) for split in data if split != "train"}
+            check_references(metrics[language], tokenizer, evaluated, arguments.data.val_max_target_length)
     callbacks = [AdminProfilingCallback(), stop]
     if training.keep_freed_memory:
         callbacks.append(KeepFreedMemory())
@@ -55,7 +58,7 @@ def build_trainer(
         callbacks.append(EarlyStopping(training.early_stopping_patience))
     try:
         trainer = TranslationTrainer(
-            metric=metric,
+            metric=MultilingualMetric(metrics) if len(metrics) > 1 else metrics[arguments.data.target_lang],
             residuals=ResidualMonitor(model),
             segmentation=_segmentation(arguments, tokenizer),
             model=model,
@@ -87,7 +90,7 @@ def _segmentation(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> B
     return BpeDropout(tokenizer, data.bpe_dropout, seed, pair_limits(data, training.longest))
 
 
-def train(trainer: TranslationTrainer, arguments: Arguments, raw: Splits) -> None:
+def train(trainer: TranslationTrainer, arguments: Arguments, raw: Texts) -> None:
     """Train, from the last checkpoint where there is one and if anything is left to train, and save the model."""
     training = arguments.training
     if trainer.is_world_process_zero():

@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from datasets import Dataset
@@ -13,12 +14,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from admin_hf.checkpoints import sentencepiece_named
-from admin_hf.encoding import read_control_tokens_as_text, sentence_tokenizer
+from admin_hf.encoding import control_tokens, language_codes, read_control_tokens_as_text, sentence_tokenizer
 from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
 from . import runs
-from .arguments import Arguments, ModelArguments
+from .arguments import Arguments, DataTrainingArguments, ModelArguments
+from .data import Texts
 from .errors import InputError, refusing
 from .sentencepieces import is_sentencepiece, read_sentencepiece
 
@@ -34,14 +36,16 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 BYTES_FROM = 16 * len(BYTES)
 
 
-def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool = False) -> PreTrainedTokenizerFast:
-    """Train a joint BPE on batches of lines of both languages.
+def train_tokenizer(
+    texts: Iterable[list[str]], vocab_size: int, lowercase: bool = False, tags: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a joint BPE on batches of lines of all languages.
 
     The layout is Marian's, which stock converters rely on: `</s>` is 0, `<unk>` is 1 and `<pad>` is last; a source or
     target ends in `</s>`. Text is NFC-normalised, runs of white space become one space. Decoding gives exactly that
     text back: spaces are part of the tokens, and nothing in a text is read as a control token. Punctuation and digits
     are never merged with letters. From 4,096 entries on, 256 of them are bytes, which spell characters that the data
-    does not have; smaller vocabularies have `<unk>` for them.
+    does not have; smaller vocabularies have `<unk>` for them. `tags`, such as `>>de<<`, are entries behind `<unk>`.
 
     Raises:
         InputError: the data does not give a vocabulary of `vocab_size`.
@@ -56,7 +60,7 @@ def train_tokenizer(texts: Iterable[list[str]], vocab_size: int, lowercase: bool
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**words)])
     spelling = BYTES if vocab_size >= BYTES_FROM else []
     # One entry is left for <pad>, which must come last
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(spelling) - 1, special_tokens=[EOS, UNK])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(spelling) - 1, special_tokens=[EOS, UNK, *tags])
     tokenizer.train_from_iterator(texts, trainer)
     _check_size(vocab_size, tokenizer.get_vocab_size(), len(spelling))
     if spelling:  # no special tokens, which decoding would leave out
@@ -113,13 +117,33 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
 def named_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the arguments name, if any."""
     name = arguments.model.tokenizer_name or arguments.model.model_name_or_path
-    return load_tokenizer(name, arguments.model, arguments.data.source_prefix or "") if name else None
+    return load_tokenizer(name, arguments.model, _prefixes(arguments.data)) if name else None
 
 
-def prepare_tokenizer(arguments: Arguments, raw: dict[str, Dataset]) -> PreTrainedTokenizerBase:
+def _prefixes(data: DataTrainingArguments) -> str:
+    """All that comes before sources: of all of it, control tokens must be read in text."""
+    return "".join(one.source_prefix or "" for one in data.by_target().values())
+
+
+def check_tags(tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments) -> None:
+    """Refuse a tokenizer for several target languages that does not have the tag of each as a token.
+
+    Raises:
+        InputError: naming the first tag that it lacks.
+    """
+    for tag in data.tags.values():
+        if tag not in control_tokens(tokenizer):
+            raise InputError(
+                f"The tokenizer does not have {tag}, by which --target_lang {data.target_lang} chooses a language: "
+                "train a new one, without --tokenizer_name and --model_name_or_path, or add it by "
+                f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{tag!r}, …]}})` and save it."
+            )
+
+
+def prepare_tokenizer(arguments: Arguments, raw: Texts) -> PreTrainedTokenizerBase:
     """Load the run's own tokenizer, or train one on the training pairs."""
     given, training = arguments.model, arguments.training
-    output_dir, prefix = Path(training.output_dir), arguments.data.source_prefix or ""
+    output_dir, prefix = Path(training.output_dir), _prefixes(arguments.data)
     name = None
     # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
     trained = training.local_process_index > 0 or (output_dir / ARGUMENTS_NAME).exists()
@@ -130,7 +154,8 @@ def prepare_tokenizer(arguments: Arguments, raw: dict[str, Dataset]) -> PreTrain
     if name:
         return load_tokenizer(name, given, prefix)
     logger.info(f"Training a joint BPE tokenizer with {given.vocab_size:,} entries.")
-    tokenizer = train_tokenizer(text_batches(raw["train"]), given.vocab_size, given.lowercase)
+    texts = chain.from_iterable(map(text_batches, raw["train"].values()))
+    tokenizer = train_tokenizer(texts, given.vocab_size, given.lowercase, [*arguments.data.tags.values()])
     save_tokenizer(tokenizer, output_dir)
     return load_tokenizer(str(output_dir), given, prefix)  # as every other process and session will see it
 
@@ -147,7 +172,8 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
             in text, for whoever translates with the model.
 
     Raises:
-        InputError: there is none, or its layout cannot be trained with.
+        InputError: there is none, or its layout cannot be trained with, or it is a run's whose sources had language
+            codes, and the prefix has none.
     """
     with refusing(f"The tokenizer {name} cannot be loaded"), sentencepiece_named():
         tokenizer = (
@@ -178,4 +204,10 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
             )
     if max(ids) >= len(tokenizer):
         raise InputError(f"The tokenizer {name} has {len(tokenizer):,} entries but ids up to {max(ids):,}.")
+    codes = language_codes(tokenizer) if "split_special_tokens" in tokenizer.init_kwargs else []
+    if codes and not any(code in prefix for code in codes):
+        raise InputError(
+            f"The tokenizer {name} is of a model whose sources begin with a language code, such as {codes[0]}: give "
+            f"all its languages as --target_lang, with commas between them, or one with --source_prefix '{codes[0]} '."
+        )
     return read_control_tokens_as_text(tokenizer, prefix)

@@ -18,11 +18,11 @@ from admin_hf.encoding import SAID, Encoded, Encoder
 from admin_hf.parallel_text import is_blank
 
 from .arguments import Arguments, DataTrainingArguments
-from .data import Splits, load_data
+from .data import Splits, Texts, load_data
 from .errors import InputError
 from .metrics import TranslationMetric
 from .segmentation import SIDES, check_bpe
-from .tokenization import named_tokenizer, prepare_tokenizer
+from .tokenization import check_tags, named_tokenizer, prepare_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -48,25 +48,44 @@ _LETTER = regex.compile(r"[\p{L}\p{M}]")
 _MANY_UNKNOWN, _TOO_MANY_UNKNOWN = 0.01, 0.25
 
 
-def prepare_data(arguments: Arguments) -> tuple[Splits, PreTrainedTokenizerBase, Splits]:
+def prepare_data(arguments: Arguments) -> tuple[Texts, PreTrainedTokenizerBase, Splits]:
     """The splits as text, the tokenizer that is named or that the run has or trains, and the splits as token ids."""
     tokenizer = named_tokenizer(arguments)
     if tokenizer is not None and arguments.data.bpe_dropout:
         check_bpe(tokenizer)
+    if tokenizer is not None:
+        check_tags(tokenizer, arguments.data)
     with arguments.training.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
         tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
         return raw, tokenizer, tokenize(raw, tokenizer, arguments)
 
 
-def tokenize(raw: Splits, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Splits:
-    """Turn every split into token ids."""
-    return {
-        split: tokenize_for_training(dataset, tokenizer, arguments.data, arguments.training.longest)
-        if split == "train"
-        else tokenize_for_evaluation(dataset, tokenizer, arguments.data, split)
-        for split, dataset in raw.items()
-    }
+def tokenize(raw: Texts, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> Splits:
+    """Turn every split into token ids: of several target languages one after the other, with a column `language`."""
+    targets, splits = arguments.data.by_target(), {}
+    for split, texts in raw.items():
+        parts = {
+            language: tokenize_for_training(dataset, tokenizer, targets[language], arguments.training.longest)
+            if split == "train"
+            else tokenize_for_evaluation(dataset, tokenizer, targets[language], split)
+            for language, dataset in texts.items()
+        }
+        splits[split] = (
+            next(iter(parts.values()))
+            if len(parts) == 1
+            else datasets.concatenate_datasets(
+                [part.add_column("language", [language] * len(part)) for language, part in parts.items()]
+            )
+        )
+    return splits
+
+
+def in_language(dataset: Dataset, language: str) -> Dataset:
+    """The rows of one target language."""
+    if "language" not in dataset.column_names:
+        return dataset
+    return dataset.select(np.flatnonzero(np.array(dataset["language"][:]) == language))
 
 
 def tokenize_for_training(

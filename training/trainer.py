@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from admin_hf.sharding import sharding
 
 from .batching import BucketCollator, Buckets, TokenBatchSampler, longest_side, round_up
 from .checkpointing import ResumableTrainer
-from .metrics import TranslationMetric
+from .metrics import MultilingualMetric, TranslationMetric
 from .monitor import TranslationProgress, UpdateMonitor
 from .moving_average import MovingAverage
 from .optimization import RADAM, radam, warm_up_from
@@ -64,7 +65,7 @@ class TranslationTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        metric: TranslationMetric,
+        metric: TranslationMetric | MultilingualMetric,
         residuals: ResidualMonitor | None = None,
         segmentation: BpeDropout | None = None,
         **kwargs: Any,
@@ -154,13 +155,15 @@ class TranslationTrainer(ResumableTrainer):
         dataset = self._evaluated_set
         if not self.args.predict_with_generate or dataset is None or "target" not in dataset.column_names:
             return {}
-        lines = self.translations(prediction.predictions, dataset)
-        pairs = [(line, target) for line, target in zip(lines, dataset["target"], strict=True) if not is_blank(target)]
-        if not pairs:
+        columns = {
+            "predictions": self.translations(prediction.predictions, dataset),
+            "references": dataset["target"][:],
+            **{name: dataset[name][:] for name in ("language",) if name in dataset.column_names},
+        }
+        is_scored = [not is_blank(target) for target in columns["references"]]
+        if not any(is_scored):
             return {}
-        scores = self.metric.compute(
-            predictions=[line for line, _ in pairs], references=[target for _, target in pairs]
-        )
+        scores = self.metric.compute(**{name: [*compress(column, is_scored)] for name, column in columns.items()})
         self.signatures = {name: score for name, score in scores.items() if isinstance(score, str)}
         return {name: score for name, score in scores.items() if name not in self.signatures}
 

@@ -10,7 +10,7 @@ from .. import parallel_text
 from ..analysis.inputs import find_tokenizer
 from ..modeling_admin import AdminForConditionalGeneration
 from ..parallel_text import find_files, is_blank
-from ..run.folder import PREDICTIONS_NAME, Run, regular_file
+from ..run.folder import Run, predictions_name, regular_file
 
 
 # Sentences to measure with, and to translate; of at most so many tokens
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
-    """Read the first sentences of a split, in the forms that run_translation.py takes.
+    """Read the first sentences of a split, in the forms that run_translation.py takes; in the first target language.
 
     Args:
         run: whose arguments name the file.
@@ -41,9 +41,17 @@ def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
     source, target = (run.arguments.get(f"{side}_lang") for side in ("source", "target"))
     if not (isinstance(name, str) and isinstance(source, str) and isinstance(target, str)):
         raise FileNotFoundError(f"the run names no {split} file.")
+    target = target.partition(",")[0]
     paths = find_files(name, (source, target), source_only=True)
     pairs = parallel_text.read_pairs([regular_file(path) for path in paths], (source, target), source_only=True)
     return [Sample(pair.source or "", pair.target) for pair in islice(pairs, count)]
+
+
+def first_target(run: Run) -> tuple[str, str]:
+    """The first of several target languages, or nothing; and what comes before the sources that are translated."""
+    prefix = str(run.arguments.get("source_prefix") or "")
+    first, several, _ = str(run.arguments.get("target_lang")).partition(",")
+    return (first, f">>{first}<< {prefix}") if several else ("", prefix)
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
@@ -56,7 +64,8 @@ def predictions(run: Run, count: int) -> list[Sample]:
     if not any(name.startswith("test_") for name in run.scores):  # training that goes on removes the scores
         return []
     try:
-        lines = parallel_text.read_pairs([regular_file(run.folder / PREDICTIONS_NAME)], ())
+        name = predictions_name(first_target(run)[0])
+        lines = parallel_text.read_pairs([regular_file(run.folder / name)], ())
         samples = read_pairs(run, "test", count)
         return [pair._replace(translation=line.source) for pair, line in zip(samples, lines, strict=False)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -9,18 +9,19 @@ from ..analysis.gradients import GradientNorms
 from ..analysis.omega import omega_history
 from ..architecture import STACKS
 from ..checkpoints import one_line
-from ..run.folder import PREDICTIONS_NAME, Run
+from ..run.folder import Run, predictions_name
 from . import figures
 from .measure import Moment, batch_of, measured, newest_model, starting_model
 from .sections import Section
-from .text import SENTENCES, load_tokenizer, predictions, read_pairs, translate
+from .text import SENTENCES, first_target, load_tokenizer, predictions, read_pairs, translate
 
 
 def translations(run: Run) -> Section:
     """The first lines of generated_predictions.txt, else translations of validation sentences."""
     section = Section("translations", "Translations")
     if samples := predictions(run, SENTENCES):
-        section.text.append(f"The first sentences of the test set, as {PREDICTIONS_NAME} has them.")
+        name = predictions_name(first_target(run)[0])
+        section.text.append(f"The first sentences of the test set, as {name} has them.")
         section.samples = samples
         return section
     with _explained(section):
@@ -28,7 +29,7 @@ def translations(run: Run) -> Section:
         if (tokenizer := load_tokenizer(run)) is None:
             raise ValueError("The run has no tokenizer that can be loaded.")
         pairs = read_pairs(run, "validation", SENTENCES)
-        section.samples = translate(model, tokenizer, pairs, str(run.arguments.get("source_prefix") or ""))
+        section.samples = translate(model, tokenizer, pairs, first_target(run)[1])
         section.text.append(f"The first sentences of the validation set, translated by {name}.")
     return section
 

@@ -157,6 +157,11 @@ class Run:
         return self.read(DIVERGENCE_NAME)
 
 
+def predictions_name(language: str = "") -> str:
+    """The file of a run's translations; of several target languages, each has its own."""
+    return str(Path(PREDICTIONS_NAME).with_suffix(f".{language}.txt")) if language else PREDICTIONS_NAME
+
+
 # --- its checkpoints ------------------------------------------------------------------------------
 
 

@@ -29,8 +29,9 @@ def add_command(commands: Any) -> None:
         "translate",
         help="translate text, line for line",
         description="Translate files, or standard input, line for line: line n of the output is the translation of "
-        "line n of the input, and a blank line stays blank. Names of special tokens in the text are text. Lines that "
-        "are too long for the model are cut; standard error says which.",
+        "line n of the input, and a blank line stays blank. Names of special tokens in the text are text, "
+        "but for a language code of the model at the beginning of a line, such as >>de<<. Lines that are too long for "
+        "the model are cut; standard error says which.",
         epilog="example: python -m admin_hf translate runs/en-de test.en --output test.de",
     )
     command.add_argument(

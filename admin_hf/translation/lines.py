@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, overload
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..encoding import SAID, Encoder
+from ..encoding import SAID, Encoder, first_code, language_codes
 from ..parallel_text import as_written, is_blank
 from .engines import CTranslate2Engine, Engine, Ids, TransformersEngine
 
@@ -72,8 +72,9 @@ def translate(
 ) -> list[str] | list[list[Translation]]:
     """Translate lines of text: one line for each, blank for a blank one.
 
-    Names of special tokens in the lines are text. What is not taken as it is, such as lines that are too long and are
-    cut, is said in warnings, with its numbers.
+    Names of special tokens in the lines are text, but for a language code of the model at the beginning of a line,
+    such as `>>de<<`, which chooses the target language. What is not taken as it is, such as lines that are too long
+    and are cut, is said in warnings, with its numbers.
 
     Args:
         model: an encoder-decoder of Transformers, with ω or without, an [`Ensemble`], or a `ctranslate2.Translator`.
@@ -150,7 +151,11 @@ class LineTranslator:
             raise ValueError(f"nbest is {nbest}, more than the {beams} beams find: give as many beams.")
         self.engine, self.tokenizer = engine, tokenizer
         self.nbest, self.batch_size = nbest, batch_size
-        self.encoder = Encoder(tokenizer, prefix=source_prefix)
+        codes = language_codes(tokenizer)
+        # What a line may begin with, and what encodes such lines; others have no code
+        self.codes = [] if any(code in source_prefix for code in codes) else codes
+        self.encoders = {"": Encoder(tokenizer, prefix=source_prefix)}
+        self.source_prefix = source_prefix
         self.settings = copy.deepcopy(engine.generation_config)
         self.prefix = self._forced(prefix)
         self._set_search(beams, length_penalty, max_length)
@@ -227,16 +232,30 @@ class LineTranslator:
         rows = [row for row, line in enumerate(lines) if not is_blank(line)]
         if not rows:
             return {}  # stock tokenizers fail on no text at all
-        encoded = self.encoder([lines[row] for row in rows])
+        by_code: dict[str, list[int]] = {}
+        for row in rows:
+            code = first_code(lines[row])
+            by_code.setdefault(code if code in self.codes else "", []).append(row)
+        if self.codes:
+            what = f"do not begin with a language code, such as {self.codes[0]}: the model chooses the language"
+            self._say(by_code.get("", []), what)
+        sources: dict[int, Ids] = {}
+        notes: dict[int, int] = {}
+        for code, some in by_code.items():
+            if code not in self.encoders:
+                self.encoders[code] = Encoder(self.tokenizer, prefix=f"{code} {self.source_prefix}")
+            encoded = self.encoders[code]([lines[row].lstrip().removeprefix(code) for row in some])
+            notes |= zip(some, encoded.notes, strict=True)
+            found = zip(some, encoded.ids, encoded.tokens, strict=True)
+            sources |= {row: ids for row, ids, tokens in found if tokens}
         for flag, what in SAID.items():
-            self._say([row for row, note in zip(rows, encoded.notes, strict=True) if note & flag], what)
-        sources = {row: ids for row, ids, tokens in zip(rows, encoded.ids, encoded.tokens, strict=True) if tokens}
+            self._say([row for row in rows if notes[row] & flag], what)
         self._say([row for row in rows if row not in sources], "hold nothing that the tokenizer knows, and stay blank")
         limits = (self.engine.positions, self.tokenizer.model_max_length)
         longest = min(limit for limit in limits if limit)
         long = [row for row, ids in sources.items() if len(ids) > longest]
         self._say(long, f"are longer than the {longest:,} tokens that the model takes, and are cut")
-        back = self.encoder.back
+        back = self.encoders[""].back
         return sources | {row: [*sources[row][: longest - len(back)], *back] for row in long}
 
     def _translations(self, sources: list[Ids], targets: list[list[Ids]]) -> list[list[Translation]]:
