@@ -372,7 +372,7 @@ def test_an_earlier_average_is_replaced_and_nothing_else(run, tmp_path, capsys):
     AdminForConditionalGeneration.from_pretrained(out).save_pretrained(out)
     before = files(out)
     assert main(["average", str(run), str(out), "--last", "1"]) == 2
-    assert "holds a model that is no average of checkpoints" in capsys.readouterr().err
+    assert "contains a model that is not an average of checkpoints" in capsys.readouterr().err
     assert files(out) == before
 
 
@@ -384,8 +384,8 @@ def test_the_run_and_its_checkpoints_are_never_replaced(run, tmp_path, capsys):
     places |= {tmp_path / "other": "is the folder of a run"}
     places |= {run / "checkpoint-1500": "is the place of a checkpoint", run / "checkpoint-9": "is the place of a"}
     places |= {tmp_path / "link" / "checkpoint-500" / "deeper": "is the place of a checkpoint"}
-    places |= {tmp_path / "other" / "checkpoint-1": "holds a model that is no average"}
-    places |= {tmp_path / "sharded": "holds a model that is no average"}
+    places |= {tmp_path / "other" / "checkpoint-1": "contains a model that is not an average"}
+    places |= {tmp_path / "sharded": "contains a model that is not an average"}
     before = files(tmp_path)
     for out, reason in places.items():
         assert main(["average", str(run), str(out), "--last", "2"]) == 2

@@ -177,7 +177,7 @@ def test_a_checkpoint_to_train_on_is_never_replaced(good, tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text("[]")
     (tmp_path / "link").symlink_to(good)
     reasons = {good: "is the checkpoint itself", tmp_path / "link": "is the checkpoint itself"}
-    reasons |= {tmp_path / "other": "holds a 'admin' model", tmp_path / "stranger": "holds a 'bart' model"}
+    reasons |= {tmp_path / "other": "contains a 'admin' model", tmp_path / "stranger": "contains a 'bart' model"}
     for out, reason in (reasons | {tmp_path / "odd": "holds a None model"}).items():
         before = files(out)
         assert main(["export", str(good), str(out)]) == 2

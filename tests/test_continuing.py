@@ -99,7 +99,7 @@ def test_without_the_flags_a_model_is_gone_on_from_as_it_is(opus, text, tmp_path
         ({"encoder_layers": 1}, "cannot be deepened: encoder_layers=1 is less than the 2 that the model has"),
         ({"decoder_layers": 0}, "--decoder_layers 0 must be at least 1"),
         ({"model_name_or_path": None, "encoder_layers": 4}, "of a new model say --config_overrides encoder_layers=4"),
-        ({"do_train": None, "do_eval": True, "encoder_layers": 4}, "to train on with --do_train"),
+        ({"do_train": None, "do_eval": True, "encoder_layers": 4}, "deepens the model of --model_name_or_path and needs --do_train"),
         ({"max_source_length": 65}, "Sequences of up to 65 tokens are asked for, but the model's max_position_embed"),
         ({"max_target_length": 65}, "Sequences of up to 65 tokens"),
         ({"val_max_target_length": 65}, "Sequences of up to 65 tokens"),

@@ -92,7 +92,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"average_last": 3, "save_strategy": "no"}, "--average_last 3 needs checkpoints"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience 2 needs --eval_strategy"),
         ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, "--save_strategy best"),
-        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
+        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is not a score"),
         ({"optim": "lion_8bit"}, "--optim"),
         ({"optim": "radan"}, "radan"),
         ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
