@@ -143,7 +143,7 @@ def export(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
     if problem:
-        print(f"Beware: {problem}")
+        print(f"Warning: {problem}")
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:
@@ -159,8 +159,8 @@ def average(arguments: argparse.Namespace) -> None:
     """Write the mean of a run's last checkpoints.
 
     Raises:
-        OSError, ValueError: there are too few checkpoints, they cannot be read or do not fit together, or OUT cannot be
-            written.
+        OSError, ValueError: there are too few checkpoints, they cannot be read or do not fit together, or OUT cannot
+            be written.
         ImportError: a package that the tokenizer needs is not installed.
     """
     run, out = arguments.run_folder, arguments.out

@@ -24,8 +24,8 @@ def check_mergeable(model: Any) -> None:
     for adapter in getattr(model, "peft_config", {}).values():
         if adapter.is_prompt_learning:
             raise ValueError(
-                f"{adapter.peft_type.value} trains no weights of the model, so that it cannot be merged into them: "
-                "save the model with its ω, `model.get_base_model().save_pretrained(…)`, and the adapter beside it."
+                f"{adapter.peft_type.value} does not train weights of the model, so it cannot be merged into them: "
+                "save the model with its ω, `model.get_base_model().save_pretrained(…)`, and the adapter separately."
             )
 
 
@@ -60,7 +60,7 @@ def merge_adapters(model: nn.Module) -> None:
         is_shared = any(uses[id(weight)] > 1 for weight in stock.parameters())
         if is_shared and not hasattr(layer, "token_adapter"):  # which PEFT ties as the weights are
             raise ValueError(
-                f"The adapter of {name} cannot be merged, for its weight is shared with another module: leave "
+                f"The adapter of {name} cannot be merged, because its weight is shared with another module: leave "
                 f"{name.rpartition('.')[2]} out of the adapter, or make the model with tie_word_embeddings=False."
             )
         if not layer.disable_adapters:

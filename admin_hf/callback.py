@@ -63,7 +63,7 @@ class AdminProfilingCallback(_AdminCallback):
         RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
             called before; or `DataParallel` would throw the result away.
         ValueError: the model was not made for the Trainer's `processing_class` (see [`check_tokenizer`]), when the
-            Trainer is made or training begins; labels hold the padding id, or sources are padded on the left; or an
+            Trainer is made or training begins; labels contain the padding id, or sources are padded on the left; or an
             adapter leaves no ω to profile, or is resumed without the profile.
 
     Example:
@@ -93,9 +93,9 @@ class AdminProfilingCallback(_AdminCallback):
         omegas, is_injected = omega_state(model), hasattr(model, "injection")
         if args.label_smoothing_factor and not is_injected and not model.config.label_smoothing:
             logger.warning(
-                f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer smooths over the padding entry "
-                "too, which is banned by a bias of −10,000: the loss is far too large. Give it to the model instead, "
-                f"AdminConfig(label_smoothing={args.label_smoothing_factor})."
+                f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer also smooths over the padding "
+                "token, which is banned by a bias of −10,000: the loss is far too large. Give it to the model "
+                f"instead, AdminConfig(label_smoothing={args.label_smoothing_factor})."
             )
         output_dir = self._output_dir(args, state)
         is_due = not omegas.omega_initialized
@@ -112,13 +112,15 @@ class AdminProfilingCallback(_AdminCallback):
                     ADMIN,
                 )
             logger.warning(
-                f"There is nothing to profile: this model ({systems}) has no ω that a profile starts. For Admin, make "
+                f"There is nothing to profile: this model ({systems}) has no ω that a profile sets. For Admin, make "
                 f"it with {made}."
             )
         elif is_due:
             _check_writable(args)
             if not any(connection.omega.requires_grad for connection in omegas.profiled_connections()):
-                logger.warning("ω is frozen, as PEFT freezes all but its adapters: it stays as it is profiled.")
+                logger.warning(
+                    "ω is frozen, because PEFT freezes everything except its adapters: it keeps its profiled value."
+                )
         elif omegas.is_profiled:
             logger.info("Not profiled: the model's ω is initialised already.")
         else:
@@ -138,8 +140,8 @@ class AdminProfilingCallback(_AdminCallback):
             eos = model.config.eos_token_id
             if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
                 logger.warning(
-                    f"No target of the first batch holds the end-of-sentence token {eos}, so the model cannot learn "
-                    "to stop: give the tokenizer a post-processor that puts it behind each sentence, such as "
+                    f"No target of the first batch contains the end-of-sentence token {eos}, so the model cannot "
+                    "learn to stop: give the tokenizer a post-processor that puts it after each sentence, such as "
                     "TemplateProcessing of the package tokenizers."
                 )
 
@@ -210,11 +212,11 @@ def profile_and_initialize(
 def _initialize_as_before(model: Any, output_dir: Path) -> None:
     if not (path := output_dir / PROFILE_NAME).exists():
         raise ValueError(
-            f"The checkpoint holds adapters alone, and {path} does not exist, so that ω is lost: start with the base "
-            "model that it was trained on, saved with its ω."
+            f"The checkpoint contains only adapters, and {path} does not exist, so ω is lost: start with the base "
+            "model that the adapters were trained on, saved with its ω."
         )
     initialize_omega(model, ResidualProfile.load(path))
-    logger.info(f"ω is that of {path}: checkpoints of adapters hold none.")
+    logger.info(f"ω is that of {path}: checkpoints of adapters contain none.")
 
 
 def _check_writable(args: TrainingArguments) -> None:
@@ -223,7 +225,7 @@ def _check_writable(args: TrainingArguments) -> None:
         "`initialize_omega`, with `batch = data_collator([train_dataset[i] for i in range(64)])`."
     )
     if kind := sharding(args):
-        raise RuntimeError(f"Under {kind} the weights cannot be changed once the Trainer holds them: {by_hand}")
+        raise RuntimeError(f"Under {kind} the weights cannot be changed after the Trainer has got them: {by_hand}")
     if args.n_gpu > 1:
         raise RuntimeError(
             f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "
@@ -272,7 +274,7 @@ class AdminPublishingCallback(_AdminCallback):
     ) -> None:
         if kind := sharding(args):
             raise ValueError(
-                f"Under {kind} a model cannot be folded where it is: leave AdminPublishingCallback out, and export a "
+                f"Under {kind} a model cannot be folded in place: leave AdminPublishingCallback out, and export a "
                 "checkpoint when training is done, with `python -m admin_hf export`."
             )
         if args.hub_token is not None:
@@ -344,7 +346,7 @@ def _unwrapped(model: nn.Module | None) -> Any:
     for name, layer in adapted_layers(model):
         if isinstance(getattr(layer, "base_layer", None), nn.LayerNorm):
             raise ValueError(
-                f"{name} holds ω, and no adapter can stand in for it: name it in `modules_to_save` of a LoraConfig, "
+                f"{name} contains ω, and no adapter can replace it: name it in `modules_to_save` of a LoraConfig, "
                 "which trains it as a whole."
             )
     return model

@@ -103,9 +103,11 @@ class Card:
         """
         path = Path(folder, CARD_NAME)
         if not Path(folder, CONFIG_NAME).exists():
-            raise FileNotFoundError(f"{folder} has no model to describe: save it first, as by trainer.save_model().")
+            raise FileNotFoundError(
+                f"{folder} has no model to describe: save it first, for example with trainer.save_model()."
+            )
         if path.exists() and is_by_hand(path.read_text(encoding="utf-8", errors="replace")):
-            logger.warning(f"{CARD_NAME} is kept, for it was written by hand: remove it to get this model's card.")
+            logger.warning(f"{CARD_NAME} is kept, because it was written by hand: remove it to get this model's card.")
             return
         metadata = self.metadata(repo_id).to_yaml()
         write_whole(path, f"---\n{metadata}\n---\n\n{MARK}\n\n{self._text(Path(folder), repo_id)}")

@@ -124,7 +124,7 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
         pickles = sorted(Path(source or "").glob("pytorch_model*.bin"))
         if source is not None and pickles and not any(Path(source).glob("*.safetensors")):
             raise OSError(
-                f"{source} holds its weights as a pickle ({pickles[0].name}), which can run code, and is refused: ask "
+                f"{source} has its weights in a pickle ({pickles[0].name}), which can run code, and is refused: ask "
                 "for safetensors or, if you trust its source, load it with use_safetensors=False and save it again."
             ) from error
         raise
@@ -199,7 +199,7 @@ def _shards(index: Path, source: str | os.PathLike) -> set[str]:
         raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
     for shard in shards:
         if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
-            raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+            raise OSError(f"The index of the weights of {source} names {shard!r}, which is not a safetensors file.")
     return shards
 
 

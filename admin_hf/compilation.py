@@ -127,7 +127,7 @@ class CompiledPass:
                 recorded = self._recorded[key] = _Recorded(batch, self._pass, self.record)
                 return recorded.replay(batch)
             if not self._seen:
-                logger.info("Compiling the layers, once for all shapes of a batch: this takes a minute or so.")
+                logger.info("Compiling the layers, once for all shapes of a batch: this takes about a minute.")
             self._seen.add(key)
             return self._pass(**batch)
 

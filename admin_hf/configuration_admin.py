@@ -132,7 +132,7 @@ class AdminConfig(MarianConfig):
         """
         pad, eos = required_ids(tokenizer)
         if given := fields.keys() & {"pad_token_id", "eos_token_id", "bos_token_id"}:
-            raise ValueError(f"{min(given)}={fields[min(given)]} is the tokenizer's to say: leave it out.")
+            raise ValueError(f"{min(given)}={fields[min(given)]} is taken from the tokenizer: leave it out.")
         entries = vocabulary_size(tokenizer)
         if (size := fields.setdefault("vocab_size", entries)) < entries:
             raise ValueError(f"vocab_size={size} is too small for the tokenizer, which has {entries:,} entries.")
@@ -157,9 +157,8 @@ class AdminConfig(MarianConfig):
             config_dict = admin_fields(ARCHITECTURES[model_type].config.from_dict(config_dict))
         elif model_type != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "
-                "Pegasus, which vanilla models are. A checkpoint of a model that `inject` gave an ω is for "
-                "`load_injected`."
+                f"{pretrained_model_name_or_path} contains a {model_type!r} model; expected an Admin, Marian or "
+                "Pegasus model. Load a checkpoint of a model with an injected ω with `load_injected`."
             )
         return config_dict, kwargs
 

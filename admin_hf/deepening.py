@@ -100,7 +100,7 @@ def _admin_config(model: PreTrainedModel) -> AdminConfig:
     if isinstance(model, AdminForConditionalGeneration):
         return copy.deepcopy(model.config)
     if getattr(model, "injection", None) is not None:
-        raise ValueError("The model has an injected ω: deepen what `reparameterize` makes of it.")
+        raise ValueError("The model has an injected ω: deepen the model that `reparameterize` returns.")
     if not isinstance(model, tuple(architecture.translation for architecture in ARCHITECTURES.values())):
         raise ValueError(
             f"{type(model).__name__} cannot be deepened; expected an AdminForConditionalGeneration, or a stock "

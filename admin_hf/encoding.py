@@ -18,10 +18,10 @@ _MARKS = ("▁", "</w>", "@@")
 # A line has the name of a control token, which is text; one that became unknown; a mark that is lost
 NAMED, REPLACED, MARKED = 1, 2, 4
 SAID = {
-    NAMED: "hold the name of a control token, such as <s>, which is read as text. If you meant a control token "
+    NAMED: "contain the name of a control token, such as <s>, which is read as text. If you meant a control token "
     "before every source, give it as --source_prefix",
-    REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
-    MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
+    REPLACED: "contain the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
+    MARKED: "contain a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
 }
 
 

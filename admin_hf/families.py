@@ -120,7 +120,7 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
         why = REFUSED.get(str(model_type), "its architecture is not known")
         raise ValueError(
             f"{type(model).__name__} ({model_type}) gets no ω: {why}. Known are {', '.join(sorted(FAMILIES))}; "
-            "describe a Post-LN model of your own by `stacks=`."
+            "describe a Post-LN model of your own with `stacks=`."
         )
     for field, (value, why) in REQUIRED.items():
         if (given := getattr(config, field, value)) != value:
@@ -140,7 +140,7 @@ def without_missing(base: nn.Module, stack: Stack) -> Stack:
     try:
         first = stack_layers(base, stack)[0]
     except (AttributeError, IndexError) as error:
-        raise ValueError(f"{type(base).__name__} gets no ω, for it has no {stack.name} with layers.") from error
+        raise ValueError(f"{type(base).__name__} gets no ω, because it has no {stack.name} with layers.") from error
     modules = {name for name, _ in first.named_modules()}
     sublayers = tuple(sublayer for sublayer in stack.sublayers if sublayer.norm in modules)
     return replace(stack, sublayers=sublayers, front="" if hasattr(base, "embeddings_project") else stack.front)

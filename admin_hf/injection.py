@@ -296,10 +296,10 @@ def inject(
     _check(model, injection)
     is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
     if system == "deepnorm" and stacks is not None:
-        raise ValueError("'deepnorm' initialises queries, keys and values apart, which `stacks=` does not name.")
+        raise ValueError("'deepnorm' initialises queries, keys and values separately, which `stacks=` does not name.")
     if system == "deepnorm" and is_loaded:
         raise ValueError(
-            "'deepnorm' initialises the branches anew, which a loaded model would lose: make a fresh one."
+            "'deepnorm' initialises the branches again, so a loaded model would lose its weights: make a fresh one."
         )
     constants = _constants(injection, output_change)
     try:
@@ -355,7 +355,7 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
     try:
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # of shapes
-        raise ValueError(f"{folder} holds no {model_class.__name__} with these ω: {one_line(error)}") from error
+        raise ValueError(f"{folder} contains no {model_class.__name__} with these ω: {one_line(error)}") from error
     left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     left_out += model._keys_to_ignore_on_save or ()
     missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]
@@ -364,7 +364,7 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
         advice = (
             "" if any(name.endswith(".omega") for name in weights) else " It has no ω: load it by from_pretrained."
         )
-        raise ValueError(f"{folder} {kind} {name}: it holds no {model_class.__name__} with these ω.{advice}")
+        raise ValueError(f"{folder} {kind} {name}: it contains no {model_class.__name__} with these ω.{advice}")
     if model.can_generate() and Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for connection in model.injection.profiled_connections():
@@ -384,7 +384,7 @@ def _connections(base: nn.Module, stack: Stack) -> list[InjectedConnection]:
             for sublayer in stack.sublayers:
                 found.append(InjectedConnection(layer, sublayer, f"{stack.layers}.{number}", found, front))
     except AttributeError as error:
-        raise ValueError(f"The model gets no ω, for its {stack.name} is not as described: {error}.") from error
+        raise ValueError(f"The model gets no ω, because its {stack.name} is not as described: {error}.") from error
     return found
 
 
@@ -405,7 +405,7 @@ def _check(model: nn.Module, injection: Injection) -> None:
         for norm in (*norms, connections[0].front):
             if norm is not None and (not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None):
                 raise ValueError(
-                    f"The model gets no ω: its {stack} has {norm}, where a LayerNorm with weight and bias is needed."
+                    f"The model gets no ω: its {stack} has {norm}, expected a LayerNorm with weight and bias."
                 )
         for connection in connections:
             weights = [("weight", connection.norm)] + [(name, matrix) for matrix, name in connection.reads]
@@ -421,8 +421,8 @@ def _check(model: nn.Module, injection: Injection) -> None:
                 inputs = 0 if isinstance(matrix, Conv1D) else 1
                 if getattr(weight, "ndim", 0) != 2 or weight.shape[inputs] != width or not weight.is_floating_point():
                     raise ValueError(
-                        f"The model gets no ω: its {stack} has {matrix} in front of {connection.name}, where a matrix "
-                        f"of {width} inputs, in floating-point numbers, is needed."
+                        f"The model gets no ω: its {stack} has {matrix} before {connection.name}; expected a matrix "
+                        f"with {width} inputs, in floating-point numbers."
                     )
 
 

@@ -140,7 +140,7 @@ def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
     if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ValueError(
-            f"{name} holds the id {int(wrong)}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
+            f"{name} contains the id {int(wrong)}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
             "tokenizer and model do not belong together."
         )
 
@@ -355,8 +355,8 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         padding_idx = getattr(self.get_input_embeddings(), "padding_idx", None)
         if padding_idx not in (None, padding_id):
             raise ValueError(
-                f"config.pad_token_id is {padding_id} now, but the model was made with {padding_idx}, which it "
-                f"takes for padding and never predicts. {MENDED}"
+                f"config.pad_token_id is {padding_id} now, but the model was made with {padding_idx}, which it treats "
+                f"as padding and never predicts. {MENDED}"
             )
         self.warn_unprofiled()
 

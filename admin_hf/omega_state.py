@@ -55,7 +55,7 @@ class OmegaState:
         self._said_unprofiled = True
         if not self.omega_initialized:
             logger.warning(
-                "The model was not profiled: it trains with every ω at 1, as plain Post-LN and not as Admin. Add "
+                "The model was not profiled: it trains with every ω at 1, as plain Post-LN instead of Admin. Add "
                 "AdminProfilingCallback() to the Trainer, or call initialize_omega(model, profile_residuals(model, "
                 "batch)) before the first update."
             )
@@ -74,8 +74,8 @@ def omega_state(model: Any) -> OmegaState:
     state = getattr(model, "injection", None) or model
     if not hasattr(state, "omega_initialized"):  # which an adapter around an Admin model has, too
         raise ValueError(
-            f"{type(model).__name__} is no Admin model, so it has no ω: load it by "
-            "`AdminForConditionalGeneration.from_pretrained`, give it an ω by `inject`, or leave the callback out."
+            f"{type(model).__name__} is not an Admin model, so it has no ω: load it with "
+            "`AdminForConditionalGeneration.from_pretrained`, give it an ω with `inject`, or leave the callback out."
         )
     return cast(OmegaState, state)
 

@@ -99,8 +99,8 @@ def _text(value: Any, path: Path, line: int, language: str) -> str | None:
         raise ValueError(f"{path}, line {line}: {language!r} is {repr(value)[:80]}; expected text.")
     if value is not None and (half := re.search("[\ud800-\udfff]", value)):
         raise ValueError(
-            f"{path}, line {line}: {language!r} holds \\u{ord(half[0]):04x}, half of a surrogate pair, which is no "
-            "character."
+            f"{path}, line {line}: {language!r} contains \\u{ord(half[0]):04x}, half of a surrogate pair, which is "
+            "not a character."
         )
     return value
 
@@ -182,7 +182,7 @@ def _tsv_cells(text: str, path: Path, line: int) -> list[str]:
 def _csv_cells(text: str, path: Path, line: int) -> list[str]:
     # A line at a time: a stray quote would take the rows up to the next one for one cell
     if "\r" in text:
-        raise ValueError(f"{path}, line {line}, cannot be read as CSV: it has a carriage return within.")
+        raise ValueError(f"{path}, line {line}, cannot be read as CSV: it contains a carriage return.")
     try:
         return next(csv.reader([text], strict=True), [])
     except csv.Error as error:
@@ -246,7 +246,7 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     if not text.startswith("]", place):
         raise _json_error(path, line, "expected ',' or ']'")
     if _end_of_space(text, place + 1) < len(text):
-        raise _json_error(path, line, "there is more behind the array")
+        raise _json_error(path, line, "there is more after the array")
 
 
 def _json_value(text: str, begin: int, path: Path, line: int) -> tuple[Any, int]:

@@ -16,8 +16,8 @@ class Product(Tensor):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            "This weight is the product of a parameter and ω, and what is written to it would be lost: write to "
-            "`parametrizations.weight.original`; or call `reparameterize` first, as before adapters are merged."
+            "This weight is the product of a parameter and ω, so anything written to it would be lost: write to "
+            "`parametrizations.weight.original`; or call `reparameterize` first, for example to merge adapters."
         )
 
     @property

@@ -149,7 +149,7 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
                 f"{tuple(expected)}{_and_others(info['mismatched_keys'])}."
             )
         for name in odd.keys() - set(info["unexpected_keys"]):
-            raise OSError(f"{source} holds {name} as {odd[name]}; expected a floating-point tensor.")
+            raise OSError(f"{source} contains {name} as {odd[name]}; expected a floating-point tensor.")
         check_finite(model, f"The checkpoint {source}")
         model.complete_generation_config()
         return (model, info) if output_loading_info else model

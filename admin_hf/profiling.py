@@ -112,7 +112,8 @@ class ResidualProfile:
         for name, stack in profile.stacks.items():
             if not _is_sound(stack):
                 raise ValueError(
-                    f"{path} is damaged: its {name} must hold lists of names and of numbers, all as long."
+                    f"{path} is damaged: its {name} must contain lists of names and of numbers, all of the same "
+                    "length."
                 )
         return profile
 
@@ -194,7 +195,7 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
         for name, _ in connections[which]:
             if name not in measured.names:
                 raise ValueError(
-                    f"{which}.{name} took no part in the pass, for an adapter stands in for it (modules_to_save of "
+                    f"{which}.{name} took no part in the pass, because an adapter replaces it (modules_to_save of "
                     "PEFT): call `initialize_omega(model, profile_residuals(model, batch))` before `get_peft_model`."
                 )
     return profile
@@ -275,7 +276,7 @@ def _observe(
 
 def _variance(x: Tensor, tokens: Places, name: str) -> float:
     if tokens is not None and not len(tokens[0]):
-        raise ValueError("The batch holds padding only on one side: there is nothing to profile.")
+        raise ValueError("The batch has only padding on one side: there is nothing to profile.")
     value = float(variance(x, tokens))
     if not value < float("inf"):
         raise ValueError(f"The variance at {name} is {value}: the batch or the model's weights are not finite.")

@@ -72,7 +72,7 @@ def _vanilla_or_none(make: Callable[[], Any], directory: str | os.PathLike) -> A
     try:
         return make()
     except ValueError as error:
-        logger.error(f"{directory} gets the model with ω, for it cannot be folded: {error}")
+        logger.error(f"{directory} gets the model with ω, because it cannot be folded: {error}")
         return None
 
 

@@ -47,7 +47,7 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
     if all(isinstance(connection, PreLNConnection) for connection in connections):
         if (model.config.decoder_vocab_size or model.config.vocab_size) != model.config.vocab_size:
             raise ValueError(
-                "Transformers' Pre-LN model (Pegasus) has one vocabulary, this model one for each side. "
+                "Transformers' Pre-LN model (Pegasus) has one vocabulary, but this model has one for each side. "
                 + _UNFOLDED.format(name=type(model).__name__)
             )
         return PEGASUS
@@ -111,7 +111,7 @@ def reparameterize(
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
     if not hasattr(model, "injection") and any("injection" in vars(module) for module in model.modules()):
         raise ValueError(
-            f"The ω of {type(model).__name__} is that of a part of it: fold the part, or inject the whole."
+            f"The ω of {type(model).__name__} belongs to a part of it: fold that part, or inject the whole model."
         )
     if hasattr(model, "injection"):
         model = _bare_copy(model)
@@ -236,7 +236,7 @@ def _fold(
         if bool((s != s[0]).any()):
             raise ValueError(
                 f"{name} scales the first shortcut of the stack by a vector, and no LayerNorm precedes it into which "
-                "that could be folded: use a number there."
+                "the vector could be folded: use a single number there."
             )
         s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), but for the ε of LN
     else:
@@ -285,11 +285,11 @@ def _scale(connection: Any, attribute: str, name: str) -> Tensor:
 
 
 def check_scale(scale: Tensor, name: str, advice: str) -> None:
-    """Raise a ValueError for a shortcut scale, `(n,)`, with an entry that is too near to zero to be folded."""
+    """Raise a ValueError for a shortcut scale, `(n,)`, with an entry that is too close to zero to be folded."""
     if bool((scale.abs() < MIN_SCALE).any()):
         index = int(scale.abs().argmin())
         raise ValueError(
-            f"{name} has the entry {float(scale[index]):.3g} at {index}, too near to zero to be folded (|entry| must "
+            f"{name} has the entry {float(scale[index]):.3g} at {index}, too close to zero to be folded (|entry| must "
             f"be at least {MIN_SCALE:g}): {advice}."
         )
 

@@ -128,8 +128,8 @@ def check_padding(batch: Mapping[str, Any], pad_token_id: int) -> None:
     labels, mask, ids = batch.get("labels"), batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(labels, Tensor) and (count := int((labels == pad_token_id).sum())):
         raise ValueError(
-            f"labels hold the padding id {pad_token_id} ({count} of {labels.numel()} entries): the loss would count "
-            "padding as words, which this model never predicts. Pad labels with −100, as "
+            f"labels contain the padding id {pad_token_id} ({count} of {labels.numel()} entries): the loss would "
+            "count padding as words, which this model never predicts. Pad labels with −100, as "
             "`DataCollatorForSeq2Seq(tokenizer, model=model)` does (label_pad_token_id=-100)."
         )
     if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.dim() == 2 and mask.shape == ids.shape:

@@ -37,8 +37,8 @@ def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -
             raise ValueError(
                 f"The vanilla model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
                 "is allowed, so nothing was exported. The first to differ is "
-                f"{_first_difference(model, vanilla, batch)}: its connection, or the one before, computes something "
-                "else than its scales say."
+                f"{_first_difference(model, vanilla, batch)}: its connection, or the one before, does not compute "
+                "what its scales say."
             )
         if rows > 1 and model.can_generate():
             _compare_greedy(model, vanilla, batch, 2 * tolerance * largest)

@@ -137,7 +137,7 @@ def test_integers_are_kept_where_they_agree(tmp_path):
     average = average_checkpoints(folders)
     assert torch.equal(average["steps"], torch.arange(5)) and average["on"].dtype == torch.bool
     write_tensors(folders[1], steps=torch.tensor([0, 1, 2, 3, 5]), on=torch.tensor(True))
-    with pytest.raises(ValueError, match="steps is no floating-point tensor, and differs between .*0 and .*1"):
+    with pytest.raises(ValueError, match="steps is not a floating-point tensor, and differs between .*0 and .*1"):
         average_checkpoints(folders)
 
 
@@ -216,7 +216,7 @@ REFUSED |= {
     "no weights": (remove(WEIGHTS), "checkpoint-1000 has no file named model.safetensors"),
     "other heads": (
         change_config(decoder_attention_heads=4),
-        "checkpoint-1000 holds another model than .*checkpoint-500: decoder_attention_heads is 4 .*, expected 2",
+        "checkpoint-1000 contains another model than .*checkpoint-500: decoder_attention_heads is 4 .*, expected 2",
     ),
     "another architecture": (change_config(model_type="marian"), "model_type is 'marian' .*, expected 'admin'"),
     "a name less": (

@@ -388,7 +388,7 @@ def test_what_cannot_be_folded_is_saved_as_it_is(tmp_path, dataset, caplog):
 
 def test_a_stock_model_is_refused_in_a_sentence(tmp_path, dataset):
     model = reparameterize(tiny_model())
-    with pytest.raises(ValueError, match="MarianMTModel is no Admin model, so it has no ω"):
+    with pytest.raises(ValueError, match="MarianMTModel is not an Admin model, so it has no ω"):
         trainer(model, dataset, tmp_path, [AdminProfilingCallback()])
 
 

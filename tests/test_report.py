@@ -369,7 +369,7 @@ def test_what_is_no_run_is_refused_before_anything_is_written(finished, tmp_path
     (tmp_path / "empty").mkdir()
     output = tmp_path / "page.html"
     output.write_text("older")
-    for folder, sentence in ((tmp_path / "empty", "holds no run"), (tmp_path / "none", "There is no folder")):
+    for folder, sentence in ((tmp_path / "empty", "contains no run"), (tmp_path / "none", "There is no folder")):
         assert main(["report", str(folder), "--output", str(output)]) == 2
         error = capsys.readouterr().err
         assert sentence in error and str(folder) in error and error.count("\n") == 1

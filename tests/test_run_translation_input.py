@@ -55,7 +55,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"label_smoothing_factor": 1.5}, "--label_smoothing_factor 1.5"),
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0"),
         ({"resume_from_checkpoint": "no/such"}, "--resume_from_checkpoint no/such"),
-        ({"output_dir": "/dev/null/out"}, "no folder that can be written to"),
+        ({"output_dir": "/dev/null/out"}, "not a folder that can be written to"),
         ({"config_overrides": SHAPE + ",encoder_layers=0"}, "encoder_layers=0 must be at least 1"),
         ({"config_name": "no/such/config"}, "--config_name no/such/config"),
         ({"vocab_size": 100000}, "--vocab_size 100000 does not fit the data"),

@@ -217,7 +217,7 @@ def test_targets_that_never_end_are_warned_of(tmp_path, caplog):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     model = model_of(AdminConfig.for_tokenizer(tokenizer, **SHAPE))
     trainer_of(model, tokenizer, tmp_path, max_steps=1).train()
-    assert "holds the end-of-sentence token 2, so the model cannot learn to stop" in caplog.text
+    assert "contains the end-of-sentence token 2, so the model cannot learn to stop" in caplog.text
 
 
 def test_what_a_trainer_publishes_is_fitted_to_its_tokenizer(tmp_path):
@@ -380,7 +380,7 @@ def test_the_script_takes_a_tokenizer_of_any_layout_and_refuses_another_ones_mod
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("labels", r"labels hold the padding id 1 \(\d+ of \d+ entries\).*label_pad_token_id=-100"),
+        ("labels", r"labels contain the padding id 1 \(\d+ of \d+ entries\).*label_pad_token_id=-100"),
         ("side", r"\d of 8 sources are padded on the left.*padding_side = 'right'"),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_compiled_model_has_its_first_batch_checked_by_the_callback(tmp_path):
     )
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=1)
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    with pytest.raises(ValueError, match="labels hold the padding id 1"):
+    with pytest.raises(ValueError, match="labels contain the padding id 1"):
         trainer_of(model, tokenizer, tmp_path, collator=collator, **compiled).train()
 
 

@@ -136,13 +136,13 @@ def check_lengths(arguments: Arguments, config: AdminConfig) -> None:
     multiple_of = arguments.training.length_multiple if arguments.training.do_train else 1
     for name, default in DEFAULT_LENGTHS.items():
         if getattr(data, name) == default > (most := positions - positions % multiple_of):
-            logger.info(f"--{name} is {most} here, for the model has {positions} positions.")
+            logger.info(f"--{name} is {most} here, because the model has {positions} positions.")
             setattr(data, name, most)
     longest = round_up(max(getattr(data, name) for name in DEFAULT_LENGTHS), multiple_of)
     if longest > positions:
         multiple = f"; lengths are multiples of {multiple_of} (--pad_to_multiple_of)"
         raise InputError(
-            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
+            f"The arguments allow sequences of up to {longest} tokens, but the model's max_position_embeddings is "
             f"{positions}{multiple if multiple_of > 1 else ''}."
         )
 
@@ -192,6 +192,6 @@ def _new_or_loaded_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBas
     model = deepen(model, **{f"{name}_layers": layers for name, layers in depths.items()})
     logger.info(
         f"{source} is deepened from {before} to {depths['encoder']} and {depths['decoder']}, by copies of its layers. "
-        "ω starts anew, from a profile."
+        "ω starts again, from a profile."
     )
     return model

@@ -44,7 +44,7 @@ class MovingAverage(TrainerCallback):
             if decay and weight.dtype != torch.float32:
                 raise InputError(
                     f"--ema_decay {decay} needs weights in float32, but {name} is in {weight.dtype}: leave it out, or "
-                    "go on from a model that was saved in float32."
+                    "start from a model that was saved in float32."
                 )
 
     @torch.no_grad()

@@ -87,13 +87,13 @@ def check_output_dir(arguments: Arguments) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
+        raise InputError(f"--output_dir {folder} is not a folder that can be written to: {error}") from error
     if not arguments.training.do_train:
         return
     afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
     if not record.exists():
         if folder.exists() and get_last_checkpoint(str(folder)) is not None:
-            raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
+            raise InputError(f"{folder} contains checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
         return
     before = _read(record, afresh)
     now = recorded(arguments)
@@ -109,7 +109,7 @@ def check_output_dir(arguments: Arguments) -> None:
         and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
     ]
     if differing:
-        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
+        raise InputError(f"{folder} contains a run with other arguments ({'; '.join(differing)}). {afresh}")
 
 
 def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
@@ -130,7 +130,7 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
                 if sizes[0] == sizes[1]:
                     sizes[1] = "as many with another content"
                 raise InputError(
-                    f"{folder} holds a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
+                    f"{folder} contains a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
                     f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
                     f"--model_name_or_path {folder} and another --output_dir, and leave out --config_name and "
                     "--config_overrides."

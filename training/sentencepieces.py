@@ -83,7 +83,7 @@ def _parse(path: Path) -> Any:
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ValueError(f"it holds no model of sentencepiece ({error})") from error
+        raise ValueError(f"it contains no model of sentencepiece ({error})") from error
     return proto
 
 

@@ -59,7 +59,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self._own = number
         name = signal.Signals(number).name
-        logger.warning(f"{name} received: saving a checkpoint after the update or evaluation under way.")
+        logger.warning(f"{name} received: saving a checkpoint after the current update or evaluation.")
 
     def _agree(self, args: TrainingArguments) -> None:
         """Let all processes know what one has received: it comes at different moments, but saving needs all."""

@@ -121,7 +121,7 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
 
     def observer(stack: str, tokens: Places) -> Callable[..., None]:
         if tokens is not None and not len(tokens[0]):
-            raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
+            raise ValueError(f"The batch has only padding in the {stack}: there is nothing to measure.")
         stacks[stack] = _Components(connections[stack], tokens)
         return stacks[stack].observe
 
@@ -164,8 +164,8 @@ class _Components:
         if not self.error < max(1e-3, 32 * torch.finfo(dtype).eps):
             raise ValueError(
                 f"The components of {self.names[-1]} differ from its output by {self.error:.2g} standard deviations: "
-                f"the model is not finite, or {type(connection).__name__} (or a connection before it) computes "
-                "something else than its shortcut_scale, branch_scale and LayerNorm say."
+                f"the model is not finite, or {type(connection).__name__} (or a connection before it) does not "
+                "compute what its shortcut_scale, branch_scale and LayerNorm say."
             )
 
     def result(self, system: str) -> StackDependency:

@@ -67,8 +67,8 @@ def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = N
     if folder.exists() and not _has_weights(folder):
         if folder.is_dir() and (checkpoints := saved_checkpoints(folder)):
             raise ValueError(
-                f"{source} has no weights but those of its checkpoints: name one of them, such as {checkpoints[-1]}, "
-                f"or {folder / 'config.json'} for a fresh model."
+                f"{source} has no weights except those of its checkpoints: name one of them, such as "
+                f"{checkpoints[-1]}, or {folder / 'config.json'} for a fresh model."
             )
         return initialized_model(config, seed, batch)
     with torch.random.fork_rng([]):
@@ -153,7 +153,7 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     special = {config.pad_token_id, config.decoder_start_token_id, eos}
     vocabulary = range(min(config.vocab_size, config.decoder_vocab_size or config.vocab_size))  # of both sides
     if not (words := [token for token in vocabulary if token not in special]):
-        raise ValueError(f"vocab_size={config.vocab_size} leaves no random tokens but the special ones.")
+        raise ValueError(f"vocab_size={config.vocab_size} leaves no tokens except the special ones.")
     ids = torch.tensor(words)[torch.randint(len(words), (2, rows, length), generator=generator)]
     if eos is not None:
         ids[:, :, -1] = eos
@@ -194,7 +194,10 @@ def text_batch(
         ValueError: no pairs, or not as many targets as sources.
     """
     if not sources or len(sources) != len(targets):
-        raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets; expected as many, and some.")
+        raise ValueError(
+            f"There are {len(sources)} sources and {len(targets)} targets; expected the same number of both, at least "
+            "one."
+        )
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     options |= {"padding_side": "right", "split_special_tokens": True}
     batch = tokenizer(list(sources), **options)
@@ -221,7 +224,9 @@ def run_checkpoints(source: str | os.PathLike) -> list[Path]:
         raise NotADirectoryError(f"There is no folder {folder}.")
     found = complete_checkpoints(folder) or ([folder] if _has_weights(folder) else [])
     if not found:
-        raise ValueError(f"{folder} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{folder} has no complete checkpoint: expected a run's folder, with checkpoints such as checkpoint-500."
+        )
     return found
 
 

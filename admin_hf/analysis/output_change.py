@@ -206,7 +206,8 @@ def output_change(
     """
     if len(sublayers) < 3 or sorted(set(sublayers)) != list(sublayers) or any(n % 2 or n < 2 for n in sublayers):
         raise ValueError(
-            f"The numbers of sub-layers are {list(sublayers)}; expected three or more, rising, all even and above 0."
+            f"The numbers of sub-layers are {list(sublayers)}; expected three or more even numbers above 0, in rising "
+            "order."
         )
     if repeats < 1:
         raise ValueError(f"The number of repeats is {repeats}; it must be at least 1.")

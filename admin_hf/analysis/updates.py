@@ -91,7 +91,9 @@ def update_norms(checkpoints: Sequence[str | os.PathLike], batch: Batch) -> Upda
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
     if len(folders) < 2:
-        raise ValueError(f"There are {len(folders)} checkpoints; updates are between two, so name two or more.")
+        raise ValueError(
+            f"There are {len(folders)} checkpoints; an update is the difference between two, so name two or more."
+        )
     if batch.get("labels") is None:
         raise ValueError(f"The batch has no labels, which the gradient needs: got {', '.join(batch) or 'nothing'}.")
     updates = [_update(before, after) for before, after in zip(folders, folders[1:], strict=False)]
@@ -106,7 +108,7 @@ def _update(before: Path, after: Path) -> LayerNorms:
     for (name, W_t), (other, W_next) in zip_longest(old, new, fillvalue=("nothing", torch.empty(0))):
         if name != other or W_t.shape != W_next.shape:
             raise ValueError(
-                f"{after} holds another model than {before}: {other} {tuple(W_next.shape)}, expected {name} "
+                f"{after} contains another model than {before}: {other} {tuple(W_next.shape)}, expected {name} "
                 f"{tuple(W_t.shape)}."
             )
         norms[name] = float((W_next.double() - W_t.double()).norm())

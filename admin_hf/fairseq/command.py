@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     out: Path = arguments.out
     if (out / "config.json").exists() or has_weights(out):
-        raise ValueError(f"{out} holds a model already: name another folder.")
+        raise ValueError(f"{out} already contains a model: name another folder.")
     if len(arguments.dictionaries) > 2:
         raise ValueError(f"--dict names {len(arguments.dictionaries)} files; expected the source's and the target's.")
     dictionaries = [read_dictionary(path) for path in arguments.dictionaries]
@@ -77,11 +77,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("Not converted: the optimiser's state and what fairseq logged.")
     if lacking := int(model.final_logits_bias.eq(LACKING_BIAS).sum()):
-        print(f"{lacking} of the entries are not in the target's dictionary: they are hardly ever predicted.")
+        print(f"{lacking} of the entries are not in the target's dictionary: they are almost never predicted.")
     if isinstance(written, MarianMTModel):
         print(
             "Its positions are fairseq's, in the file of its weights. Stock Transformers and CTranslate2 read them, "
-            "but a stock MarianMTModel that is saved again loses them without a word: copy the folder instead."
+            "but a stock MarianMTModel that is saved again loses them without a warning: copy the folder instead."
         )
 
 

@@ -87,7 +87,9 @@ def convert(
         fields = _fields(checkpoint, weights)
         is_shared = checkpoint.option("share_all_embeddings", False)
         if is_shared and list(source) != list(target):
-            raise ValueError("The checkpoint shares all embeddings, so both sides have one dictionary: name that.")
+            raise ValueError(
+                "The checkpoint shares all embeddings, so both sides have one dictionary: name only that one."
+            )
         sizes = {"encoder": len(source), "decoder": len(target)}
         for stack, size in sizes.items():
             if (rows := len(weights[f"model.{stack}.embed_tokens.weight"])) != size:
@@ -97,9 +99,9 @@ def convert(
                 )
         _place_embeddings(checkpoint, weights, vocabulary, fields)
     except KeyError as error:
-        raise ValueError(f"The checkpoint is no Transformer for translation: it lacks {error}.") from error
+        raise ValueError(f"The checkpoint is not a Transformer for translation: it lacks {error}.") from error
     except (IndexError, TypeError) as error:  # of matrices without rows or columns
-        raise ValueError(f"The checkpoint is no Transformer for translation: {error}.") from error
+        raise ValueError(f"The checkpoint is not a Transformer for translation: {error}.") from error
     bias = weights["final_logits_bias"] = torch.zeros(1, len(vocabulary.tokens), dtype=torch.float64)
     bias[:, vocabulary.lacking] = LACKING_BIAS
     bias[:, vocabulary.tokens.index(PAD)] = BANNING_BIAS
@@ -202,7 +204,9 @@ def _system(checkpoint: FairseqCheckpoint, weights: Mapping[str, Tensor], stack:
         raise ValueError(f"The {stack} is {system} with --{stack}-normalize-before, which is not converted.")
     version = checkpoint.weights.get(f"{stack}.version")
     if version is None or version.numel() != 1 or float(version) < (2 if stack == "encoder" else 3):
-        raise ValueError(f"The {stack} is Pre-LN of an early fairseq, without a LayerNorm behind it; not converted.")
+        raise ValueError(
+            f"The {stack} is Pre-LN of an early fairseq, without a LayerNorm after it, which is not converted."
+        )
     return "pre_ln"
 
 

@@ -75,18 +75,22 @@ def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
     except Exception as error:  # a stranger's file can break any line that reads it
         if named := re.search(r"(?i)unsupported global(?:: GLOBAL)? ([\w.]+)", str(error)):
             raise OSError(
-                f"{path} is refused: it names {named[1]}, as no checkpoint of fairseq does, and that might run code."
+                f"{path} is refused: it names {named[1]}, which no checkpoint of fairseq does and which might run "
+                "code."
             ) from error
         raise OSError(
-            f"{path} cannot be read ({type(error).__name__}): it is truncated, damaged, or no checkpoint of PyTorch."
+            f"{path} cannot be read ({type(error).__name__}): it is truncated, damaged, or not a checkpoint of "
+            "PyTorch."
         ) from error
     options = _options(state)
     weights = state.get("model") if isinstance(state, dict) else None
     if options is None or not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{path} is no checkpoint of fairseq: it has no weights `model` with arguments `args`.")
+        raise ValueError(f"{path} is not a checkpoint of fairseq: it has no weights `model` with arguments `args`.")
     for name, value in weights.items():
         if not (isinstance(name, str) and _is_plain(value)):
-            raise ValueError(f"{path} holds {name!r:.100} as something else than a tensor of floating-point numbers.")
+            raise ValueError(
+                f"{path} contains {name!r:.100} as something other than a tensor of floating-point numbers."
+            )
     return FairseqCheckpoint(weights, options)
 
 

@@ -52,7 +52,7 @@ def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
         else:
             merges[left, right] = None
     if not merges:
-        raise ValueError(f"{path} holds no codes; expected '#version: 0.2', and two pieces in each line.")
+        raise ValueError(f"{path} contains no codes; expected '#version: 0.2', and two pieces in each line.")
     return list(merges)
 
 
@@ -61,7 +61,7 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
         with Path(path).open(encoding="utf-8") as file:
             yield from enumerate(file, start=1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {one_line(error)}.") from error
+        raise ValueError(f"{path} is not text in UTF-8: {one_line(error)}.") from error
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def _pieces(dictionary: Sequence[str]) -> list[str]:
     pieces = [w[:-2] if w.endswith("@@") and len(w) > 2 else w + END_OF_WORD for w in words]
     if len({*pieces, *SPECIAL}) < len(dictionary):
         raise ValueError(
-            "Two words of a dictionary are the same piece of BPE: leave the codes out, and give text that is split."
+            "Two words of a dictionary are the same piece of BPE: leave out the codes, and give text that is already "
+            "split."
         )
     return [*SPECIAL, *pieces]

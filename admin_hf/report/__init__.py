@@ -48,7 +48,9 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike | None = None
         raise IsADirectoryError(f"{path} is a folder; name a file to write the page to.")
     found = Run(folder)
     if not (found.arguments or found.state or found.config or found.scores or found.divergence):
-        raise ValueError(f"{folder} holds no run: expected a Trainer's output folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{folder} contains no run: expected a Trainer's output folder, with checkpoints such as checkpoint-500."
+        )
     try:
         from .page import render
     except ImportError as error:

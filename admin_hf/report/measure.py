@@ -81,10 +81,10 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
         OSError, ValueError: the run started from other weights or as a stock model, or has saved none yet.
     """
     if source := run.arguments.get("model_name_or_path"):
-        raise ValueError(f"The run went on from the weights of {source}, which are not part of it.")
+        raise ValueError(f"The run started from the weights of {source}, which are not part of it.")
     weights = _weights(run)
     if (kind := run.config.get("model_type")) != AdminConfig.model_type:
-        raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts otherwise.")
+        raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts differently.")
     config = AdminConfig.from_pretrained(weights)
     seed = run.arguments.get("seed")
     if isinstance(seed, int):

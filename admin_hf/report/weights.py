@@ -46,7 +46,7 @@ def omega(run: Run) -> Section:
             raise FileNotFoundError("The run has saved no weights.")
         history = omega_history(folders, run.profile)
         if not (history.encoder.names or history.decoder.names):
-            raise ValueError("The model has no ω: its residual systems are others than Admin.")
+            raise ValueError("The model has no ω: its residual systems are not Admin.")
         section.findings = [("expected", history.EXPECTATION), ("found", history.verdict())]
         if run.is_profiled is False:
             section.findings[0] = ("expected", "The model was not profiled, so Admin's start of ω is not what it had.")

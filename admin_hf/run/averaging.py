@@ -82,8 +82,8 @@ def _check_configs(folders: list[Path]) -> None:
         for key in sorted((first.keys() | config.keys()) - _FREE):
             if (value := config.get(key)) != (expected := first.get(key)):
                 raise ValueError(
-                    f"{folder} holds another model than {folders[0]}: {key} is {value!r} in its config.json, expected "
-                    f"{expected!r}."
+                    f"{folder} contains another model than {folders[0]}: {key} is {value!r} in its config.json, "
+                    f"expected {expected!r}."
                 )
 
 
@@ -155,6 +155,6 @@ def _common(name: str, files: list[Path], block: slice) -> Tensor:
     for file in files[1:]:
         if not torch.equal(_read(name, file)[block], value):
             raise ValueError(
-                f"{name} is no floating-point tensor, and differs between {files[0].parent} and {file.parent}."
+                f"{name} is not a floating-point tensor, and differs between {files[0].parent} and {file.parent}."
             )
     return value

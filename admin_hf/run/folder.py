@@ -180,7 +180,9 @@ def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
         raise NotADirectoryError(f"There is no folder {run}.")
     complete = complete_checkpoints(run)
     if not complete:
-        raise ValueError(f"{run} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{run} has no complete checkpoint: expected a run's folder, with checkpoints such as checkpoint-500."
+        )
     if len(complete) < last:
         raise ValueError(
             f"{run} has {len(complete)} complete checkpoints, fewer than {last}: take the last {len(complete)}, or "

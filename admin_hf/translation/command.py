@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     files, output = arguments.files or [STDIN], arguments.output
     if output is not None and output.exists() and not output.is_file():
-        raise ValueError(f"{output} is no file: name one to write to.")
+        raise ValueError(f"{output} is not a file: name one to write to.")
     total = _count(files)
     engine, tokenizer = load_engine(
         [arguments.model, *arguments.ensemble], arguments.tokenizer, arguments.device, arguments.dtype
@@ -152,7 +152,7 @@ def _count(files: list[str]) -> int | None:
         if file != STDIN and not os.path.exists(file):
             raise FileNotFoundError(f"There is no file {file}.")
         if os.path.isdir(file):
-            raise IsADirectoryError(f"{file} is a folder: name files of text behind the model.")
+            raise IsADirectoryError(f"{file} is a folder: name text files after the model.")
     if not all(map(os.path.isfile, files)):
         return None
     return sum(1 for file in files for _ in read_lines(Path(file)))

@@ -139,5 +139,5 @@ def _check_member(member: PreTrainedModel, first: PreTrainedModel, number: int) 
         if found != expected:
             raise ValueError(
                 f"The models of an ensemble need one vocabulary, but {name} of the first is {expected} and of number "
-                f"{number + 1} {found}: take models that were trained with the same tokenizer."
+                f"{number + 1} {found}: use models that were trained with the same tokenizer."
             )

@@ -147,7 +147,7 @@ class LineTranslator:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if beams is not None and nbest is not None and nbest > beams:
-            raise ValueError(f"nbest is {nbest}, more than the {beams} beams find: give as many beams.")
+            raise ValueError(f"nbest is {nbest}, more than the {beams} beams can find: give at least as many beams.")
         self.engine, self.tokenizer = engine, tokenizer
         self.nbest, self.batch_size = nbest, batch_size
         self.encoder = Encoder(tokenizer, prefix=source_prefix)
@@ -209,7 +209,7 @@ class LineTranslator:
         settings.max_length = min(longest, default=LONGEST)
         if settings.max_length < len(self.prefix) + 2:
             raise ValueError(
-                f"A translation may have {settings.max_length} tokens, which is no more than start and prefix: raise "
+                f"A translation may have {settings.max_length} tokens, which start and prefix already fill: raise "
                 "max_length."
             )
         # It would be what the search has not found: the end of a translation that is cut

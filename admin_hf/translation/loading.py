@@ -65,7 +65,9 @@ def _place(source: str) -> str:
     if has_weights(folder / VANILLA_NAME):
         return str(folder / VANILLA_NAME)
     if folder.is_dir() and not has_weights(folder) and (checkpoints := saved_checkpoints(folder)):
-        raise ValueError(f"{source} has no model but those of its checkpoints: name one, such as {checkpoints[-1]}.")
+        raise ValueError(
+            f"{source} has no model except those of its checkpoints: name one, such as {checkpoints[-1]}."
+        )
     return source
 
 
@@ -101,7 +103,7 @@ def _load_model(
 
 def _load_stock(place: str, config: Any) -> Any:
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"{place} holds a {config.model_type!r} model, which does not translate.")
+        raise ValueError(f"{place} contains a {config.model_type!r} model, which does not translate.")
     check_weight_files(place)
     model, info = AutoModelForSeq2SeqLM.from_pretrained(
         place, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True
