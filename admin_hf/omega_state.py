@@ -60,9 +60,9 @@ class OmegaState:
                 "batch)) before the first update."
             )
         elif all(bool((omega == 1).all()) for omega in omegas):
-            logger.warning("The model was never profiled: it goes on with every ω at 1, as plain Post-LN.")
+            logger.warning("The model was never profiled: training continues with every ω at 1, as plain Post-LN.")
         else:
-            logger.warning("The model was never profiled: it goes on with the ω that it has, not as Admin.")
+            logger.warning("The model was never profiled: training continues with its present ω, not as Admin.")
 
 
 def omega_state(model: Any) -> OmegaState:

@@ -206,7 +206,8 @@ def test_a_model_that_trains_without_the_callback_says_so_once(tmp_path, dataset
     for callbacks in ([], [AdminProfilingCallback()]):
         caplog.clear()
         trainer(copy.deepcopy(loaded), dataset, tmp_path / "more", callbacks, max_steps=1).train()
-        assert unprofiled(caplog) == ["The model was never profiled: it goes on with the ω that it has, not as Admin."]
+        said = "The model was never profiled: training continues with its present ω, not as Admin."
+        assert unprofiled(caplog) == [said]
     assert not (tmp_path / "more" / "residual_profile.json").exists(), "its weights are trained"
 
 

@@ -308,7 +308,7 @@ def test_a_stop_signal_ends_a_run_with_a_checkpoint_that_resumes(data, tmp_path,
         os.killpg(process.pid, number)
         output = process.stdout.read()
     assert process.returncode == 128 + number, output
-    assert "The same command goes on from there" in output
+    assert "The same command continues from there" in output
     checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
     assert len(checkpoints) == 1
     step = int(checkpoints[0].name.partition("-")[2])

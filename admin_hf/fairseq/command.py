@@ -16,15 +16,15 @@ from .vocabulary import read_codes, read_dictionary
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "import",
-        help="make a checkpoint of fairseq or Transformer-Clinic an Admin or vanilla model",
-        description="Convert a translation model of fairseq or of Transformer-Clinic, the authors' own code: to an "
-        "Admin model that is trained on, translated with or exported, or with --vanilla to a model that stock "
-        "Transformers and CTranslate2 load. It computes the same. No fairseq is needed, no code of the file runs, and "
-        "an error leaves OUT as it was.",
+        help="convert a checkpoint of fairseq or Transformer-Clinic to an Admin or vanilla model",
+        description="Convert a translation model of fairseq or of Transformer-Clinic, the code of Admin's authors. "
+        "The result is an Admin model, to train further, translate with or export. With --vanilla it is a model that "
+        "stock Transformers and CTranslate2 load. It computes the same. fairseq is not needed, and no code of the "
+        "file runs. After an error, OUT is unchanged.",
         epilog="example: python -m admin_hf import checkpoint_best.pt en-de --dict dict.en.txt --bpe-codes code",
     )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file that fairseq has written")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, without a model in it")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file written by fairseq")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not contain a model")
     command.add_argument(
         "--dict",
         dest="dictionaries",
@@ -39,10 +39,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--bpe-codes",
         metavar="CODES",
         type=Path,
-        help="codes of subword-nmt, version 0.2: the tokenizer then takes words; without them it takes text that is "
-        "split already, as sub@@ words",
+        help="codes of subword-nmt, version 0.2: the tokenizer's input is then words; without them it is text that is "
+        "already split into sub@@ words",
     )
-    command.add_argument("--vanilla", action="store_true", help="fold ω away: a model for stock Transformers")
+    command.add_argument(
+        "--vanilla", action="store_true", help="fold ω into the weights: write a model for stock Transformers"
+    )
     command.set_defaults(run=run)
 
 

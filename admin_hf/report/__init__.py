@@ -64,9 +64,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "report",
         help="make one page about a training run",
-        description="Write a page about a run that is going on, has finished or has diverged: scores, "
-        "curves, translations, ω, layer dependency, gradients and variances by sub-layer, arguments. It is one HTML "
-        "file that needs no network and can be shown to others.",
+        description="Write a page about a run that is still training, has finished or has diverged: scores, curves, "
+        "translations, ω, layer dependency, gradients and variances by sub-layer, arguments. It is one HTML file that "
+        "needs no network and can be shown to others.",
         epilog="example: python -m admin_hf report runs/en-de",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a training run")
