@@ -48,23 +48,25 @@ class _AdminCallback(TrainerCallback):
 class AdminProfilingCallback(_AdminCallback):
     """Profiles the model on the first batch of training and initialises ω, before step 1 computes anything.
 
-    Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch that step 1 is given, on the
-    first process, so neither the order of the data nor the random stream of training changes; all processes get the
+    Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch of step 1 on the
+    first process. So neither the order of the data nor the random stream of training changes. All processes get the
     same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder; the
-    trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it. Nothing is profiled when training is
-    resumed, or when ω was initialised before or loaded; where that leaves a model without a profile, it is warned of.
-    Tokenizer and first batch are checked before update 1, whatever the model. A model within adapters of PEFT is
-    profiled, too; its checkpoints hold adapters alone, so that ω comes from the saved profile when it is resumed.
+    trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it.
+
+    Nothing is profiled when training is resumed, or when ω was already initialised or loaded. If the model then has no
+    profile, a warning says so. Tokenizer and first batch are checked before update 1, for every model. A model inside
+    adapters of PEFT is also profiled. Its checkpoints contain only adapters, so a resumed run reads ω from the saved
+    profile.
 
     Args:
         verbose: set to False to print no table of ω.
 
     Raises:
-        RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
-            called before; or `DataParallel` would throw the result away.
+        RuntimeError: the weights are already sharded (FSDP, DeepSpeed), so [`profile_and_initialize`] must be
+            called earlier; or `DataParallel` would lose the result.
         ValueError: the model was not made for the Trainer's `processing_class` (see [`check_tokenizer`]), when the
             Trainer is made or training begins; labels contain the padding id, or sources are padded on the left; or an
-            adapter leaves no ω to profile, or is resumed without the profile.
+            adapter leaves no ω to profile, or the profile is missing when it is resumed.
 
     Example:
 
@@ -171,12 +173,12 @@ def profile_and_initialize(
     """Profile the model on the first process, and initialise ω on all of them.
 
     A table of ω is printed, and the profile is saved as `residual_profile.json` in `output_dir`. This is what
-    [`AdminProfilingCallback`] does with the first batch. Where weights will be sharded (see [`sharding`]), call it
-    before `trainer.train()`, while every process still has them whole. All processes must call it.
+    [`AdminProfilingCallback`] does with the first batch. If weights will be sharded (see [`sharding`]), call it
+    before `trainer.train()`, while every process still has all of them. All processes must call it.
 
     Args:
         model: the model, not wrapped or sharded yet, with the same weights on every process.
-        batch: what the model's forward takes; only the first process's is used.
+        batch: the arguments of the model's forward; only those of the first process are used.
         output_dir: where the first process saves the profile.
         verbose: set to False to print no table.
 
@@ -234,22 +236,22 @@ def _check_writable(args: TrainingArguments) -> None:
 
 
 class AdminPublishingCallback(_AdminCallback):
-    """Makes `push_to_hub=True` of any [`~transformers.Seq2SeqTrainer`] end with the vanilla model on the Hub.
+    """With `push_to_hub=True` in any [`~transformers.Seq2SeqTrainer`], publishes the vanilla model on the Hub.
 
-    A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
-    to that folder is the vanilla model, folded and verified, and it is pushed when training ends; checkpoints
-    (`checkpoint-500`) keep ω, so that they resume. What Trainer pushes *during* training (`hub_strategy="every_save"`)
-    is a copy of a checkpoint, with ω. The model card, also that of `trainer.push_to_hub()`, says what is known of the
-    model and its training; one that was written by hand stays. Adapters of PEFT are merged into the vanilla model. A
-    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`): Trainer would upload it in
-    training_args.bin. Where the trained model cannot be folded (an ω near zero), that is logged and the folder gets
-    the model with ω: nothing is lost.
+    A Trainer uploads its output folder and never calls `model.push_to_hub`. With this callback, the model saved to
+    that folder is the vanilla model, folded and verified, and it is pushed when training ends. Checkpoints
+    (`checkpoint-500`) keep ω, so that they can be resumed. *During* training (`hub_strategy="every_save"`), Trainer
+    pushes copies of checkpoints, with ω. The model card, also that of `trainer.push_to_hub()`, describes the model and
+    its training; a card that was written by hand is kept. Adapters of PEFT are merged into the vanilla model. A
+    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`), because Trainer would upload it in
+    training_args.bin. If the trained model cannot be folded (an ω near zero), a message is logged and the folder gets
+    the model with ω, so nothing is lost.
 
     Args:
-        card_data: what only you know, for the model card: license, languages, data sets, scores …
+        card_data: information for the model card that only you have: license, languages, data sets, scores …
 
     Raises:
-        ValueError: no stock architecture can hold the model, it was not made for the Trainer's `processing_class`, or
+        ValueError: no stock architecture computes the model, it was not made for the Trainer's `processing_class`, or
             its weights will be sharded (FSDP, DeepSpeed); when the Trainer is made.
 
     Example:
@@ -260,7 +262,7 @@ class AdminPublishingCallback(_AdminCallback):
     callbacks = [AdminProfilingCallback(), AdminPublishingCallback(card_data)]
     trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
     trainer.train()
-    trainer.push_to_hub()  # what you evaluated since; the model is there already
+    trainer.push_to_hub()  # adds later evaluations; the model is there already
     ```
     """
 
@@ -309,10 +311,10 @@ class AdminPublishingCallback(_AdminCallback):
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
 
     def write_card(self, trainer: Any, given: Mapping[str, Any]) -> None:
-        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub is by hand.
+        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub was written by hand.
 
         Args:
-            given: to `trainer.create_model_card`.
+            given: arguments of `trainer.create_model_card`.
         """
         folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
         if repo_id:

@@ -1,4 +1,4 @@
-"""Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
+"""Admin Transformers: Marian with other residual connections. Everything that is not written here is Marian's."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -92,7 +92,7 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Transform `hidden_states`, `(batch_size, target_length, d_model)`; `kwargs` is what attention takes."""
+        """Transform `hidden_states`, `(batch_size, target_length, d_model)`; `kwargs` are passed to attention."""
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
@@ -192,7 +192,7 @@ class AdminEncoder(_StackMixin, MarianEncoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """Encode `input_ids`, `(batch_size, source_length)`, of which `attention_mask` is 1 where not padding."""
+        """Encode `input_ids`, `(batch_size, source_length)`, where `attention_mask` is 1 except at padding."""
         self._check_input("input", input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -218,7 +218,7 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Decode `input_ids`, `(batch_size, target_length)`, which follow what the cache in `kwargs` holds."""
+        """Decode `input_ids`, `(batch_size, target_length)`, which follow the positions in the cache of `kwargs`."""
         cache = given_cache(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
         # A static cache says its length in a tensor, which a GPU would have to wait for
@@ -265,7 +265,7 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
 
 @dataclass
 class AdminSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """What a model in train mode returns: `loss` is smoothed, `logits` is None.
+    """The output of a model in train mode: `loss` is smoothed, `logits` is None.
 
     Attributes:
         nll_loss: the loss without label smoothing, a scalar without a gradient.
@@ -275,10 +275,10 @@ class AdminSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
-    """An Admin Transformer for translation, to be used as any sequence-to-sequence model of Transformers.
+    """An Admin Transformer for translation, used like any sequence-to-sequence model of Transformers.
 
-    A new model has ω = 1, which is plain Post-LN: profile it before training, by [`AdminProfilingCallback`] in a
-    Trainer or by hand.
+    A new model has ω = 1, which is plain Post-LN. Profile it before training, with [`AdminProfilingCallback`] in a
+    Trainer, or with [`profile_residuals`] and [`initialize_omega`].
 
     Example:
 
@@ -377,21 +377,21 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     ) -> Seq2SeqLMOutput:
         """As [`~transformers.MarianMTModel`], with another loss.
 
-        The loss is averaged over targets, or divided by `num_items_in_batch` where given. In train mode it is smoothed
+        The loss is averaged over targets, or divided by `num_items_in_batch` if given. In train mode it is smoothed
         by `config.label_smoothing` and computed without the full logits, so `logits` is None.
 
         Args:
             input_ids: source ids, `(batch_size, source_length)`.
             attention_mask: 1 for source tokens and 0 for padding, of the same shape.
-            labels: target ids, `(batch_size, target_length)`, −100 at padding; they also are the decoder's input,
-                shifted right by one, unless `decoder_input_ids` is given.
+            labels: target ids, `(batch_size, target_length)`, −100 at padding. Shifted right by one, they are also the
+                decoder's input, unless `decoder_input_ids` is given.
             kwargs: `num_items_in_batch`, the number of targets in the whole update, as Trainer passes it; the cache;
-                and what attention takes.
+                and arguments of attention.
 
         Raises:
-            ValueError: an id outside the vocabulary (looked for on the CPU only), a sequence longer than
-                `config.max_position_embeddings`; or, in training, labels that hold the padding id, or sources padded
-                on the left (on a GPU looked for in the first pass only).
+            ValueError: an id is outside the vocabulary (checked on the CPU only), or a sequence is longer than
+                `config.max_position_embeddings`; or, in training, labels contain the padding id, or sources are
+                padded on the left (on a GPU checked in the first pass only).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         padding_id: Any = self.config.pad_token_id

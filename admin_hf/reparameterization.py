@@ -1,8 +1,8 @@
-"""Folding a trained model into the vanilla Transformer that it is equal to (Appendix C of the paper).
+"""Folds a trained model into the equivalent vanilla Transformer (Appendix C of the paper).
 
 Scales on the shortcut and on the branch of a Post-LN connection, ``x_i = LN(s_i ⊙ x_{i-1} + r_i ⊙ f_i(x_{i-1}))``,
-are only another way to write weights: s_i goes into the LayerNorm before and, as its inverse, into the projections
-that read it; r_i goes into the projection that ends the branch. What is left is stock Marian.
+are only another way to write weights. s_i goes into the LayerNorm before and, as its inverse, into the projections
+that read it. r_i goes into the projection that ends the branch. The result is stock Marian.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 def stock_architecture(model: PreTrainedModel) -> Architecture:
-    """Return the architecture of Transformers that can hold this model's function.
+    """Return the architecture of Transformers that computes the same function as this model.
 
     Raises:
-        ValueError: there is none: Post-LN is mixed with Pre-LN, or a connection is of neither family.
+        ValueError: there is none, because Post-LN is mixed with Pre-LN or a connection belongs to neither.
     """
     connections = [module for module in model.modules() if isinstance(module, ResidualConnection)]
     if all(isinstance(each, PostLNConnection) and not each.adds_layer_input for each in connections):
@@ -68,20 +68,20 @@ _UNFOLDED = (
 def reparameterize(
     model: PreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Return the vanilla model: a stock Transformers model that computes what `model` does, with no shortcut scale.
+    """Return the vanilla model: a stock Transformers model that computes the same as `model`, without shortcut scales.
 
-    Folded in float64, rounded once, and verified: on random batches (with padding, and with a row of the greatest
-    length, up to 1,024) the logits of both are compared in float64, and the tokens of greedy decoding wherever no tie
-    explains a difference. For half precision the fold is verified twice, before it is rounded that far and after.
-    The given model and all random states are left as they were.
+    The fold is computed in float64, rounded once, and verified. On random batches (with padding, and with a row of the
+    greatest length, up to 1,024) the logits of both models are compared in float64. So are the tokens of greedy
+    decoding, wherever no tie explains a difference. For half precision the fold is verified before and after rounding.
+    The given model and all random states are not changed.
 
     Args:
         model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
             and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`; or a
-            stock model that [`inject`] has given an ω, of which a copy without it is returned, of the same class.
-            That computes the same by construction, so that nothing is verified but that its weights are finite.
-        dtype: floating-point type of the result; the model's own where unset.
-        tokenizer: the result gets the embeddings that converters expect beside it (see [`fit_vocabulary`]).
+            stock model with an ω from [`inject`]. Of the latter, a copy of the same class without ω is returned. It
+            computes the same by construction, so only its weights are checked to be finite.
+        dtype: floating-point type of the result; default: the model's own.
+        tokenizer: if given, the result has the embeddings that converters expect for it (see [`fit_vocabulary`]).
 
     Returns:
         A `MarianMTModel` or `MarianModel` for the Post-LN family, a `PegasusForConditionalGeneration` or
@@ -89,9 +89,9 @@ def reparameterize(
 
     Raises:
         ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a shortcut
-            scale has an entry within 1e-4 of zero; or what comes out differs from the model by more than the tolerance
-            for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is
-            named, or the first sub-layer that differs. Or the model was not made for `tokenizer`
+            scale has an entry within 1e-4 of zero; or the result differs from the model by more than the tolerance
+            for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The message names
+            the parameter, or the first sub-layer that differs. Also if the model was not made for `tokenizer`
             (see [`check_tokenizer`]).
 
     Example:
@@ -196,8 +196,8 @@ def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of `model` under Marian's names, with all scales folded into them, in the model's dtype.
 
     Raises:
-        ValueError: a scale has an entry that is too near to zero, or the first shortcut of a stack, before which
-            there is no LayerNorm, is scaled by a vector.
+        ValueError: a scale has an entry that is too close to zero, or the first shortcut of a stack, which no
+            LayerNorm precedes, is scaled by a vector.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
