@@ -1,12 +1,13 @@
-"""ω in a stock Post-LN model whose code stays untouched: Admin for BERT, BART, OPT and others.
+"""ω in a stock Post-LN model, without changes to its code: Admin for BERT, BART, OPT and others.
 
-In Post-LN the shortcut and the branch of a sub-layer read the same tensor, the output of the LayerNorm in front. So
+In Post-LN the shortcut and the branch of a sub-layer read the same tensor: the output of the preceding LayerNorm. So
 
     x_i = LN_i(ω_i ⊙ x_{i-1} + f_i(x_{i-1}))
 
-is what the stock forward computes when the LayerNorm in front has γ ⊙ ω_i and ν ⊙ ω_i, and every matrix that reads
-x_{i-1} in branch i is divided by ω_i along its inputs: the paper's fold (Appendix C) read backwards. γ, ν, W and ω_i
-are the parameters, and PyTorch's parametrizations compute the products in every forward pass. To fold is to keep them.
+is what the stock forward computes if the preceding LayerNorm has γ ⊙ ω_i and ν ⊙ ω_i, and every matrix that reads
+x_{i-1} in branch i is divided by ω_i along its inputs. This is the paper's fold (Appendix C) in reverse. γ, ν, W and
+ω_i are the parameters, and PyTorch's parametrizations compute the products in every forward pass. Folding keeps the
+products.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class InjectedConnection:
-    """The residual connection of a sub-layer of a stock model: what [`ResidualConnection`] is in an Admin model.
+    """The residual connection of a sub-layer of a stock model, like [`ResidualConnection`] in an Admin model.
 
     Attributes:
-        name: of the LayerNorm behind, below the stack, such as `layer.0.output.LayerNorm`.
-        norm, front: the LayerNorm behind, which holds ω if there is one, and the one in front, if any.
-        reads: modules and the names in them of the matrices that read the shortcut.
+        name: name of the LayerNorm after the sub-layer, below the stack, such as `layer.0.output.LayerNorm`.
+        norm, front: the LayerNorm after the sub-layer, which contains ω if there is one, and the one before, if any.
+        reads: the matrices that read the shortcut, as modules and names in them.
         ends: the matrix that ends the branch.
-        stack: the connections of the stack, in which this one's `place` is.
-        profiled, initialized: as of an [`AdminConnection`].
+        stack: the connections of the stack; this one is at `place`.
+        profiled, initialized: as in an [`AdminConnection`].
     """
 
     branch_scale = 1.0
@@ -74,7 +75,7 @@ class InjectedConnection:
 
     @property
     def is_in_chain(self) -> bool:
-        """Whether a LayerNorm precedes it, behind which the variances of branches are added up."""
+        """Whether a LayerNorm precedes it. After that LayerNorm, the variances of branches are added up."""
         return self.front is not None
 
     @property
@@ -87,7 +88,7 @@ class InjectedConnection:
 
     @property
     def output_scale(self) -> Tensor | float:
-        """What the LayerNorm's output is multiplied by for the next sub-layer's shortcut."""
+        """The factor of the LayerNorm's output in the next sub-layer's shortcut."""
         return self.following.shortcut_scale if self.following is not None else 1.0
 
     @property
@@ -187,7 +188,7 @@ class Injection(OmegaState):
     # --- leaving it ---
 
     def fold(self, model: nn.Module, dtype: torch.dtype | None) -> Any:
-        """Make of `model` the stock model that computes the same. See [`reparameterize`]."""
+        """Turn `model` into the stock model that computes the same. See [`reparameterize`]."""
         check_finite(model, "The model")
         for stack, connections in self.stacks.items():
             for connection in connections:
@@ -246,27 +247,27 @@ def inject(
 ) -> Model:
     """Give a stock Post-LN model an ω on every shortcut that can have one, and return it.
 
-    Class, forward, configuration and tokenizer stay stock, and with ω = 1 so do its outputs, bit for bit. Weights that
-    ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
-    its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
-    of it. Hidden states between layers (`output_hidden_states`) are those of the fold: each times the next ω. A weight
-    that is a product with ω cannot be written to: [`reparameterize`] merges adapters behind the fold.
+    Class, forward, configuration and tokenizer stay stock. With ω = 1 so do its outputs, bit for bit. Weights that
+    ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm after
+    its sub-layer; [`load_injected`] loads such a checkpoint. The first sub-layer has an ω if a LayerNorm precedes it.
+    Hidden states between layers (`output_hidden_states`) are each multiplied by the next ω, as in the folded model. A
+    weight that is a product with ω cannot be written to, so [`reparameterize`] merges adapters after the fold.
 
-    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the model as
-    they take an [`AdminForConditionalGeneration`].
+    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor accept the model
+    like an [`AdminForConditionalGeneration`].
 
     Args:
-        model: of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
+        model: a model of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
         system: `"admin"` (ω starts from a profile; in a loaded model it starts at 1, and is not profiled),
-            `"admin_uniform"` (the same number in all of a stack), or `"deepnorm"` (a constant, and branches
-            initialised as its paper has them, so that the model must be fresh).
-        output_change: of `"admin_uniform"`, how the change of the output may grow in the number of sub-layers:
+            `"admin_uniform"` (the same number in a whole stack), or `"deepnorm"` (a constant, and the initialisation
+            of the branches from its paper, so the model must be fresh).
+        output_change: for `"admin_uniform"`: how the change of the output may grow with the number of sub-layers:
             `"O(log n)"`, `"O(1)"` or `"O(n)"`, which is ω = 1.
         trained: whether the ω of `"admin_uniform"` is trained or constant.
-        stacks: the architecture of a model that is not known (see [`~admin_hf.architecture.Stack`]).
+        stacks: the architecture of a model of an unknown type (see [`~admin_hf.architecture.Stack`]).
 
     Raises:
-        ValueError: the model cannot have an ω; the message says why. Then it is as it was.
+        ValueError: the model cannot have an ω; the message says why. The model is then unchanged.
 
     Example:
 
@@ -335,15 +336,15 @@ def _check_encoder_states(base: Any, args: tuple, inputs: dict[str, Any]) -> Non
 
 
 def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **options: Any) -> Any:
-    """Load a checkpoint of a model that [`inject`] has given an ω.
+    """Load a checkpoint of a model with an ω from [`inject`].
 
     Args:
         model_class: the stock class, such as `BertForMaskedLM`.
-        folder: of the checkpoint.
-        options: those of [`inject`], as they were.
+        folder: the folder of the checkpoint.
+        options: the options that [`inject`] was called with.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is of another model.
+        OSError, ValueError: it cannot be read, or belongs to another model.
     """
     with explained_errors(folder):
         config: Any = model_class.config_class.from_pretrained(folder)  # type: ignore[union-attr]

@@ -86,7 +86,8 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
             loading_info.missing_keys = set()
             self._said_unprofiled = True
             logger.warning(
-                "The checkpoint has no shortcut scales: it is plain Post-LN, and training continues from it with ω = 1."
+                "The checkpoint has no shortcut scales: it is plain Post-LN, and training continues from it with ω = "
+                "1."
             )
         for name, connection in profiled.items():
             connection.initialized = name not in loading_info.missing_keys
