@@ -171,8 +171,8 @@ def analyze(arguments: argparse.Namespace) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError, ValueError: a source cannot be read or measured, or a file not be written. What was written before is
-            whole.
+        OSError, ValueError: a source cannot be read or measured, or a file cannot be written. Files that were written
+            before are complete.
     """
     drawing.new_figure()  # which says if matplotlib is missing
     _check_output(arguments.output)

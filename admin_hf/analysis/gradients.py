@@ -29,9 +29,9 @@ class StackGradients:
     Attributes:
         system: the residual system, such as `"post_ln"`; a label only.
         names: the residual connections' names below the stack, in execution order.
-        kinds: what their branches are, such as `"self-attention"`.
+        kinds: the kinds of their branches, such as `"self-attention"`.
         relative_norms: ‖Δx_i‖₂ / max_j ‖Δx_j‖₂ of each sub-layer's output, the maximum over the stack.
-        largest_norm: max_j ‖Δx_j‖₂; 0 where the loss has no gradient, as before FixUp's first update.
+        largest_norm: max_j ‖Δx_j‖₂; 0 if the loss has no gradient, as before FixUp's first update.
     """
 
     system: str
@@ -78,12 +78,12 @@ class GradientNorms(ByStack[StackGradients]):
 def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> GradientNorms:
     """Measure ‖Δx_i‖₂, the norm of the training loss's gradient at each sub-layer's output, without dropout.
 
-    Only norms are kept, and no gradient of a weight is computed but the embedding's. Weights, their gradients and
-    modes are left as they were.
+    Only norms are kept. The only weight whose gradient is computed is the embedding. Weights, their gradients and
+    modes are not changed.
 
     Args:
         model: fresh (with ω already initialised) or trained.
-        batch: `input_ids`, `labels` and what else the model's forward takes.
+        batch: `input_ids`, `labels` and other arguments of the model's forward.
 
     Raises:
         ValueError: the batch has no labels, or the loss is not finite.
