@@ -1,4 +1,4 @@
-"""The command `python -m admin_hf import CHECKPOINT OUT --dict DICT`: makes a fairseq checkpoint a model's folder."""
+"""The command `python -m admin_hf import CHECKPOINT OUT --dict DICT`: converts a fairseq checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -52,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the model of a checkpoint.
 
     Raises:
-        OSError, ValueError, RuntimeError: a file cannot be read, the model not be converted, or OUT not be written.
+        OSError, ValueError, RuntimeError: a file cannot be read, the model cannot be converted, or OUT cannot be
+            written.
     """
     out: Path = arguments.out
     if (out / "config.json").exists() or has_weights(out):

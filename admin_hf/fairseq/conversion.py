@@ -1,6 +1,6 @@
-"""A fairseq model as the Admin model that computes the same.
+"""Converts a fairseq model to the Admin model that computes the same.
 
-What differs is written down here: the names, the positions, the decoder's start, the layout of the vocabulary, and
+This module contains the differences: the names, the positions, the decoder's start, the layout of the vocabulary, and
 ω_1, the shortcut scale of a stack's first sub-layer, which Admin models here do not have.
 """
 
@@ -61,24 +61,25 @@ def convert(
     target: Sequence[str],
     merges: Sequence[tuple[str, str]] | None = None,
 ) -> tuple[AdminForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Make a translation model of fairseq an Admin model, and its dictionaries a tokenizer.
+    """Convert a translation model of fairseq to an Admin model, and its dictionaries to a tokenizer.
 
-    The model computes the same, to rounding: logits of all entries but `<pad>`, which is never predicted here. Its
-    positions are a table of its own, which is saved with the weights. ω_1 goes into embeddings, positions and the
-    first projections, and out of the decoder's last LayerNorm where the output layer is tied to its embeddings. The
-    decoder starts from `<pad>`, a row of zeros; the embedding of `</s>`, which fairseq starts from, is in the first
-    row of its positions.
+    The model computes the same logits, up to rounding, except that of `<pad>`, which is never predicted here. Its
+    position table is its own, and is saved with the weights. ω_1 is multiplied into embeddings and positions, and
+    divided out of the first projections, and of the decoder's last LayerNorm if the output layer is tied to its
+    embeddings. The decoder starts from `<pad>`, a row of zeros; the embedding of `</s>`, which fairseq starts from, is
+    in the first row of its positions.
 
     Args:
-        checkpoint: from [`read_checkpoint`].
-        source, target: the dictionaries, from [`read_dictionary`]; the same one twice where it is joined.
-        merges: of the BPE codes, from [`read_codes`]. Unset, the tokenizer takes text that is split, as `sub@@ words`.
+        checkpoint: the result of [`read_checkpoint`].
+        source, target: the dictionaries, from [`read_dictionary`]; the same one twice if it is joint.
+        merges: the merges of the BPE codes, from [`read_codes`]. Without them, the tokenizer's input is text that is
+            already split into `sub@@ words`.
 
     Returns:
         The model in float64 and eval mode, and the tokenizer.
 
     Raises:
-        ValueError: the model is of a kind that is not converted, or does not belong to the dictionaries.
+        ValueError: models of this kind are not converted, or the model does not belong to the dictionaries.
     """
     _check_options(checkpoint)
     vocabulary = Vocabulary.of(source, target, merges)

@@ -28,10 +28,10 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 @dataclass(frozen=True)
 class FairseqCheckpoint:
-    """What a conversion needs of a checkpoint.
+    """The parts of a checkpoint that a conversion needs.
 
     Attributes:
-        weights: by fairseq's names, such as `encoder.layers.0.fc1.weight`.
+        weights: tensors by fairseq's names, such as `encoder.layers.0.fc1.weight`.
         options: fairseq's arguments, such as `encoder_attention_heads`.
     """
 
@@ -39,10 +39,10 @@ class FairseqCheckpoint:
     options: Mapping[str, Any]
 
     def option(self, name: str, default: Option) -> Option:
-        """An argument, or `default` where it is unset.
+        """An argument, or `default` if it is unset.
 
         Raises:
-            ValueError: it is of another type than `default`.
+            ValueError: its type is not that of `default`.
         """
         value = self.options.get(name)
         if value is None:
@@ -57,14 +57,14 @@ class FairseqCheckpoint:
 
 
 def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
-    """Read a checkpoint that fairseq or Transformer-Clinic has written, of any of their file formats.
+    """Read a checkpoint of fairseq or Transformer-Clinic, in any of their file formats.
 
-    The pickle in it is read with an allow-list: tensors, plain data, arguments and meters. Whatever else it names is
-    refused before it could run.
+    The pickle in it is read with an allow-list: tensors, plain data, arguments and meters. Anything else is refused
+    before it could run.
 
     Raises:
-        OSError: the file is missing, damaged, truncated, or names anything else.
-        ValueError: it is no fairseq checkpoint.
+        OSError: the file is missing, damaged, truncated, or contains anything else.
+        ValueError: it is not a fairseq checkpoint.
     """
     path = Path(path)
     if not path.is_file():

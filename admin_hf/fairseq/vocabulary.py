@@ -17,11 +17,11 @@ END_OF_WORD = "</w>"
 
 
 def read_dictionary(path: str | os.PathLike) -> list[str]:
-    """The entries of a `dict.xx.txt` by fairseq's ids: the four special ones, and a word of each line `word count`.
+    """The entries of a `dict.xx.txt` by fairseq's ids: the four special ones, and the word of each line `word count`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no `word count`, or a word comes twice.
+        ValueError: a line is not `word count`, or a word occurs twice.
     """
     entries = dict.fromkeys(SPECIAL)
     for number, line in _lines(path):
@@ -35,11 +35,11 @@ def read_dictionary(path: str | os.PathLike) -> list[str]:
 
 
 def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """The merges of a file of subword-nmt's codes, version 0.2, the first one first.
+    """The merges in a file of subword-nmt's codes, version 0.2, in the order of the file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is of another version, has no codes, or a line is no pair.
+        ValueError: it has another version, no codes, or a line that is not a pair.
     """
     merges: dict[tuple[str, str], None] = {}
     for number, line in _lines(path):
@@ -66,16 +66,16 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One vocabulary for both languages, with the rows of fairseq's matrices that its entries have.
+    """One vocabulary for both languages, with the row of each entry in fairseq's matrices.
 
-    The layout is Marian's, which CTranslate2's converter asks for: `</s>` is 0, `<unk>` is 1 and `<pad>` is last. In
-    between come the target's words, `<s>`, and what the target's dictionary lacks: words of the source alone, and
-    pieces that BPE codes need on the way to others.
+    The layout is Marian's, which CTranslate2's converter requires: `</s>` is 0, `<unk>` is 1 and `<pad>` is last. In
+    between are the target's words, `<s>`, and entries that the target's dictionary lacks: words of the source only,
+    and pieces that the BPE codes need to build others.
 
     Attributes:
-        tokens: by id.
-        source_rows, target_rows: fairseq's id of each token but `<pad>`, which is that of `<unk>` where the dictionary
-            lacks it.
+        tokens: the tokens by id.
+        source_rows, target_rows: fairseq's id of each token except `<pad>`; that of `<unk>` if the dictionary lacks
+            the token.
         lacking: the ids that the target's dictionary lacks.
     """
 
@@ -105,10 +105,10 @@ class Vocabulary:
         return cls([*tokens, PAD], source_rows, target_rows, lacking)
 
     def tokenizer(self, merges: Sequence[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
-        """The tokenizer of this vocabulary: of text split into words, which the merges split into pieces.
+        """The tokenizer of this vocabulary: it splits text into words, and words into pieces by the merges.
 
-        Without merges it takes text in which they are split already, as `sub@@ words`. A source or target ends in
-        `</s>`, and no text acts as a control token.
+        Without merges its input is text that is already split into `sub@@ words`. A source or target ends in `</s>`,
+        and no text acts as a control token.
         """
         ids = _ids(self.tokens)
         if merges is None:

@@ -1,4 +1,4 @@
-"""What searches for translations and scores them: a model of Transformers, or one of CTranslate2."""
+"""Engines that search for translations and score them: a model of Transformers, or one of CTranslate2."""
 
 import copy
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Engine(Protocol):
     """Translates batches of token ids.
 
     Attributes:
-        generation_config: the settings of its search, where nobody gives others.
-        positions: how many tokens a source or target may have; None where that is not limited, or not known.
+        generation_config: the default settings of its search.
+        positions: the most tokens of a source or target; None if that is not limited, or not known.
     """
 
     generation_config: GenerationConfig
@@ -29,22 +29,22 @@ class Engine(Protocol):
         """The best `settings.num_return_sequences` translations of each source, the best first.
 
         Args:
-            prefix: what every translation begins with; in the results it is left out.
+            prefix: forced beginning of every translation; the results do not contain it.
             settings: `max_length` counts the decoder's start token and the prefix, as in Transformers.
 
         Returns:
-            Ids with the end-of-sentence token, or without it where `max_length` was reached before.
+            Ids with the end-of-sentence token, or without it if `max_length` was reached before.
         """
 
     def score(self, sources: list[Ids], prefix: Ids, targets: list[list[Ids]]) -> list[list[float]]:
-        """log p(target | source, prefix) of what `search` has found."""
+        """log p(target | source, prefix) of the results of `search`."""
 
 
 class TransformersEngine:
-    """Translates by `generate` of a model.
+    """Translates with `generate` of a model.
 
     Raises:
-        ValueError: the model is no encoder-decoder that generates.
+        ValueError: the model is not an encoder-decoder that generates.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -119,15 +119,15 @@ class TransformersEngine:
 
 
 class CTranslate2Engine:
-    """Translates by CTranslate2.
+    """Translates with CTranslate2.
 
     Its search ends with as many finished translations as beams, like `early_stopping=True` of Transformers.
 
     Args:
         translator: a `ctranslate2.Translator`.
-        tokenizer: of the model that was converted.
-        generation_config: the settings of the search; CTranslate2 keeps none.
-        positions: how many tokens a source or target may have, which CTranslate2 does not say.
+        tokenizer: the tokenizer of the model that was converted.
+        generation_config: the settings of the search; CTranslate2 does not store any.
+        positions: the most tokens of a source or target, which CTranslate2 does not store.
     """
 
     def __init__(

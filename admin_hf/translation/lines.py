@@ -1,4 +1,4 @@
-"""Lines of text in, lines of text out: batches by length, the order restored, and said what is not taken as it is."""
+"""Lines of text in, lines of text out: batches by length, restored order, and warnings for lines that are changed."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ class Translation(NamedTuple):
 
     Attributes:
         text: one line.
-        score: log p(text | source) / n^length_penalty, by which the search ranks: the natural logarithm, summed over
-            its n tokens with the end of the sentence, without a forced prefix. With a length penalty of 1 it is the
-            mean log-probability of a token, with 0 the log-probability of the sentence.
+        score: log p(text | source) / n^length_penalty, by which the search ranks. It is the natural logarithm, summed
+            over the n tokens, including the end of the sentence and without a forced prefix. With a length penalty of
+            1 it is the mean log-probability of a token, with 0 the log-probability of the sentence.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Translation(NamedTuple):
 
 
 class SearchOptions(TypedDict, total=False):
-    """Options of [`translate`], which says what they mean."""
+    """Options of [`translate`], which explains them."""
 
     beams: int | None
     length_penalty: float | None
@@ -70,31 +70,31 @@ def translate(
     nbest: int | None = None,
     **options: Unpack[SearchOptions],
 ) -> list[str] | list[list[Translation]]:
-    """Translate lines of text: one line for each, blank for a blank one.
+    """Translate lines of text: one translation per line, and a blank one for a blank line.
 
-    Names of special tokens in the lines are text. What is not taken as it is, such as lines that are too long and are
-    cut, is said in warnings, with its numbers.
+    Names of special tokens in the lines are read as text. Warnings give the numbers of lines that are changed, for
+    example because they are too long and are cut.
 
     Args:
         model: an encoder-decoder of Transformers, with ω or without, an [`Ensemble`], or a `ctranslate2.Translator`.
-            It stays on its device, and in train or evaluation mode as it was.
-        tokenizer: the model's.
-        lines: what to translate.
-        nbest: how many translations of each line.
-        **options: of the search and of the text:
+            Its device and its mode (train or evaluation) are not changed.
+        tokenizer: the model's tokenizer.
+        lines: the lines to translate.
+        nbest: number of translations of each line.
+        **options: options of the search and of the text:
 
-            - `beams`: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
-            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
-              generation settings say, else 1.
-            - `prefix`: what every translation begins with. The names of special tokens in it, such as language codes,
-              mean these tokens.
-            - `source_prefix`: what comes before every line, likewise.
-            - `max_length`: tokens of the longest translation, with the decoder's start token. Default: as the model's
-              generation settings say, else as many as it takes.
-            - `batch_size`: lines that are translated at a time.
+            - `beams`: number of beams; 1 is greedy search. Default: the model's generation settings, else 5.
+            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: the model's
+              generation settings, else 1.
+            - `prefix`: forced beginning of every translation. The names of special tokens in it, such as language
+              codes, mean these tokens.
+            - `source_prefix`: text to put before every line; special tokens as in `prefix`.
+            - `max_length`: tokens of the longest translation, including the decoder's start token. Default: the
+              model's generation settings, else the longest that it accepts.
+            - `batch_size`: number of lines in a batch.
 
     Returns:
-        The translations; with `nbest`, a list of so many [`Translation`]s, the best first, for each line.
+        The translations; with `nbest`, a list of that many [`Translation`]s for each line, the best first.
 
     Raises:
         ValueError: an option is out of its range, or the model does not translate.
@@ -114,7 +114,7 @@ def translate(
 
 
 def engine_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """What translates with a model of any kind that [`translate`] takes."""
+    """The engine for a model of any kind that [`translate`] accepts."""
     if isinstance(model, TransformersEngine | CTranslate2Engine):
         return model
     if type(model).__module__.partition(".")[0] == "ctranslate2":  # which need not be installed
@@ -123,7 +123,7 @@ def engine_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Engine:
 
 
 class LineTranslator:
-    """Translates some lines at a time, and counts them for what it says; the arguments are those of [`translate`]."""
+    """Translates some lines at a time, and counts them for its warnings; the arguments are those of [`translate`]."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class LineTranslator:
         """The translations of each line, the best first.
 
         Args:
-            progress: is told how many lines are done whenever some are.
+            progress: called with the number of lines that were just translated.
         """
         sources = self._encode(lines)
         nothing = [Translation("", 0.0)] * (self.nbest or 1)

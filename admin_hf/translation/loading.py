@@ -1,4 +1,4 @@
-"""What the command line names as a model: a folder of any kind, or an id of the Hub."""
+"""Loads the model that the command line names: a folder of any kind, or an id of the Hub."""
 
 import json
 from contextlib import suppress
@@ -28,15 +28,15 @@ CTRANSLATE2_NAME = "model.bin"  # the weights in a folder of CTranslate2
 def load_engine(
     sources: list[str], tokenizer: str | None = None, device: str | None = None, dtype: str | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Load what translates, and its tokenizer.
+    """Load an engine and its tokenizer.
 
     Args:
-        sources: a folder or Hub id; several make an ensemble. A folder holds a model of Transformers, with ω or
-            without, or one of CTranslate2, or is that of a run, whose vanilla model is taken.
-        tokenizer: folder or Hub id that the tokenizer comes from; for CTranslate2, generation settings and the limit
-            of positions as well. Default: the model's.
-        device: such as `"cuda:1"`. Default: a GPU where there is one.
-        dtype: of the weights in computations. Default: as they are stored.
+        sources: a folder or Hub id; several make an ensemble. A folder contains a model of Transformers, with ω or
+            without, or one of CTranslate2, or is that of a run, whose vanilla model is used.
+        tokenizer: folder or Hub id of the tokenizer; for CTranslate2, also of the generation settings and the limit
+            of positions. Default: the model's.
+        device: such as `"cuda:1"`. Default: a GPU if there is one.
+        dtype: dtype of the weights in computations. Default: that of the stored weights.
 
     Raises:
         OSError, ValueError, RuntimeError, ImportError: something cannot be loaded, or does not belong together.
