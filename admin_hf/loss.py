@@ -146,13 +146,13 @@ def linear_cross_entropy(
 
         loss = lse(z) − (1−ε) z_y − ε/(V−1) Σ_{v≠pad} z_v,    z = hidden · weightᵀ + bias
 
-    The logits of a whole batch never exist: they are made, used for the gradient and dropped, a chunk of rows at a
-    time. A training step of a small model (width 128, vocabulary 10,000) on a CPU takes 1.08 times as long with stock
-    logits and loss in float32, 1.15 times in bfloat16.
+    The logits of a whole batch never exist at once: one chunk of rows at a time, they are computed, used for the
+    gradient and dropped. A training step of a small model (width 128, vocabulary 10,000) on a CPU takes 1.08 times as
+    long with stock logits and loss in float32, 1.15 times in bfloat16.
 
-    Sums are in float32 (float64 if `hidden` is); products run in autocast's dtype where that is on, else in
-    `hidden`'s. The padding entry gets no share of the smoothing and its row of `weight` no gradient, so a zero row
-    stays exactly zero.
+    Sums are in float32 (float64 if `hidden` is). Products run in autocast's dtype if autocast is on, else in the dtype
+    of `hidden`. The padding token gets no share of the smoothing, and its row of `weight` gets no gradient, so a zero
+    row stays exactly zero.
 
     Args:
         hidden: decoder output, `(batch_size, target_length, d_model)`.
@@ -161,14 +161,14 @@ def linear_cross_entropy(
         labels: target ids, `(batch_size, target_length)`, −100 where there is none.
         pad_token_id: id of the padding entry.
         label_smoothing: ε, in [0, 1).
-        num_items_in_batch: what the summed loss is divided by, for gradient accumulation and several processes, which
-            average over all targets of an update; by default the targets of this batch.
+        num_items_in_batch: the divisor of the summed loss. With gradient accumulation and several processes, it is the
+            number of all targets of an update; default: the targets of this batch.
 
     Returns:
         The loss and, without smoothing and without a gradient, the negative log-likelihood: scalars.
 
     Raises:
-        RuntimeError: a second derivative is asked for, in the backward pass.
+        RuntimeError: a second derivative is requested, in the backward pass.
     """
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
@@ -190,7 +190,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What [`linear_cross_entropy`] computes, from logits: for an output layer that is more than its weight.
+    """The loss of [`linear_cross_entropy`], computed from logits: for an output layer that is more than its weight.
 
     Args:
         logits: `(batch_size, target_length, vocab_size)`.

@@ -1,4 +1,4 @@
-"""What is known of a model's ω: whether it was measured or loaded, and whether the model was profiled."""
+"""The state of a model's ω: whether it was measured or loaded, and whether the model was profiled."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -28,9 +28,9 @@ class OmegaState:
     def is_profiled(self) -> bool:
         """Whether a profile was written into ω: measured on a batch, or read from a file.
 
-        It is saved with the weights, as the buffer `omega_profiled`. False for a model that began with ω = 1 (a stock
-        Marian that is gone on from, or an Admin model that was trained without a profile), whatever became of its ω,
-        and for one that has no ω to profile.
+        It is saved with the weights, as the buffer `omega_profiled`. It is False for a model that started with ω = 1
+        (a stock Marian, or an Admin model that was trained without a profile), whatever its ω is now. It is also False
+        for a model without an ω to profile.
         """
         return self._profiled_flag is not None and bool(self._profiled_flag)
 
@@ -41,14 +41,14 @@ class OmegaState:
 
     @property
     def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled.
+        """Whether ω was measured or loaded. False after construction; True if the model has no ω to profile.
 
-        An entry other than 1 was measured or loaded somehow, by `load_state_dict` too.
+        An entry other than 1 counts as measured or loaded, for example by `load_state_dict`.
         """
         return all(c.initialized or bool((c.omega != 1).any()) for c in self.profiled_connections())
 
     def warn_unprofiled(self) -> None:
-        """Say, once, that the model trains without a profile, if it has an ω that should have had one."""
+        """Warn, once, that the model trains without a profile, if it has an ω that should be profiled."""
         omegas = [connection.omega for connection in self.profiled_connections()]
         if self._said_unprofiled or not omegas or self.is_profiled:
             return
@@ -66,7 +66,7 @@ class OmegaState:
 
 
 def omega_state(model: Any) -> OmegaState:
-    """Who knows the state of a model's ω: an Admin model itself, or the injection of a stock model.
+    """The object that knows the state of a model's ω: an Admin model itself, or the injection of a stock model.
 
     Raises:
         ValueError: the model has no ω.
