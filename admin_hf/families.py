@@ -70,7 +70,7 @@ OPT = Stack("decoder", (DECODER.sublayers[0], DECODER.sublayers[2]))
 MARIAN = (ENCODER, DECODER)
 BART = tuple(replace(stack, front=f"{stack.name}.layernorm_embedding") for stack in MARIAN)
 
-# Its decoder adds positions behind the LayerNorm of the embeddings
+# Its decoder adds positions after the LayerNorm of the embeddings
 BLENDERBOT_SMALL = (BART[0], DECODER)
 
 # By model type
@@ -100,7 +100,7 @@ PRE_LN = "it is Pre-LN: its shortcuts pass no LayerNorm into which ω could be f
 REFUSED: dict[str, str] = {
     "admin": "an Admin model has its ω already",
     "albert": "its layers share their weights, so that one LayerNorm would hold the ω of several sub-layers",
-    "detr": "it adds positions to the input of queries and keys, behind the LayerNorm that would hold ω",
+    "detr": "it adds positions to the input of queries and keys, after the LayerNorm that would contain ω",
     **dict.fromkeys(
         ("bloom", "gemma", "gpt2", "gpt_neo", "gpt_neox", "llama", "m2m_100", "mbart", "mistral", "pegasus"), PRE_LN
     ),

@@ -205,7 +205,7 @@ class Injection(OmegaState):
 
 
 def _without_adapter(of_sound: Any) -> dict[str, bool]:
-    """For functions of lengths, which may count behind an adapter that follows the stack."""
+    """For functions of lengths, which may count after an adapter that follows the stack."""
     return {"add_adapter": False} if "add_adapter" in inspect.signature(of_sound).parameters else {}
 
 
@@ -437,7 +437,7 @@ def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -
         scale(connection.front, norm)
         for matrix, name in connection.reads:
             scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
-    else:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
+    else:  # LN(α x + f) = LN(x + f / α), except for the ε of LN
         scale(connection.ends, norm, divides=True)
 
 

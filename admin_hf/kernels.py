@@ -21,7 +21,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def cast_once(x: Tensor) -> Tensor:
     """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient.
 
-    The backward pass keeps one copy of it in place of three: in bfloat16, without it, models of 6+6 layers and width
+    The backward pass keeps one copy of it instead of three: in bfloat16, without it, models of 6+6 layers and width
     512 keep 6% more. On a GPU, where an update is as long as its kernels take to be launched, it also spares 66 of
     2,489 operations of a forward and backward pass. A CPU takes the same time without it.
     """
@@ -102,7 +102,7 @@ def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry in place of a draw of its own.
+    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry instead of a draw of its own.
 
     There a mask of `bernoulli_` takes ten times as long as its bits here (10 ms and 1 ms for 512,000 entries on one
     thread), and a training step of a small model 1.2 times as long in float32 and 1.4 times in bfloat16, if
@@ -122,7 +122,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`dropout(relu(x))` that keeps one tensor for the backward pass in place of three: on a CPU, and compiled.
+    """`dropout(relu(x))` that keeps one tensor for the backward pass instead of three: on a CPU, and compiled.
 
     Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed: in
     float32 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model on a CPU

@@ -107,7 +107,7 @@ def _(hidden, weight, bias, labels, label_smoothing, pad_id, dtype, needs_hidden
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # of the outputs behind the loss, which nothing uses
+    ctx.set_materialize_grads(False)  # of the outputs after the loss, which nothing uses
     ctx.save_for_backward(*output[2:])
 
 

@@ -46,7 +46,7 @@ class _ResidualLayer(nn.Module):
     def residual(
         self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor], layer_input: Tensor | None = None
     ) -> Tensor:
-        # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
+        # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout after the branch is part of f_i
         f = branch(cast_once(connection.branch_input(x)))
         shortcut = x + layer_input if layer_input is not None and connection.adds_layer_input else x
         return connection(shortcut, dropout(f, self.dropout, self.training))
@@ -176,7 +176,7 @@ class _StackMixin(AdminPreTrainedModel):
         return outputs
 
 
-# Differences to MarianEncoder: residual connections, a module behind the stack, and inputs_embeds that are scaled as
+# Differences to MarianEncoder: residual connections, a module after the stack, and inputs_embeds that are scaled as
 # the embeddings of input_ids are, so that both mean the same (MarianDecoder does that already).
 class AdminEncoder(_StackMixin, MarianEncoder):
     def __init__(self, config: AdminConfig) -> None:

@@ -38,7 +38,7 @@ class Scaled(nn.Module):
     """A parametrization: a weight or bias times ω, or divided by it along the inputs of a matrix.
 
     Args:
-        norm: the LayerNorm behind the sub-layer, which holds ω.
+        norm: the LayerNorm after the sub-layer, which contains ω.
         divides: whether the weight is divided.
         transposed: whether the inputs are the rows of the matrix, as in a `Conv1D`.
     """
@@ -72,7 +72,7 @@ def original(module: Any, name: str) -> Tensor:
 
 @torch.no_grad()
 def remove(base: nn.Module, folds: bool) -> None:
-    """Take all ω out of a model: products in place of the weights, computed in float64, or the weights as they are."""
+    """Take all ω out of a model: products instead of the weights, computed in float64, or the weights as they are."""
     for module in base.modules():
         for name in [*getattr(module, "parametrizations", ())]:
             scaled: Any = module.parametrizations[name]  # type: ignore[index]

@@ -238,7 +238,7 @@ def _fold(
                 f"{name} scales the first shortcut of the stack by a vector, and no LayerNorm precedes it into which "
                 "the vector could be folded: use a single number there."
             )
-        s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), but for the ε of LN
+        s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), except for the ε of LN
     else:
         weights[f"{before}.weight"] *= s  # γ ← γ s
         weights[f"{before}.bias"] *= s  # ν ← ν s
@@ -253,7 +253,7 @@ def _fold_pre_ln(
     """Fold the scales s, r and n of ``x_i = s x_{i-1} + r ⊙ f(n LN(x_{i-1}))`` into the weights around it.
 
     With c_i = s_i c_{i-1}, y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i. A LayerNorm normalises x_i
-    to what it makes of y_i, times the sign of c_i, but for its ε.
+    to what it makes of y_i, times the sign of c_i, except for its ε.
 
     Args:
         total: c_{i-1}.

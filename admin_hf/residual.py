@@ -8,7 +8,7 @@ feed-forward) with its branch ``f_i``:
     Admin     x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))          (Liu et al., EMNLP 2020)
 
 A **connection** is the module that joins shortcut and branch of one sub-layer (`connections.py`). A **system** is the
-plan behind a name such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, what
+plan for a name such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, what
 follows the stack, and whether the output layer is tied. Layers and stacks never ask which system they run.
 
 docs/systems.md has a table of all systems. Your own system needs a class and one line, and no change to the model:

@@ -147,7 +147,7 @@ if triton is not None:
 
     @triton.jit
     def _load(x, batch, head, stride_b, stride_h, stride_l, length, L: tl.constexpr, D: tl.constexpr):
-        """The rows of a sentence and head, `(L, D)`, 0 behind `length`."""
+        """The rows of a sentence and head, `(L, D)`, 0 from `length` on."""
         rows, columns = tl.arange(0, L)[:, None], tl.arange(0, D)[None, :]
         start = x + batch.to(tl.int64) * stride_b + head * stride_h
         return tl.load(start + rows * stride_l + columns, mask=rows < length, other=0.0)

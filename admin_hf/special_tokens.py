@@ -99,7 +99,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         ("starts decoding from", ids("decoder_start_token_id"), _own(tokenizer, _STARTS) | others, pad),
     ]
     wrong = [
-        f"it {what} {_named(i, tokenizer)} in place of {_named(expected, tokenizer)}"
+        f"it {what} {_named(i, tokenizer)} instead of {_named(expected, tokenizer)}"
         for what, found, allowed, expected in checks
         for i in sorted(found)
         if i not in allowed

@@ -1,4 +1,4 @@
-"""Output that every terminal can show: what its encoding lacks is spelt out, "omega" in place of the letter."""
+"""Output that every terminal can show: what its encoding lacks is spelt out, "omega" instead of the letter."""
 
 import codecs
 import sys

@@ -54,7 +54,7 @@ def card_of_training(
 
 @functools.cache
 def use_our_card(write_card: Callable[[Any, Mapping[str, Any]], bool]) -> None:
-    """Let a Trainer write our card in place of its own, for which it has no event.
+    """Let a Trainer write our card instead of its own, for which it has no event.
 
     Args:
         write_card: writes the card of a Trainer, given what `create_model_card` was given, or returns False.

@@ -45,7 +45,7 @@ def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -
 
 
 def _first_difference(model: PreTrainedModel, vanilla: PreTrainedModel, batch: dict[str, Tensor]) -> str:
-    """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
+    """The projection that ends the first branch whose output differs between the two models by more than a factor."""
     ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
     expected, found = (_branch_outputs(either, ends, batch) for either in (model, vanilla))
     differing = (name for name, output in expected.items() if not output.allclose(found[name], 1e-5, 1e-7))

@@ -38,7 +38,7 @@ def measure(settings: Settings, shape: Shape = SHAPES["tiny"]) -> dict[str, Any]
 
 
 def without(turns: Turns, lever: str, shape: Shape, dtype: str, folder: Path) -> None:
-    """Train with the plain computation in place of a lever."""
+    """Train with the plain computation instead of a lever."""
     changes = {"keep_freed_memory": False} if lever == MEMORY else {}
     trainer = systems.our_batch_trainer(shape, dtype, folder, **changes)
     model = trainer.model

@@ -2,7 +2,7 @@
 
     MODEL=en-de-ct2 uvicorn --app-dir examples serve:app
 
-Neither PyTorch, Transformers nor admin-hf is needed.
+It does not need PyTorch, Transformers or admin-hf.
 """
 
 import os

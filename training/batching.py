@@ -117,7 +117,7 @@ class Buckets:
         longest: tokens of the longest side of all pairs.
         multiple: what all lengths are multiples of.
         max_tokens: rows × length of a bucket is at most this.
-        rows: the rows of every bucket, in place of `max_tokens`.
+        rows: the rows of every bucket, instead of `max_tokens`.
 
     Attributes:
         lengths: the buckets' lengths, ascending, int64; the last is the first multiple that holds `longest`.

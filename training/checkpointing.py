@@ -78,7 +78,7 @@ class ResumableTrainer(Seq2SeqTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._unscheduled: str | None = None  # the checkpoint of a stop that this session went on from
-        self.add_callback(WholeCheckpoints)  # behind all others, which ask for checkpoints
+        self.add_callback(WholeCheckpoints)  # after all others, which request checkpoints
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # every data loader draws a seed
@@ -152,7 +152,7 @@ class ResumableTrainer(Seq2SeqTrainer):
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Draws the order of an epoch from seed and epoch, in place of the random stream that dropout moves."""
+    """Draws the order of an epoch from seed and epoch, instead of the random stream that dropout moves."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)

@@ -203,7 +203,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
     on_evaluate = on_save = _start_clock  # evaluating and saving is not training
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        # What an earlier training left behind that was broken off
+        # Left by an earlier training that was broken off
         self._sums = None
         self._values.clear()
         self._overflows.clear()

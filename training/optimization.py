@@ -21,7 +21,7 @@ def radam(learning_rate: float, betas: tuple[float, float], eps: float) -> tuple
 
 
 def warm_up_from(scheduler: LambdaLR, initial: float, warmup_steps: int) -> LambdaLR:
-    """The same schedule with a linear warm-up that starts at `initial`, a share of the peak, in place of 0.
+    """The same schedule with a linear warm-up that starts at `initial`, a share of the peak, instead of 0.
 
     Args:
         scheduler: one of Transformers' schedules, all of which warm up linearly from 0.

@@ -28,7 +28,7 @@ def read_sentencepiece(name: str) -> PreTrainedTokenizerFast:
     """Read a sentencepiece model of both languages as a tokenizer with the same ids for the same text.
 
     Its sentences end in the model's `</s>`. A model without a padding token, which is sentencepiece's default, gets
-    `<pad>` behind all pieces. Known differences to sentencepiece: half-width Katakana with a voiced mark is not
+    `<pad>` after all pieces. Known differences to sentencepiece: half-width Katakana with a voiced mark is not
     composed, and the name of a control token or byte, which both read as text, may be cut in another way.
 
     Args:

@@ -138,7 +138,7 @@ def _below_stacks(model: Any) -> list[Tensor]:
 
 def _observe(norms: dict[str, float], name: str, connection: Any, args: tuple, output: Tensor) -> None:
     """Note the norm of the gradient at a connection's output x_i when it is computed."""
-    scale = connection.output_scale  # of what is put out, in place of x_i
+    scale = connection.output_scale  # of what is put out, instead of x_i
     output.register_hook(lambda gradient: norms.__setitem__(name, float((gradient.float() * scale).norm())))
 
 

@@ -26,7 +26,7 @@ from .vocabulary import EOS, PAD, Vocabulary
 # What the target's dictionary lacks is hardly ever predicted. No ban: training that goes on can learn it.
 LACKING_BIAS = -30.0
 
-# fairseq counts positions from here, behind the id of `<pad>`
+# fairseq counts positions from here, after the id of `<pad>`
 FIRST_POSITION = 2
 
 # What fairseq's own command translates to at most, and the decoder's start
@@ -129,7 +129,7 @@ def _check_options(checkpoint: FairseqCheckpoint) -> None:
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield all weights by Marian's names, in float64, but for what fairseq computes anew itself."""
+    """Yield all weights by Marian's names, in float64, except those that fairseq computes itself."""
     for name, value in weights.items():
         prefix, _, last = f"model.{name}".rpartition(".")
         value = value.double()

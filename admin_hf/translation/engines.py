@@ -178,7 +178,7 @@ class CTranslate2Engine:
 
 
 def _until(ids: Ids, ends: Ids, pad: int) -> Ids:
-    """The ids up to the first end of a sentence, or without the padding behind them where there is none."""
+    """The ids up to the first end of a sentence, or without the padding after them if there is none."""
     for place, token in enumerate(ids):
         if token in ends:
             return ids[: place + 1]

@@ -45,10 +45,10 @@ class Experiment:
         runs: those of one seed.
         claims: what is compared.
         seeds: how many at most.
-        is_grid: whether the figure is a map of the table, in place of curves.
+        is_grid: whether the figure is a map of the table, instead of curves.
         scales: names of those that it is planned at; the first is the default.
         outcome: what the records say where nothing is claimed: sentences, none while they cannot say.
-        lists_losses: whether table and figure have losses in place of perplexities, the table with a line for each
+        lists_losses: whether table and figure have losses instead of perplexities, the table with a line for each
             cell, with the training loss and ω.
         reference: the row that the translations of the others are compared with.
     """
