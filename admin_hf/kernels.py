@@ -1,4 +1,4 @@
-"""The same numbers for less time: casts that are shared, dropout, and the scaled LayerNorm of a CPU."""
+"""The same numbers in less time: shared casts, dropout, and the scaled LayerNorm for a CPU."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,16 +13,17 @@ from torch.autograd.function import once_differentiable
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype in which autocast computes matrix products on a type of device, or None where it is off."""
+    """The dtype in which autocast computes matrix products on a type of device, or None if it is off."""
     # "meta" has no autocast, and asking whether it is on would raise
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient.
+    """`x` in the dtype in which autocast passes it to matrix products: all of them share one cast, forward and
+    backward.
 
     The backward pass keeps one copy of it instead of three: in bfloat16, without it, models of 6+6 layers and width
-    512 keep 6% more. On a GPU, where an update is as long as its kernels take to be launched, it also spares 66 of
+    512 keep 6% more. On a GPU, where the launches of kernels determine the time of an update, it also saves 66 of
     2,489 operations of a forward and backward pass. A CPU takes the same time without it.
     """
     dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
@@ -30,7 +31,7 @@ def cast_once(x: Tensor) -> Tensor:
 
 
 def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
-    """[`cast_at_once`] for an Admin model that trains on a GPU under autocast, but in compiled layers, where casts
+    """[`cast_at_once`] for an Admin model that trains on a GPU under autocast, except in compiled layers, where casts
     cost little."""
     weight = model.model.encoder.layers[0].fc1.weight
     dtype = autocast_dtype(weight.device.type)
@@ -51,7 +52,7 @@ def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
 
 
 def linear_weights(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Where the weights and biases of the linear layers below `model` are held, as dictionaries and keys."""
+    """The places of the weights and biases of the linear layers below `model`, as dictionaries and keys."""
     linears = (module for module in model.modules() if type(module) is nn.Linear)
     places = ((module._parameters, name) for module in linears for name in ("weight", "bias"))
     return [(parameters, name) for parameters, name in places if parameters[name] is not None]
@@ -59,14 +60,14 @@ def linear_weights(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
 
 @contextmanager
 def cast_at_once(places: list[tuple[dict[str, Any], str]], dtype: torch.dtype) -> Iterator[None]:
-    """Let linear layers hold weights of `dtype`, made by few kernels, and so their gradients.
+    """Let linear layers use weights of `dtype`, which few kernels cast, and likewise their gradients.
 
-    Autocast would cast each weight and bias when it is used, and its gradient back: a fifth of all kernels of an
-    update of Transformer-base, which Python launches more slowly than a GPU computes them.
+    Autocast would cast each weight and bias when it is used, and its gradient back. That is a fifth of all kernels of
+    an update of Transformer-base, and Python launches them more slowly than a GPU computes them.
 
     Args:
-        places: what [`linear_weights`] found.
-        dtype: autocast's.
+        places: the result of [`linear_weights`].
+        dtype: the dtype of autocast.
     """
     held = [parameters[name] for parameters, name in places]
     for (parameters, name), weight in zip(places, _Cast.apply(dtype, *held), strict=True):
@@ -102,17 +103,17 @@ def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry instead of a draw of its own.
+    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits per entry instead of a full random number.
 
-    There a mask of `bernoulli_` takes ten times as long as its bits here (10 ms and 1 ms for 512,000 entries on one
-    thread), and a training step of a small model 1.2 times as long in float32 and 1.4 times in bfloat16, if
-    `relu_dropout` draws so too. The mask follows PyTorch's global generator, but is not the one that
+    On a CPU, a mask of `bernoulli_` takes ten times as long as these bits (10 ms and 1 ms for 512,000 entries on one
+    thread). If `relu_dropout` also used it, a training step of a small model would take 1.2 times as long in float32
+    and 1.4 times in bfloat16. The mask follows PyTorch's global generator, but is not the one that
     `torch.nn.functional.dropout` draws.
 
     Args:
         x: of any shape and floating dtype.
-        p: probability of an entry to become 0, rounded to a multiple of 2⁻¹⁶; the others are divided by 1 − p.
-        training: whether anything is dropped.
+        p: probability that an entry becomes 0, rounded to a multiple of 2⁻¹⁶; the others are divided by 1 − p.
+        training: whether entries are dropped.
     """
     if not training:
         return x  # at once: translation calls this three times a layer for every token
@@ -124,9 +125,9 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`dropout(relu(x))` that keeps one tensor for the backward pass instead of three: on a CPU, and compiled.
 
-    Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed: in
-    float32 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model on a CPU
-    takes about the same time without it. A GPU that is not compiled for would wait for its Python.
+    Its output is positive exactly where the gradient passes, so neither the mask nor the output of ReLU is needed. In
+    float32 this saves 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model
+    on a CPU takes about the same time without it. Without compilation, a GPU would wait for its Python code.
     """
     if training and _draws_bits(x, p):
         return _ReluDropout.apply(x, p)
@@ -196,7 +197,7 @@ def scaled_layer_norm(
 ) -> Tensor:
     """``LN(x ⊙ ω + f)`` whose backward pass takes ω's gradient in one pass, where autograd takes three.
 
-    Under autocast it writes over the copies that casts make. Together this spares 26 to 56% of what ω adds to a
+    Under autocast it overwrites the copies that casts make. Together this saves 26 to 56% of the time that ω adds to a
     connection's forward and backward pass (two threads, widths 128 to 512).
     """
     return _ScaledLayerNorm.apply(shortcut, omega, branch, weight, bias, eps)

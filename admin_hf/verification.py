@@ -1,4 +1,4 @@
-"""Two models that should compute the same: compared on random batches, logits and decoded tokens."""
+"""Compares two models that should compute the same, on random batches: logits and decoded tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_LENGTH = 1024
 
 
 def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -> None:
-    """Compare two models on random batches, both in eval mode and of the same dtype.
+    """Compare two models on random batches, both in eval mode and with the same dtype.
 
     Args:
         tolerance: largest difference allowed, as a share of the largest output of `model`.
 
     Raises:
-        ValueError: their outputs differ by more, or they decode different tokens where no tie explains it.
+        ValueError: their outputs differ by more, or they decode different tokens and no tie explains it.
     """
     generator = torch.Generator().manual_seed(0)
     longest = min(model.config.max_position_embeddings, MAX_LENGTH)
