@@ -30,7 +30,7 @@ _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file, and make its folder. After a crash or with a full disk, the old file is kept, never half of one."""
+    """Write a file and make its folder. After a crash or with a full disk, the old file is kept, never half a file."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 

@@ -109,10 +109,10 @@ REFUSED: dict[str, str] = {
 
 
 def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
-    """The stacks of a model that ω can be put into, without the sub-layers that its layers lack.
+    """The stacks of a model that can have ω, without the sub-layers that its layers lack.
 
     Raises:
-        ValueError: it is of no known family, or its configuration is of another kind; the message says why.
+        ValueError: it belongs to no known family, or its configuration is not Post-LN; the message says why.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -131,12 +131,12 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model without its head, below which the paths of stacks begin; a plain module is its own."""
+    """The model without its head, where the paths of stacks begin; for a plain module, the module itself."""
     return getattr(model, "base_model", model)
 
 
 def without_missing(base: nn.Module, stack: Stack) -> Stack:
-    """The stack without sub-layers that its layers lack, and without a norm in front that a projection follows."""
+    """The stack without sub-layers that its layers lack, and without a first norm if a projection follows it."""
     try:
         first = stack_layers(base, stack)[0]
     except (AttributeError, IndexError) as error:

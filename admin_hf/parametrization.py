@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 
 class Product(Tensor):
-    """A weight that is computed. What is written to it would be lost, so that all that writes raises an error."""
+    """A computed weight. Anything written to it would be lost, so writing raises an error."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -57,14 +57,14 @@ class Scaled(nn.Module):
 
 
 def scale(module: Any, norm: nn.Module, names: Sequence[str] = ("weight", "bias"), **how: bool) -> None:
-    """Make products with the ω of a LayerNorm of a module's weights; `how` as for [`Scaled`]."""
+    """Turn a module's weights into products with the ω of a LayerNorm; `how` as in [`Scaled`]."""
     for name in names:
         if getattr(module, name) is not None:
             parametrize.register_parametrization(module, name, Scaled(norm, **how))
 
 
 def original(module: Any, name: str) -> Tensor:
-    """The parameter behind a weight."""
+    """The parameter from which a weight is computed."""
     is_scaled = parametrize.is_parametrized(module, name)
     value: Tensor = module.parametrizations[name].original if is_scaled else getattr(module, name)
     return value
@@ -72,7 +72,7 @@ def original(module: Any, name: str) -> Tensor:
 
 @torch.no_grad()
 def remove(base: nn.Module, folds: bool) -> None:
-    """Take all ω out of a model: products instead of the weights, computed in float64, or the weights as they are."""
+    """Remove all ω from a model: keep the products, computed in float64, or the original weights."""
     for module in base.modules():
         for name in [*getattr(module, "parametrizations", ())]:
             scaled: Any = module.parametrizations[name]  # type: ignore[index]
