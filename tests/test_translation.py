@@ -363,7 +363,7 @@ def test_what_is_no_text_is_refused_before_anything_is_written(made, tmp_path, c
         code, _, err = command(capsys, made.omega, file)
         assert code == 2 and message in err
     code, _, err = command(capsys, made.omega, tmp_path / "in", "--output", tmp_path)
-    assert code == 2 and "is no file" in err
+    assert code == 2 and "is not a file" in err
 
 
 def test_the_output_is_written_whole(made, tmp_path, capsys):

@@ -37,7 +37,7 @@ def read_sentencepiece(name: str) -> PreTrainedTokenizerFast:
     Raises:
         ImportError: sentencepiece or protobuf is not installed.
         InputError: two models are named, or one that is neither Unigram nor BPE or has no `</s>`.
-        OSError, ValueError: the file cannot be read, or holds no model of sentencepiece.
+        OSError, ValueError: the file cannot be read, or contains no model of sentencepiece.
     """
     if "," in name and all(part.strip().endswith(SUFFIXES) for part in name.split(",")):
         raise InputError(
@@ -91,7 +91,7 @@ def _check(name: str, proto: Any) -> None:
     trainer, kinds = proto.trainer_spec, {piece.piece: piece.type for piece in proto.pieces}
     problem = None
     if list(kinds.values()).count(_UNKNOWN) != 1:
-        problem = "holds no model of sentencepiece"
+        problem = "contains no model of sentencepiece"
     elif trainer.model_type not in (_UNIGRAM, _BPE):
         problem = "is neither a Unigram nor a BPE model"
     elif trainer.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
