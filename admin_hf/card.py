@@ -36,8 +36,8 @@ _MARKS = (MARK, "<!-- This model card has been generated automatically")
 ADMIN = f"""It was trained with [Admin]({PAPER}) (Adaptive Model Initialization), whose shortcut
 scales ω are {{where}}."""
 UNPROFILED = "Its shortcut scales ω were not profiled, so it is not an Admin model; they are {where}."
-VANILLA = "This is a vanilla {kind} checkpoint: it needs nothing but 🤗 Transformers."
-UNFOLDED = "It needs the package `admin_hf`, or the code beside it and `trust_remote_code=True`."
+VANILLA = "This is a vanilla {kind} checkpoint: it needs only 🤗 Transformers."
+UNFOLDED = "It needs the package `admin_hf`, or its code in the repository and `trust_remote_code=True`."
 USAGE = """from transformers import AutoTokenizer, {loader}
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 model = {loader}.from_pretrained("{repo_id}")"""
@@ -45,7 +45,7 @@ TRANSLATE = """
 
 source = tokenizer([{example}], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**source), skip_special_tokens=True))"""
-CTRANSLATE2 = """CTranslate2 takes it as well:
+CTRANSLATE2 = """CTranslate2 also accepts it:
 `ct2-transformers-converter --model {repo_id} --output_dir ct2 --quantization int8`."""
 CITATION = f"""```bibtex
 @inproceedings{{liu-etal-2020-understanding,
@@ -134,7 +134,7 @@ class Card:
         parameters = sum(math.prod(shape) for name, shape in shapes.items() if name != "final_logits_bias")
         lines = [_summary(config, f"{parameters / 1e6:.1f} M parameters", self.data.language)]
         if self.is_profiled is not None:
-            where = "folded into the weights" if is_vanilla else "in the weights, to train on"
+            where = "folded into the weights" if is_vanilla else "kept in the weights, for further training"
             lines.append((ADMIN if self.is_profiled else UNPROFILED).format(where=where))
         kind = config["model_type"].capitalize()
         lines.append(VANILLA.format(kind=kind) if is_vanilla else UNFOLDED)

@@ -88,15 +88,15 @@ def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneratio
     config = AdminConfig.from_pretrained(weights)
     seed = run.arguments.get("seed")
     if isinstance(seed, int):
-        how = f"initialised anew from the run's seed, {seed}"
+        how = f"initialised again from the run's seed, {seed}"
     else:
-        seed, how = DEFAULT_SEED, "another draw of the same initialisation, for the run names no seed"
+        seed, how = DEFAULT_SEED, "another draw of the same initialisation, because the run names no seed"
     model = initialized_model(config, seed, batch)
     if run.is_profiled is False:
         for _, connection in profiled_connections(model):
             connection.omega.data.fill_(1.0)
         model.set_profiled(False)
-        how += ", with every ω at 1, for the run was not profiled"
+        how += ", with every ω at 1, because the run was not profiled"
     elif run.profile is not None:
         initialize_omega(model, run.profile)
         how += ", with the ω that the run profiled"

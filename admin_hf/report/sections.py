@@ -56,7 +56,7 @@ def status(run: Run) -> str:
     if run.divergence:
         return f"Diverged at update {_text(run.divergence.get('step'))}."
     if not run.state:
-        return "Its folder holds no state of training yet."
+        return "Its folder contains no training state yet."
     if run.finished:
         return f"Finished after {run.step:,} updates."
     of = f" of {run.max_steps:,} ({run.step / run.max_steps:.0%})" if run.max_steps > 0 else ""
@@ -146,7 +146,7 @@ def scores(run: Run) -> Section:
     elif run.divergence:
         section.notes.append("A run that has diverged is not scored.")
     elif run.finished:
-        section.notes.append("The run was not evaluated when it ended: --do_eval and --do_predict ask for it.")
+        section.notes.append("The run was not evaluated at its end: this needs --do_eval or --do_predict.")
     else:
         section.notes.append("Final scores come when training has ended.")
     names = [name for name in METRICS if run.curve(f"eval_{name}")[0]]
@@ -176,7 +176,7 @@ def arguments(run: Run) -> Section:
         if (value == defaults[name] if name in defaults else value is None or value is False)
     }
     rows = [(name, str(value)) for name, value in shown.items()]
-    section.text.append("Those that were set to something else than Trainer's defaults, and those of the script.")
+    section.text.append("Arguments that differ from Trainer's defaults, and those of the script.")
     section.tables = [
         Table(("argument", "value"), [row for row in rows if row[0] not in rest]),
         Table(("argument", "value"), [row for row in rows if row[0] in rest], f"{len(rest)} others"),

@@ -20,7 +20,7 @@ def translations(run: Run) -> Section:
     """The first lines of generated_predictions.txt, else translations of validation sentences."""
     section = Section("translations", "Translations")
     if samples := predictions(run, SENTENCES):
-        section.text.append(f"The first sentences of the test set, as {PREDICTIONS_NAME} has them.")
+        section.text.append(f"The first sentences of the test set, from {PREDICTIONS_NAME}.")
         section.samples = samples
         return section
     with _explained(section):
@@ -49,7 +49,7 @@ def omega(run: Run) -> Section:
             raise ValueError("The model has no ω: its residual systems are not Admin.")
         section.findings = [("expected", history.EXPECTATION), ("found", history.verdict())]
         if run.is_profiled is False:
-            section.findings[0] = ("expected", "The model was not profiled, so Admin's start of ω is not what it had.")
+            section.findings[0] = ("expected", "The model was not profiled, so its ω did not start as in Admin.")
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
                 caption = f"Mean of each ω, {stack}; grey: between, band: range of the entries at the end"
