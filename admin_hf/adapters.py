@@ -58,13 +58,13 @@ def merge_adapters(model: nn.Module) -> None:
     for name, layer in adapted_layers(model):
         stock = layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
         is_shared = any(uses[id(weight)] > 1 for weight in stock.parameters())
-        if is_shared and not hasattr(layer, "token_adapter"):  # which PEFT ties as the weights are
+        if is_shared and not hasattr(layer, "token_adapter"):  # which PEFT ties like the weights
             raise ValueError(
                 f"The adapter of {name} cannot be merged, because its weight is shared with another module: leave "
                 f"{name.rpartition('.')[2]} out of the adapter, or make the model with tie_word_embeddings=False."
             )
         if not layer.disable_adapters:
-            if hasattr(layer, "unload_and_optionally_merge_module"):  # of modules that are trained in full
+            if hasattr(layer, "unload_and_optionally_merge_module"):  # modules that are trained completely
                 stock = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             else:
                 layer.merge()

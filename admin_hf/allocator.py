@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 # Parameters of glibc's mallopt(3)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
-ALIGN = "THP_MEM_ALLOC_ENABLE"  # by which PyTorch aligns large buffers to pages
-LARGE = 2**20  # bytes of a buffer that is mapped by itself
+ALIGN = "THP_MEM_ALLOC_ENABLE"  # makes PyTorch align large buffers to pages
+LARGE = 2**20  # bytes of a buffer that gets a mapping of its own
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of PyTorch and of oneDNN
 KERNELS = 64
 TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
@@ -35,7 +35,7 @@ def map_large_buffers() -> bool:
         return False
     if ALIGN not in os.environ:
         os.environ[ALIGN] = "1"
-        torch.empty(1)  # now PyTorch has read it, and processes that this one starts need not inherit it
+        torch.empty(1)  # now PyTorch has read the variable, and child processes need not inherit it
         del os.environ[ALIGN]
     return _mallopt({M_MMAP_THRESHOLD: LARGE})
 

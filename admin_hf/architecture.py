@@ -125,5 +125,5 @@ STACKS = {stack.name: stack for stack in (ENCODER, DECODER)}
 
 MARIAN = Architecture((ENCODER, DECODER), "admin", MarianConfig, MarianModel, MarianMTModel)
 PEGASUS = Architecture((ENCODER, DECODER), "pre_ln", PegasusConfig, PegasusModel, PegasusForConditionalGeneration)
-# By model type: what an Admin model can be folded into, and go on from
+# By model type: what an Admin model can be folded into, and start from
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (MARIAN, PEGASUS)}

@@ -13,7 +13,7 @@ from .kernels import dropout as cpu_dropout
 from .short_attention import fits, short_attention
 
 
-ADMIN_ATTENTION = "admin"  # what a model has unless another attention is asked for
+ADMIN_ATTENTION = "admin"  # the default attention of a model
 CPU_ATTENTION = "admin_cpu"
 """The former name of the attention that all Admin models have, `"admin"`: an `attn_implementation`."""
 
@@ -54,7 +54,9 @@ def admin_attention(
     if query.device.type != "cpu" or not module.training or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:  # a caller's own, as PyTorch takes it too
+    if (
+        attention_mask is not None and attention_mask.dtype == torch.bool
+    ):  # the caller's own mask; PyTorch accepts it too
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask

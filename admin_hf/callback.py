@@ -91,7 +91,7 @@ class AdminProfilingCallback(_AdminCallback):
         **kwargs: Any,
     ) -> None:
         wrapper, model = extract_model_from_parallel(model), _unwrapped(model)
-        _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
+        _check_processing_class(model, processing_class)  # with `model_init`, the model is another one now
         omegas, is_injected = omega_state(model), hasattr(model, "injection")
         if args.label_smoothing_factor and not is_injected and not model.config.label_smoothing:
             logger.warning(
@@ -102,7 +102,7 @@ class AdminProfilingCallback(_AdminCallback):
         output_dir = self._output_dir(args, state)
         is_due = not omegas.omega_initialized
         if state.global_step > 0:
-            if is_due and getattr(wrapper, "peft_config", None):  # whose checkpoints hold no ω
+            if is_due and getattr(wrapper, "peft_config", None):  # its checkpoints contain no ω
                 _initialize_as_before(model, output_dir)
             return
         if not any(True for _ in omegas.profiled_connections()):
@@ -128,7 +128,7 @@ class AdminProfilingCallback(_AdminCallback):
         else:
             omegas.warn_unprofiled()
 
-        # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
+        # The pre-hook sees the inputs of step 1, wherever they come from, and is removed after them
         def see_first_batch(module: Any, positional: tuple, batch: dict[str, Any]) -> None:
             if not module.training:  # an evaluation before the first update
                 return
@@ -304,7 +304,7 @@ class AdminPublishingCallback(_AdminCallback):
             push(vanilla, repo_id, card, tokenizer=self._tokenizer, commit_message="Vanilla model", **options)
 
         try:
-            # Behind the uploads of checkpoints, which go on in the background of the same client
+            # After the uploads of checkpoints, which continue in the background of the same client
             hf_api().run_as_future(push_vanilla).result()
         except Exception as error:  # whatever the network does, the trained model must not be lost
             advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."

@@ -19,10 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 # Without one of these no loader finds a model, so they come last when a folder is written.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
-# What a model must not find beside its weights: those of another, and adapters that a loader would add to them.
+# Files that must not be next to a model's weights: those of another model, and adapters that a loader would add.
 REPLACED = (*_WEIGHTS, "model-*-of-*.safetensors", "adapter_config.json", "adapter_model*")
 
-# What says where a checkpoint comes from, among the arguments of from_pretrained.
+# The arguments of from_pretrained that say where a checkpoint comes from.
 _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -66,7 +66,7 @@ def replaced_model(folder: str | os.PathLike) -> Iterator[Path]:
         raise NotADirectoryError(f"{folder} is a file; name a folder to write the model to.")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".export-*"):  # of a process that was killed; a younger one may be at work
+    for leftover in folder.glob(".export-*"):  # of a killed process; a newer one may be in use
         if leftover.stat().st_mtime < time.time() - 3600:
             shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))

@@ -14,9 +14,9 @@ from .pretrained import AdminPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# Variants of a layer that a process compiles: two or four for a model, and as many for another one
+# Variants of a layer that a process may compile: two or four for each model
 VARIANTS = 64
-# Shapes of a batch that are captured at most: each holds the launches of a whole pass, some MB of host memory
+# Most shapes of a batch that are captured: each stores the launches of a whole pass, some MB of host memory
 MAX_SHAPES = 128
 
 Outputs = tuple[Tensor, ...]

@@ -78,7 +78,7 @@ class AdminConfig(MarianConfig):
         self._check_sizes()
         self._check_special_tokens()
         for stack in STACKS:
-            residual_system(self, stack)  # which refuses what it cannot work with
+            residual_system(self, stack)  # it refuses configurations that it cannot work with
 
     def _check_sizes(self) -> None:
         sizes = ("layers", "ffn_dim", "attention_heads")
@@ -167,7 +167,7 @@ def admin_fields(config: PretrainedConfig) -> dict[str, Any]:
     """The fields of an Admin configuration that are made from those of a stock model."""
     stock, fields = ARCHITECTURES[config.model_type], config.to_dict()
     fields |= {f"{stack}_residual": stock.residual for stack in STACKS} | {"model_type": AdminConfig.model_type}
-    if stock is PEGASUS:  # whose embeddings are all tied, or none is
+    if stock is PEGASUS:  # either all of its embeddings are tied, or none
         fields["share_encoder_decoder_embeddings"] = fields["tie_word_embeddings"]
     return fields
 

@@ -243,7 +243,7 @@ class AlphaModule(ScaleModule):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.add_scale("alpha", 0.0)
-        self._owner = (self,)  # in a tuple, or PyTorch would take it for a part of this module
+        self._owner = (self,)  # in a tuple, or PyTorch would treat it as a part of this module
 
     def share_alpha(self, owner: AlphaModule) -> None:
         """Use the α of `owner` from here on."""

@@ -65,7 +65,7 @@ WAV2VEC2 = Stack(
     ),
     front="encoder.layer_norm",
 )
-# A decoder alone, whose tokens are those of `input_ids`
+# Only a decoder, whose tokens are those of `input_ids`
 OPT = Stack("decoder", (DECODER.sublayers[0], DECODER.sublayers[2]))
 MARIAN = (ENCODER, DECODER)
 BART = tuple(replace(stack, front=f"{stack.name}.layernorm_embedding") for stack in MARIAN)
@@ -85,7 +85,7 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "openai-gpt": (GPT,),
     **dict.fromkeys(("wav2vec2", "hubert"), (WAV2VEC2,)),
 }
-# Values of configurations without which a model of these families is Pre-LN, or could not be folded, and why
+# Required values of configurations, and why: otherwise a model of these families is Pre-LN, or cannot be folded
 REQUIRED: dict[str, tuple[Any, str]] = {
     "do_layer_norm_before": (False, "it is Pre-LN otherwise"),
     "do_stable_layer_norm": (False, "it is Pre-LN otherwise"),

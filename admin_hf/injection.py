@@ -175,7 +175,7 @@ class Injection(OmegaState):
         ids, pad = inputs.get(f"{stack.prefix}input_ids"), getattr(getattr(base, "config", None), "pad_token_id", None)
         mask = inputs.get(f"{stack.prefix}attention_mask")
         if mask is not None and (mask.dim() == 2 or (ids is not None and mask.shape == ids.shape)):
-            if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
+            if hasattr(base, "_get_feature_vector_attention_mask"):  # speech models, whose mask is that of the samples
                 of_frames = base._get_feature_vector_attention_mask
                 mask = of_frames(self._length("input_values", mask), mask, **_without_adapter(of_frames))
             return cast(Tensor, mask.bool())
@@ -196,7 +196,7 @@ class Injection(OmegaState):
                 check_scale(omega, f"{stack}.{connection.name}.omega", "fold an earlier checkpoint")
         remove(self.base, folds=True)
         merge_adapters(model)  # not before: a product with ω cannot be written to
-        for module in model.modules():  # of which the model is one within an adapter
+        for module in model.modules():  # with an adapter, the model is one of them
             if vars(module).pop("injection", None) is not None:
                 vars(module).pop("save_pretrained", None)  # of a model that a Trainer publishes
         folded = model.eval() if dtype is None else model.eval().to(dtype)
@@ -219,7 +219,7 @@ class _Shortcut:
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.value = args[0] if args else kwargs["hidden_states"]
 
-    @torch.no_grad()  # which a pass that is computed again for its gradients must not notice
+    @torch.no_grad()  # gradient checkpointing, which repeats the pass, must not see this
     def join(self, connection: InjectedConnection, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.branch = args[0] - self.value
         if self.before:
@@ -295,7 +295,7 @@ def inject(
     found = stacks_of(model) if stacks is None else stacks
     injection = Injection(model, system, found)
     _check(model, injection)
-    is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
+    is_loaded = hasattr(model, "_weight_conversions")  # set by `from_pretrained`
     if system == "deepnorm" and stacks is not None:
         raise ValueError("'deepnorm' initialises queries, keys and values separately, which `stacks=` does not name.")
     if system == "deepnorm" and is_loaded:
@@ -355,7 +355,7 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
             weights |= load_file(file)
     try:
         result = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # of shapes
+    except RuntimeError as error:  # shapes that differ
         raise ValueError(f"{folder} contains no {model_class.__name__} with these ω: {one_line(error)}") from error
     left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     left_out += model._keys_to_ignore_on_save or ()

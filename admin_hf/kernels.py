@@ -40,10 +40,10 @@ def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
         or dtype is None
         or torch.compiler.is_compiling()
         or model.model.encoder.gradient_checkpointing
-        or type(weight) is not nn.Parameter  # spread over processes, as is one of another shape
+        or type(weight) is not nn.Parameter  # sharded over processes, like one of another shape
         or weight.shape != (model.config.encoder_ffn_dim, model.config.d_model)
         or weight.dtype != torch.float32
-        or getattr(model, "_is_replica", False)  # of DataParallel, which shares what is found here
+        or getattr(model, "_is_replica", False)  # of DataParallel, which shares these places
     ):
         return nullcontext()
     if "_weights" not in vars(model):
@@ -116,7 +116,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         training: whether entries are dropped.
     """
     if not training:
-        return x  # at once: translation calls this three times a layer for every token
+        return x  # early: translation calls this three times per layer for every token
     if not _draws_bits(x, p):
         return nn.functional.dropout(x, p=p)
     return _Dropout.apply(x, p)
@@ -181,7 +181,7 @@ def _draw(x: Tensor) -> Tensor:
 
 def _kept(bits: Tensor, x: Tensor, p: float) -> Tensor:
     """1 for an entry of `x` to keep, 0 for one to drop."""
-    mask = torch.empty_like(x)  # where a comparison can write at once: a mask of bool would cost three passes more
+    mask = torch.empty_like(x)  # a comparison writes to it directly: a bool mask would cost three more passes
     return torch.ge(bits, round(p * 2**16) - 2**15, out=mask)
 
 
@@ -208,7 +208,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, shortcut: Tensor, omega: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        # under autocast f is a copy, over which the sum is written
+        # under autocast f is a copy, which the sum overwrites
         f = branch.to(torch.promote_types(branch.dtype, shortcut.dtype))
         joined = torch.addcmul(f, shortcut, omega, out=_spare(f, branch))
         output, mean, rstd = torch.native_layer_norm(joined, weight.shape, weight, bias, eps)

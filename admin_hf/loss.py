@@ -57,7 +57,7 @@ def _compute(
         p_y = p.gather(1, y)
         log_p = p_y.squeeze(1).to(exact).log() if selects else None
         if log_p is None or (p_y < torch.finfo(dtype).tiny).any():
-            # From the largest p of the row, for p_y may be too small for its dtype
+            # From the largest p of the row, because p_y may be too small for its dtype
             z_max, likeliest = largest or z.max(1, keepdim=True)
             log_p = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
         nll -= torch.dot(log_p, real)
@@ -75,7 +75,7 @@ def _compute(
             grad_weight += dz.T @ h_real.to(dtype)
             if smoothed:
                 grad_weight -= smoothed * h_real.sum(0, dtype=exact)
-        del z, p, dz  # or they would be there until the next chunk has its own
+        del z, p, dz  # or they would stay until the next chunk has its own
     if needs_weight:
         grad_weight[pad_id] = 0
         grad_weight = grad_weight.to(weight.dtype)
@@ -83,7 +83,7 @@ def _compute(
 
 
 # An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
-# it anew for every shape of a batch
+# it again for every shape of a batch
 _loss_and_gradients = torch.library.custom_op("admin_hf::linear_cross_entropy", _compute, mutates_args=())
 
 
@@ -176,7 +176,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = autocast_dtype(device) or hidden.dtype
     needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    with torch.autocast(device, enabled=False):  # or it would compute sums in `dtype` too
+    with torch.autocast(device, enabled=False):  # otherwise it would also compute sums in `dtype`
         compute = _loss_and_gradients if torch.compiler.is_compiling() else _Eager.apply
         inputs = (hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, device == "cpu")
         loss, nll, *_ = compute(*inputs)

@@ -221,7 +221,7 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         """Decode `input_ids`, `(batch_size, target_length)`, which follow the positions in the cache of `kwargs`."""
         cache = given_cache(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
-        # A static cache says its length in a tensor, which a GPU would have to wait for
+        # A static cache has its length in a tensor; to read it, the GPU would have to wait
         if isinstance(past, Tensor):
             past = int(past) if past.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         self._check_input("decoder_input", input_ids, inputs_embeds, past)
@@ -249,7 +249,7 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
         self.encoder = AdminEncoder(config)
         self.decoder = AdminDecoder(config)
         if any(profiled_connections(self)):
-            self.omega_profiled = nn.Buffer(torch.zeros(()))  # 1 once a profile says where ω starts
+            self.omega_profiled = nn.Buffer(torch.zeros(()))  # 1 once a profile has set ω
         self.post_init()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -328,7 +328,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         rows = self.model.decoder.embed_tokens.weight.shape[0]
         if self.lm_head.weight.shape[0] != rows:
             self.lm_head = self._get_resized_lm_head(self.lm_head, rows)
-        # The output layer says its size, which `pad_to_multiple_of` may have rounded up
+        # The output layer has the new size, which `pad_to_multiple_of` may have rounded up
         old = self.final_logits_bias
         new = old.new_zeros(1, self.lm_head.weight.shape[0])
         kept = min(old.shape[1], new.shape[1])
@@ -428,7 +428,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
 
         outputs = super().forward(**inputs)
         if torch.is_grad_enabled():
-            # Under a loss of the caller's the output layer's padding row gets no gradient either, and stays zero
+            # With a loss of the caller, too, the output layer's padding row gets no gradient, and stays zero
             is_pad = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device).eq(padding_id)
             outputs.logits = torch.where(is_pad, outputs.logits.detach(), outputs.logits)
         if labels is None:

@@ -180,7 +180,7 @@ def _tsv_cells(text: str, path: Path, line: int) -> list[str]:
 
 
 def _csv_cells(text: str, path: Path, line: int) -> list[str]:
-    # A line at a time: a stray quote would take the rows up to the next one for one cell
+    # One line at a time: otherwise a stray quote would make one cell of all rows up to the next quote
     if "\r" in text:
         raise ValueError(f"{path}, line {line}, cannot be read as CSV: it contains a carriage return.")
     try:
@@ -254,7 +254,7 @@ def _json_value(text: str, begin: int, path: Path, line: int) -> tuple[Any, int]
         return _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
         raise _json_error(path, line + text.count("\n", begin, error.pos), error.msg) from error
-    except (ValueError, RecursionError) as error:  # of a number with thousands of digits, of brackets as deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets thousands deep
         raise _json_error(path, line, str(error)) from error
 
 

@@ -76,9 +76,9 @@ def remove(base: nn.Module, folds: bool) -> None:
     for module in base.modules():
         for name in [*getattr(module, "parametrizations", ())]:
             scaled: Any = module.parametrizations[name]  # type: ignore[index]
-            if not isinstance(scaled[0], Scaled):  # a weight norm of the model's own
+            if not isinstance(scaled[0], Scaled):  # a weight norm that belongs to the model
                 continue
-            # PyTorch takes properties from the class, which the model has that this one is a copy of
+            # PyTorch removes properties from the class, which the original of this copy still uses
             kind = type(module)
             module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             value = scaled.original.to("cpu", torch.float64) if folds else scaled.original
@@ -86,7 +86,7 @@ def remove(base: nn.Module, folds: bool) -> None:
                 value = product(value)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             getattr(module, name).copy_(value)
-    for module in base.modules():  # of which some may be an adapter's copies
+    for module in base.modules():  # some of them may be an adapter's copies
         for name in ("omega", "omega_profiled"):
             if name in module._parameters or name in module._buffers:
                 delattr(module, name)

@@ -27,7 +27,7 @@ def position_tables(model: torch.nn.Module) -> Iterator[tuple[str, MarianSinusoi
 @lru_cache(maxsize=4)
 def standard_table(length: int, width: int) -> Tensor:
     """The table that Marian computes, `(length, width)` in float32."""
-    with torch.device("meta"):  # where a constructor draws no random numbers
+    with torch.device("meta"):  # a constructor draws no random numbers there
         module = MarianSinusoidalPositionalEmbedding(length, width)
     with torch.device("cpu"):
         return cast(Tensor, module.create_weight()).float()

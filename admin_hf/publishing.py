@@ -211,7 +211,7 @@ class PublishableModel(PreTrainedModel):
             with replaced_model(save_directory) as folder:
                 vanilla.save_pretrained(folder, **kwargs)
         elif is_main_process or not reparameterize:
-            if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
+            if state_dict is not None:  # gathered from shards: tied weights are copies there, and would be saved twice
                 state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
             save_own_tables(self, state_dict)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
@@ -247,13 +247,13 @@ class PublishableModel(PreTrainedModel):
         Raises:
             ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
         """
-        if not reparameterize and getattr(self, "peft_config", None):  # an adapter, which Transformers pushes alone
+        if not reparameterize and getattr(self, "peft_config", None):  # Transformers would push only the adapter
             return cast(Any, super()).push_to_hub(repo_id, **kwargs)
         return push(self._vanilla() if reparameterize else self, repo_id, Card.of(self, card_data), **kwargs)
 
     def _vanilla(self, state_dict: dict[str, Tensor] | None = None) -> Any:
         model: Any = self
-        if state_dict is not None:  # of a model whose weights are spread over processes
+        if state_dict is not None:  # of a model whose weights are sharded over processes
             model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
             model.load_state_dict(state_dict)
             model.generation_config = self.generation_config

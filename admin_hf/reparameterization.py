@@ -26,7 +26,7 @@ from .verification import verify
 from .vocabulary import fit_vocabulary
 
 
-# Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
+# Closer to zero, 1/ω does not fit half precision, and already earlier it ruins the scales of a quantised matrix.
 MIN_SCALE = 1e-4
 
 # Largest difference between logits of model and vanilla model, as a share of the largest, by the latter's dtype. Both
@@ -142,16 +142,16 @@ def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     original = _bare_copy(model)
     original.cpu().double().eval()
     for _, table in position_tables(original):
-        if is_standard(table.weight):  # at most rounded, which the vanilla model's own is not
+        if is_standard(table.weight):  # possibly rounded, which the vanilla model's own is not
             table.weight.data = standard_table(*table.weight.shape).double()
-    original.set_attn_implementation("sdpa")  # flash attention knows no float64
+    original.set_attn_implementation("sdpa")  # flash attention has no float64
     return original
 
 
 def _bare_copy(model: PreTrainedModel) -> Any:
     """The model without hooks and autocast."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
+    # The memo of deepcopy: hooks belong to their owners, who may not support copying
     memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
     return extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
 

@@ -155,7 +155,7 @@ class Admin(ResidualSystem):
     1 and trains it; the paper does not mention its start.
     """
 
-    # What ω starts at where no profile is needed
+    # The starting value of ω for systems that need no profile
     omega: float | None = None
 
     def connection(self, sublayer_idx: int) -> nn.Module:

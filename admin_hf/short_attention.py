@@ -21,7 +21,7 @@ except ImportError:  # it comes with PyTorch for a GPU
     triton = None
 
 LONGEST = 128  # positions of a row
-HEAD_SIZES = (16, 32, 64)  # with which a block fits the shared memory of compute capability 8.0 and newer
+HEAD_SIZES = (16, 32, 64)  # a block then fits the shared memory of compute capability 8.0 and newer
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -51,7 +51,7 @@ def short_attention(
     Returns:
         `(batch_size, target_length, heads, head_size)`.
     """
-    # An input, so that the operator computes the same when it is computed again
+    # The seed is an input, so that the operator gives the same result when it is computed again
     seed = torch.randint(2**31 - 1, (1,), device=query.device)
     if mask is None:
         mask = query.new_zeros(1, 1, 1, 1)

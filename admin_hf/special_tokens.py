@@ -90,7 +90,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     banned = [] if bias is None or bias.device.type == "meta" else (bias[0] < BANNED).nonzero().flatten().tolist()
     padding_idx = getattr(embedding, "padding_idx", None)
     padding = ids("pad_token_id") | ({padding_idx} if isinstance(padding_idx, int) else set())
-    # What the model does, the ids it does it with, and those that it should do it with
+    # An action of the model, the ids that it uses, and the ids that it should use
     checks: list[tuple[str, set[int], set[int], int]] = [
         ("pads with", padding, {pad}, pad),
         ("never predicts", {i for i in banned if i < entries}, {pad}, pad),

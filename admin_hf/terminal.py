@@ -51,5 +51,5 @@ def spell_out() -> None:
     """Let standard output and error spell out characters that they cannot encode. For programs, not for libraries."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            with suppress(OSError):  # a file when Python was started, which a pipe has replaced
+            with suppress(OSError):  # it was a file when Python started, and is a pipe now
                 stream.reconfigure(errors=SPELL_OUT)

@@ -20,7 +20,7 @@ from .card import Card, training_section
 from .paths import published
 
 
-# What says where a run was, not what it was
+# Arguments about the place of a run, not about the run itself
 PRIVATE = ("output_dir", "logging_", "hub_", "push_to_hub", "cache_dir", "resume_from_checkpoint", "project", "do_")
 PRIVATE += ("run_name", "report_to", "trackio", "use_cpu", "disable_tqdm", "local_rank", "save_")  # type: ignore[assignment]
 

@@ -106,7 +106,7 @@ def _compare_greedy(model: Any, vanilla: Any, batch: dict[str, Tensor], margin: 
         return_dict_in_generate=True,
     )
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    for m in (model, vanilla):  # copies; `generate` would fill the settings up from their own
+    for m in (model, vanilla):  # on copies; otherwise `generate` would complete the settings from the models' own
         m.generation_config = settings
     expected, found = (m.generate(**source) for m in (model, vanilla))
     steps = min(expected.sequences.shape[1], found.sequences.shape[1])

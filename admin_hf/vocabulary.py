@@ -14,7 +14,7 @@ from .special_tokens import BANNING_BIAS, check_tokenizer, vocabulary_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# The weights with a row for each entry; the bias of the logits has a column
+# The weights with one row per entry; the bias of the logits has one column per entry
 EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 

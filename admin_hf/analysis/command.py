@@ -174,7 +174,7 @@ def analyze(arguments: argparse.Namespace) -> None:
         OSError, ValueError: a source cannot be read or measured, or a file cannot be written. Files that were written
             before are complete.
     """
-    drawing.new_figure()  # which says if matplotlib is missing
+    drawing.new_figure()  # raises an error if matplotlib is missing
     _check_output(arguments.output)
     what, analysis, labels = arguments.what, ANALYSES[arguments.what], _labels(arguments.sources)
     if analysis.sources is not _RUN:
@@ -201,7 +201,7 @@ def _check_output(output: Path) -> None:
 
 def _labels(sources: Sequence[str]) -> dict[str, str]:
     """The sources by short names: as many of the last parts of their paths as it takes to tell them apart."""
-    paths = [Path(os.path.abspath(source)) for source in sources]  # of which also "." has parts
+    paths = [Path(os.path.abspath(source)) for source in sources]  # absolute, because "." has no parts
     paths = [path.parent if path.name.endswith("config.json") else path for path in paths]
     if len(set(paths)) < len(paths):
         raise ValueError(f"A source is named twice among {', '.join(sources)}: name each once.")

@@ -32,7 +32,7 @@ from .inputs import Batch, ByStack, observe_connections, residual_name
 # Cost is quadratic in sub-layers, and linear in tokens; β hardly depends on how many there are.
 MAX_TOKENS = 256
 
-# Entries of components that are carried on at once: 1 MB, which stays in a CPU's cache while it is worked on.
+# Entries of components that are processed at once: 1 MB, which stays in a CPU's cache.
 _BLOCK = 2**18
 
 

@@ -146,7 +146,7 @@ def draw_dependency(result: LayerDependency, path: str | os.PathLike | None = No
     """Heat maps of β_{i,j}, encoder and decoder side by side, with one scale of colours."""
     figure = new_figure(10, 4.4, caption_of(result))
     stacks = {"Encoder": result.encoder, "Decoder": result.decoder}
-    # The embedding is nearly all of the first outputs, and would leave the branches one colour
+    # The embedding dominates the first outputs, and would give all branches one colour
     largest = max(value for stack in stacks.values() for row in stack.beta for value in row[1:])
     panels = figure.subplots(1, 2)
     for axes, (title, stack) in zip(panels, stacks.items(), strict=True):

@@ -160,7 +160,7 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
 
 
-# One of these has every folder with a tokenizer
+# Every folder with a tokenizer has one of these
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.spm", "*.model")
 
 

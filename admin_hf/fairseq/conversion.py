@@ -23,16 +23,16 @@ from .reading import FairseqCheckpoint
 from .vocabulary import EOS, PAD, Vocabulary
 
 
-# What the target's dictionary lacks is hardly ever predicted. No ban: training that goes on can learn it.
+# Words that the target's dictionary lacks are almost never predicted. No ban: further training can learn them.
 LACKING_BIAS = -30.0
 
 # fairseq counts positions from here, after the id of `<pad>`
 FIRST_POSITION = 2
 
-# What fairseq's own command translates to at most, and the decoder's start
+# The longest translation of fairseq's own command, and the decoder's start
 MAX_LENGTH = 201
 
-# Longer tables than any Transformer of fairseq has are an error of the file
+# No Transformer of fairseq has longer tables: the file is wrong
 _MAX_POSITIONS = 100_000
 
 # Options that change the model and leave no trace among the names of its weights

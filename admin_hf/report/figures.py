@@ -27,7 +27,7 @@ _PARAMETERS: Any = dict.fromkeys(_INKED, _INK) | {
     "axes.formatter.useoffset": False,
     "font.size": 9,
 }
-# Points of a line; more cannot be seen, and make the page large
+# Most points of a line; more cannot be seen, and make the page large
 MAX_POINTS = 400
 
 

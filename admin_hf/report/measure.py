@@ -20,7 +20,7 @@ from ..run.folder import Run, saved_step
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
 
-# The seed of Trainer's arguments, for runs that do not say theirs
+# The default seed of Trainer, for runs that do not record theirs
 DEFAULT_SEED = 42
 
 
@@ -116,7 +116,7 @@ def batch_of(run: Run) -> tuple[Batch, str]:
         pairs = [pair for pair in read_pairs(run, "validation", SENTENCES) if pair.reference is not None]
         length = min(MAX_LENGTH, config.max_position_embeddings)
         batch = text_batch(tokenizer, [p.source for p in pairs], [str(p.reference) for p in pairs], max_length=length)
-    except Exception as error:  # whatever is wrong with somebody's text or tokenizer, there are random tokens
+    except Exception as error:  # whatever is wrong with the text or tokenizer, random tokens are used
         why = f"Measured on random tokens, because the run's text cannot be used: {one_line(error)}"
         return random_batch(config), why
     return batch, f"Measured on the first {len(pairs)} pairs of the validation set, without dropout."

@@ -82,7 +82,7 @@ def _draw_dependency(section: Section, moments: list[Moment]) -> None:
     section.findings = [("expected", LayerDependency.EXPECTATION)]
     section.findings += [(f"found, {moment.name}", moment.dependency.verdict()) for moment in moments]
     stacks = {(moment.name, stack): getattr(moment.dependency, stack) for moment in moments for stack in STACKS}
-    # The embedding is nearly all of the first outputs, and would leave the branches one colour
+    # The embedding dominates the first outputs, and would give all branches one colour
     largest = max(beta for stack in stacks.values() for row in stack.beta for beta in row[1:])
     for (moment, stack), part in stacks.items():
         caption = f"β of the {stack} ({part.system}), {moment}"

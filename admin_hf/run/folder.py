@@ -72,7 +72,7 @@ class Run:
 
     # --- how far it is ---
 
-    # These are looked up anew: a run that is going on deletes checkpoints while the page is made
+    # These are looked up each time: a run that is still training deletes checkpoints while the page is made
 
     @property
     def checkpoints(self) -> list[Path]:

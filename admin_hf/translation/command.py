@@ -17,7 +17,7 @@ from .lines import BATCH_SIZE, BEAMS, LineTranslator, Translation
 from .loading import load_engine
 
 
-# Batches of lines that are read and sorted by length together
+# Number of batches that are read and sorted by length together
 WINDOW = 100
 
 STDIN = "-"

@@ -61,7 +61,8 @@ class TransformersEngine:
         start = [self._start, *prefix]
         decoder_input_ids = torch.tensor([start] * len(sources), device=self.model.device)
         with modes_restored(self.model):
-            # Of the same weights, with these settings alone; an argument would be filled up from the model's own
+            # The same weights with only these settings; settings passed as an argument would be completed from the
+            # model's own
             model = copy.copy(self.model.eval())
             model.generation_config = settings
             rows = model.generate(**self._inputs(sources), decoder_input_ids=decoder_input_ids)
@@ -74,7 +75,7 @@ class TransformersEngine:
         start, inputs, columns = [self._start, *prefix], self._inputs(sources), []
         with modes_restored(self.model):
             encoder_outputs = self.model.eval().get_encoder()(**inputs, return_dict=True)
-            for rank in zip(*targets, strict=True):  # one translation of each source at a time, to spare memory
+            for rank in zip(*targets, strict=True):  # one translation of each source at a time, to save memory
                 decoder_input_ids, _ = self._padded([[*start, *target[:-1]] for target in rank])
                 labels, mask = self._padded(list(rank))
                 logits = self.model(
@@ -167,7 +168,7 @@ class CTranslate2Engine:
             max_batch_size=len(sources),
             max_input_length=0,
         )
-        # Of what it scores, the end that it appends is not ours
+        # It also scores the end that it appends, which is not part of the translation
         ranges = [slice(len(prefix), len(prefix) + len(target)) for _, target in pairs]
         scores = [sum(result.log_probs[part]) for result, part in zip(results, ranges, strict=True)]
         each = len(targets[0])

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
-# What Transformers calls a cache: `cache`, and up to 5.23 `past_key_values`
+# Transformers' name of a cache: `cache`, and up to 5.23 `past_key_values`
 _CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 # What members must share: a token is the same id for all of them
@@ -59,7 +59,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate makes none: the members do, of their depths
+        return False  # generate makes no cache: each member does, with its own depth
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _Encoders(self.members)

@@ -201,7 +201,7 @@ class LineTranslator:
         if length_penalty is not None:
             settings.length_penalty = length_penalty
         self.length_penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
-        if settings.num_beams == 1:  # settings of beams, of which Transformers would warn
+        if settings.num_beams == 1:  # settings for several beams, about which Transformers would warn
             settings.length_penalty = settings.early_stopping = None
         if settings.max_new_tokens is not None:
             settings.max_length, settings.max_new_tokens = settings.max_new_tokens + len(self.prefix) + 1, None
@@ -212,7 +212,7 @@ class LineTranslator:
                 f"A translation may have {settings.max_length} tokens, which start and prefix already fill: raise "
                 "max_length."
             )
-        # It would be what the search has not found: the end of a translation that is cut
+        # It would score what the search has not found: the end of a translation that is cut
         settings.forced_eos_token_id = None
 
     # --- the work ---
