@@ -207,7 +207,8 @@ class AdminConnection(ScaleModule, PostLNConnection):
         omega = self.omega if self.omega.dtype == shortcut.dtype else self.omega.to(shortcut)
         if self.training and shortcut.device.type == "cpu" and not torch.compiler.is_compiling():
             return scaled_layer_norm(shortcut, omega, branch, self.weight, self.bias, self.eps)
-        # addcmul: the product and the sum in one pass
+        if self.training:  # the backward pass of addcmul is a kernel longer than those of a product and a sum
+            return nn.LayerNorm.forward(self, branch + shortcut * omega)
         return nn.LayerNorm.forward(self, torch.addcmul(branch, shortcut, omega))
 
 

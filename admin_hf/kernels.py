@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """`x` in the dtype in which autocast passes it to matrix products: all of them share one cast, forward and
-    backward.
+    """`x` in autocast's dtype for matrix products, which share one cast, forward and backward.
 
     The backward pass keeps one copy of it instead of three: in bfloat16, without it, models of 6+6 layers and width
     512 keep 6% more. On a GPU, where the launches of kernels determine the time of an update, it also saves 66 of
@@ -28,6 +28,14 @@ def cast_once(x: Tensor) -> Tensor:
     """
     dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
     return x if dtype is None else x.to(dtype)
+
+
+class Cast(NamedTuple):
+    """Where a module holds a weight or bias in autocast's dtype, and the parameters that are its rows, one or more."""
+
+    holder: dict[str, Any]
+    name: str
+    parameters: list[tuple[dict[str, Any], str]]
 
 
 def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
@@ -46,57 +54,97 @@ def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
         or getattr(model, "_is_replica", False)  # of DataParallel, which shares these places
     ):
         return nullcontext()
-    if "_weights" not in vars(model):
-        model._weights = linear_weights(model.model)
-    return cast_at_once(model._weights, dtype)
+    return cast_at_once(kept_casts(model), dtype)
 
 
-def linear_weights(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """The places of the weights and biases of the linear layers below `model`, as dictionaries and keys."""
-    linears = (module for module in model.modules() if type(module) is nn.Linear)
-    places = ((module._parameters, name) for module in linears for name in ("weight", "bias"))
-    return [(parameters, name) for parameters, name in places if parameters[name] is not None]
+def kept_casts(model: Any) -> list[Cast]:
+    """The result of [`weight_casts`], kept, and renewed if a projection of joined weights got an adapter or a hook."""
+    attentions = getattr(model, "_joined", [])
+    if "_casts" not in vars(model) or not all(is_plain(linear) for x in attentions for linear in x.projections):
+        model._joined = list(joined_projections(model.model))
+        model._casts = weight_casts(model.model)
+    casts: list[Cast] = model._casts
+    return casts
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether only its weight and bias determine what a linear layer computes: no adapter and no hook."""
+    hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not any(hooks)
+
+
+def joined_projections(model: nn.Module) -> dict[nn.Module, list[nn.Linear]]:
+    """The attentions below `model` whose projections can be one product, and these projections."""
+    found: dict[nn.Module, Any] = {x: x.projections for x in model.modules() if hasattr(x, "projections")}
+    return {attention: linears for attention, linears in found.items() if all(map(is_plain, linears))}
+
+
+def weight_casts(model: nn.Module) -> list[Cast]:
+    """The casts of all linear layers below `model`."""
+    joined = joined_projections(model)
+    in_groups = {*chain.from_iterable(joined.values())}
+    alone = [module for module in model.modules() if type(module) is nn.Linear and module not in in_groups]
+    groups: list[tuple[dict[str, Any], str, list[nn.Linear]]] = [(x._parameters, "{}", [x]) for x in alone]
+    groups += [(vars(attention), "joined_{}", linears) for attention, linears in joined.items()]
+    return [
+        Cast(holder, pattern.format(name), [(linear._parameters, name) for linear in linears])
+        for holder, pattern, linears in groups
+        for name in ("weight", "bias")
+        if linears[0]._parameters[name] is not None
+    ]
 
 
 @contextmanager
-def cast_at_once(places: list[tuple[dict[str, Any], str]], dtype: torch.dtype) -> Iterator[None]:
+def cast_at_once(casts: list[Cast], dtype: torch.dtype) -> Iterator[None]:
     """Let linear layers use weights of `dtype`, which few kernels cast, and likewise their gradients.
 
     Autocast would cast each weight and bias when it is used, and its gradient back. That is a fifth of all kernels of
-    an update of Transformer-base, and Python launches them more slowly than a GPU computes them.
-
-    Args:
-        places: the result of [`linear_weights`].
-        dtype: the dtype of autocast.
+    an update of Transformer-base, and Python launches them more slowly than a GPU computes them. Where weights are
+    joined, one product replaces two or three, forward and backward.
     """
-    held = [parameters[name] for parameters, name in places]
-    for (parameters, name), weight in zip(places, _Cast.apply(dtype, *held), strict=True):
-        parameters[name] = weight
+    before = [cast.holder.get(cast.name) for cast in casts]
+    rows = [[holder[name] for holder, name in cast.parameters] for cast in casts]
+    sizes = [[len(tensor) for tensor in tensors] for tensors in rows]
+    for cast, tensor in zip(casts, _Cast.apply(dtype, sizes, *chain(*rows)), strict=True):
+        cast.holder[cast.name] = tensor
     try:
         yield
     finally:
-        for (parameters, name), weight in zip(places, held, strict=True):
-            parameters[name] = weight
+        for cast, tensor in zip(casts, before, strict=True):
+            cast.holder[cast.name] = tensor
 
 
 class _Cast(torch.autograd.Function):
-    """Casts tensors, and their gradients back."""
+    """Casts groups of tensors, joined as rows of one, and their gradients back; `sizes` are the rows of each group."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, sizes: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(_cast(tensors, dtype))
+        ctx.sizes = sizes
+        firsts = accumulate(map(len, sizes[:-1]), initial=0)
+        joined = [
+            torch.empty(sum(n), *tensors[i].shape[1:], dtype=dtype, device=tensors[i].device)
+            for i, n in zip(firsts, sizes, strict=True)
+        ]
+        torch._foreach_copy_(_rows(joined, sizes), list(tensors))
+        return tuple(joined)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        cast = iter(_cast([grad for grad in grads if grad is not None], torch.float32))
-        return None, *(None if grad is None else next(cast) for grad in grads)
+        given = [(grad, n) for grad, n in zip(grads, ctx.sizes, strict=True) if grad is not None]
+        rows = _rows(*zip(*given, strict=True))
+        cast = [torch.empty_like(row, dtype=torch.float32) for row in rows]
+        torch._foreach_copy_(cast, rows)
+        found = iter(cast)
+        of_groups = (
+            [None] * len(n) if grad is None else [next(found) for _ in n]
+            for grad, n in zip(grads, ctx.sizes, strict=True)
+        )
+        return None, None, *chain.from_iterable(of_groups)
 
 
-def _cast(tensors: Any, dtype: torch.dtype) -> list[Tensor]:
-    cast = [torch.empty_like(x, dtype=dtype) for x in tensors]
-    torch._foreach_copy_(cast, list(tensors))
-    return cast
+def _rows(joined: Any, sizes: Any) -> list[Tensor]:
+    return [row for x, n in zip(joined, sizes, strict=True) for row in (x.split(n) if len(n) > 1 else [x])]
 
 
 # --- dropout --------------------------------------------------------------------------------------

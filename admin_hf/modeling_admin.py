@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.marian.modeling_marian import (
+    MarianAttention,
     MarianDecoder,
     MarianDecoderLayer,
     MarianEncoder,
     MarianEncoderLayer,
     MarianModel,
     MarianMTModel,
+    eager_attention_forward,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -34,6 +37,44 @@ from .special_tokens import MENDED, check_padding
 logger = logging.get_logger(__name__)
 
 
+CACHE_NAMES = "cache", "past_key_values"  # up to Transformers 5.23 the second
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward."""
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+
+
+# Differences to MarianAttention:
+# - projections that read one input are one product, where `cast_at_once` has joined their weights
+class AdminAttention(MarianAttention):
+    joined_weight: Tensor | None = None
+    joined_bias: Tensor | None = None
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        """Those of keys and values, and in self-attention of queries."""
+        is_cross_attention = self.is_decoder and not self.is_causal
+        return [self.k_proj, self.v_proj] if is_cross_attention else [self.q_proj, self.k_proj, self.v_proj]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Marian's, of `hidden_states`, `(batch_size, target_length, d_model)`."""
+        cache = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
+        if self.joined_weight is None or given_cache(cache) is not None:
+            return super().forward(hidden_states, key_value_states, **cache, **kwargs)
+        x = hidden_states if key_value_states is None else key_value_states
+        projected = nn.functional.linear(x, self.joined_weight, self.joined_bias).chunk(len(self.projections), dim=-1)
+        if key_value_states is not None:
+            projected = self.q_proj(hidden_states), *projected
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)
+        implementation, mask = cast(AdminConfig, self.config)._attn_implementation, kwargs.pop("attention_mask", None)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(self, q, k, v, mask, dropout=self.dropout, scaling=self.scaling, **kwargs)
+        return self.out_proj(output.flatten(2)), weights
+
+
 class _ResidualLayer(nn.Module):
     """What encoder and decoder layers share: a residual connection around a branch, and the feed-forward branch."""
 
@@ -42,6 +83,12 @@ class _ResidualLayer(nn.Module):
     activation_fn: nn.Module
     fc1: nn.Linear
     fc2: nn.Linear
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for module in self.children():
+            if isinstance(module, MarianAttention):
+                module.__class__ = AdminAttention
 
     def residual(
         self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor], layer_input: Tensor | None = None
@@ -105,11 +152,6 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         if encoder_hidden_states is not None:
             x = self.residual(self.encoder_attn_layer_norm, x, encoder_attention)
         return self.residual(self.final_layer_norm, x, self.feed_forward, hidden_states)
-
-
-def given_cache(inputs: Mapping[str, Any]) -> Any:
-    """The cache among the keyword arguments of a forward: `cache`, which was `past_key_values` up to 5.23."""
-    return inputs.get("cache", inputs.get("past_key_values"))
 
 
 @contextmanager
