@@ -176,7 +176,7 @@ def test_a_run_goes_on_with_its_own_data_alone(data, tmp_path, capsys):
 
     size = os.stat(here / "train.de").st_size
     same_size = refused("train.de", " ", "-")
-    assert f"other train data: train.de had {size:,} bytes then, as many with another content now" in same_size
+    assert f"other train data: train.de had {size:,} bytes then, the same number with other content now" in same_size
     assert f"--model_name_or_path {tmp_path / 'run'} and another --output_dir" in same_size
     assert f"train.de had {size:,} bytes then, {size + 1:,} bytes now" in refused("train.de", " ", "  ")
     assert "other validation data: validation.en" in refused("validation.en", " ", "  ")

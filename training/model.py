@@ -43,7 +43,7 @@ DEFAULT_LENGTHS["val_max_target_length"] = DEFAULT_LENGTHS["max_target_length"]
 def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """The new model's configuration, as keyword arguments of `config_class`: --config_name, then --config_overrides.
 
-    Vocabulary size and special tokens are left out: the tokenizer says them.
+    Vocabulary size and special tokens are left out: they come from the tokenizer.
 
     Raises:
         InputError: the configuration cannot be read, is another model's, or an override has no such field or a value
@@ -91,12 +91,12 @@ def _parse_overrides(text: str, config_class: type[PretrainedConfig]) -> dict[st
 
 
 def set_generation(model: Any, max_length: int, num_beams: int | None, length_penalty: float | None) -> None:
-    """Make the settings of this run those of `model.generate`, which are saved with the model.
+    """Set this run's settings for `model.generate`, which are saved with the model.
 
     A stock generation config cuts every translation at 20 tokens.
 
     Raises:
-        InputError: they cannot be saved, for they contradict each other or what the model was saved with.
+        InputError: they cannot be saved, because they contradict each other or the model's saved settings.
     """
     generation_config: GenerationConfig = model.generation_config
     generation_config.max_length = max_length
@@ -131,7 +131,7 @@ def check_model(arguments: Arguments) -> None:
 
 
 def check_lengths(arguments: Arguments, config: AdminConfig) -> None:
-    """Lower default lengths to the positions of the model, and find other lengths that are beyond them."""
+    """Lower default lengths to the positions of the model, and refuse given lengths that are longer."""
     data, positions = arguments.data, config.max_position_embeddings
     multiple_of = arguments.training.length_multiple if arguments.training.do_train else 1
     for name, default in DEFAULT_LENGTHS.items():
@@ -148,7 +148,7 @@ def check_lengths(arguments: Arguments, config: AdminConfig) -> None:
 
 
 def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
-    """Load the model to go on from, or make a new one for this tokenizer."""
+    """Load the model to start from, or make a new one for this tokenizer."""
     given, data, training = arguments
     if training.use_cpu and training.keep_freed_memory:
         map_large_buffers()

@@ -90,7 +90,7 @@ def check_output_dir(arguments: Arguments) -> None:
         raise InputError(f"--output_dir {folder} is not a folder that can be written to: {error}") from error
     if not arguments.training.do_train:
         return
-    afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
+    afresh = f"To continue that run, repeat its arguments. {_afresh(folder)}"
     if not record.exists():
         if folder.exists() and get_last_checkpoint(str(folder)) is not None:
             raise InputError(f"{folder} contains checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
@@ -128,10 +128,10 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
             if any(then.get(key) != now.get(key) for key in ("num_bytes", "checksum")):
                 sizes = [f"{file['num_bytes']:,} bytes" if file else "nothing" for file in (then, now)]
                 if sizes[0] == sizes[1]:
-                    sizes[1] = "as many with another content"
+                    sizes[1] = "the same number with other content"
                 raise InputError(
                     f"{folder} contains a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
-                    f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
+                    f"{sizes[1]} now. To continue that run, give its data; to train its model on other data, give "
                     f"--model_name_or_path {folder} and another --output_dir, and leave out --config_name and "
                     "--config_overrides."
                 )
