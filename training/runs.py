@@ -1,4 +1,4 @@
-"""One output_dir, one run: what was asked of it, how far it is, and what its model is."""
+"""One output_dir, one run: its arguments, its progress, and its model."""
 
 import json
 import tempfile
@@ -27,7 +27,7 @@ def last_checkpoint(training: TranslationTrainingArguments) -> str | None:
 
 
 def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
-    """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
+    """The checkpoint with the run's result, if nothing is left to train or training is not requested.
 
     Trainer would train one more update when it is started on a finished run.
     """
@@ -76,10 +76,10 @@ _NOT_FREE = {"dataloader_drop_last"}
 
 
 def check_output_dir(arguments: Arguments) -> None:
-    """Refuse to train in a folder that holds a run of other arguments, or no run of ours at all.
+    """Refuse to train in a folder that contains a run with other arguments, or files of another program.
 
     Raises:
-        InputError: naming the arguments that differ, or what else is wrong with the folder.
+        InputError: the message names the arguments that differ, or the problem of the folder.
     """
     folder = Path(arguments.training.output_dir)
     record = folder / ARGUMENTS_NAME
@@ -113,10 +113,10 @@ def check_output_dir(arguments: Arguments) -> None:
 
 
 def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
-    """Refuse to train on, or validate with, other text than the run in output_dir has begun with.
+    """Refuse training or validation text that differs from that of the run in output_dir.
 
     Raises:
-        InputError: naming the file that differs.
+        InputError: the message names the file that differs.
     """
     folder = Path(arguments.training.output_dir)
     if not arguments.training.do_train or not (folder / ARGUMENTS_NAME).exists():
@@ -138,7 +138,7 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
 
 
 def record_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
-    """Write size and checksum of the text that the run trains on and validates with, without where it is."""
+    """Write size and checksum of the training and validation text, without its place."""
     path = Path(arguments.training.output_dir) / DATA_NAME
     before = _read(path, _afresh(path.parent)) if (path.parent / ARGUMENTS_NAME).exists() else {}
     now = {split: _named(content) for split, content in contents.items() if split != "test"}
@@ -176,6 +176,6 @@ def recorded(arguments: Arguments) -> dict[str, Any]:
 
 
 def record_arguments(arguments: Arguments) -> None:
-    """Write all arguments beside the run, to recognise it when it is resumed."""
+    """Write all arguments into the run's folder, to recognise it when it is resumed."""
     path = Path(arguments.training.output_dir) / ARGUMENTS_NAME
     write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")

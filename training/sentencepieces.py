@@ -1,4 +1,4 @@
-"""A tokenizer of the package tokenizers out of a model that sentencepiece trained, Unigram or BPE."""
+"""Converts a model of sentencepiece, Unigram or BPE, to a tokenizer of the package tokenizers."""
 
 from pathlib import Path
 from typing import Any
