@@ -84,8 +84,8 @@ def check_text(path: Path) -> TextFile:
         raise InputError(f"{path} is empty.")
     if returns > lines:
         raise InputError(
-            f"{path} has {returns:,} carriage returns but {lines:,} line feeds. Only line feeds end lines: convert it to "
-            "line feeds."
+            f"{path} has {returns:,} carriage returns but {lines:,} line feeds. Only line feeds end lines: convert it "
+            "to line feeds."
         )
     return TextFile(path, lines + (last != b"\n"), size, checksum.hexdigest())
 

@@ -1,4 +1,4 @@
-"""What the page measures anew: the run's model as it started and as it is, on the same sentences."""
+"""The page's own measurements: the run's model at its start and now, on the same sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ DEFAULT_SEED = 42
 
 @dataclass(frozen=True)
 class Moment:
-    """What was measured with the weights of one moment of the run.
+    """The measurements with the weights of one moment of the run.
 
     Attributes:
-        name: which moment, such as `"update 500"`.
+        name: the name of the moment, such as `"update 500"`.
         variances: by stack, Var[f_i] and Var[ω_i ⊙ x_{i-1}] of the sub-layers.
     """
 
@@ -45,10 +45,10 @@ def measured(model: AdminForConditionalGeneration, batch: Batch, name: str) -> M
 
 
 def newest_model(run: Run) -> tuple[AdminForConditionalGeneration, str]:
-    """The run's model with its newest weights, and what they are called on the page.
+    """The run's model with its newest weights, and their name on the page.
 
     Raises:
-        OSError, ValueError: it has none, or they cannot be read.
+        OSError, ValueError: there are no weights, or they cannot be read.
     """
     folder = _weights(run)
     return load_model(folder), _name(run, folder)
@@ -69,13 +69,13 @@ def _name(run: Run, weights: Path) -> str:
 
 
 def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneration, str]:
-    """Rebuild the model as the run had it before its first update.
+    """Rebuild the run's model before its first update.
 
     Args:
-        batch: to profile on where the run has no profile of its own.
+        batch: used for a profile if the run has none of its own.
 
     Returns:
-        The model, and a sentence that says how near to the run's it is.
+        The model, and a sentence that says how close it is to the run's.
 
     Raises:
         OSError, ValueError: the run started from other weights or as a stock model, or has saved none yet.

@@ -48,7 +48,7 @@ def render(run: Run) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Leave only the last part of a path on this machine; markup is left as it is."""
+    """Keep only the last part of a path on this machine; markup is not changed."""
     if type(value) is not str:
         return value
     return _FOLDERS.sub("", value)

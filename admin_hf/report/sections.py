@@ -1,4 +1,4 @@
-"""Sections, of which the page is made, and those that a run wrote down: how far it is, its scores, its arguments."""
+"""The sections of the page, and those from a run's own records: its progress, its scores, its arguments."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from .text import Sample
 
 
 class Fact(NamedTuple):
-    """A number that everybody looks for first."""
+    """A number for the top of the page."""
 
     name: str
     value: str
@@ -52,7 +52,7 @@ class Section:
 
 
 def status(run: Run) -> str:
-    """What became of the run, or how far it is, as a sentence."""
+    """The outcome or the progress of the run, as a sentence."""
     if run.divergence:
         return f"Diverged at update {_text(run.divergence.get('step'))}."
     if not run.state:
@@ -64,7 +64,7 @@ def status(run: Run) -> str:
 
 
 def model_line(run: Run) -> str:
-    """What the model is, as a sentence."""
+    """A description of the model, as a sentence."""
     config = run.config
     if not config:
         return f"No {CONFIG_NAME}, which comes with the first checkpoint, says what the model is."
@@ -163,7 +163,7 @@ def scores(run: Run) -> Section:
 
 
 def arguments(run: Run) -> Section:
-    """The arguments of run_translation.py, those that say something first. Secrets are left out."""
+    """The arguments of run_translation.py, the informative ones first. Secrets are left out."""
     section = Section("arguments", "Arguments")
     if not run.arguments:
         section.notes.append(f"{run.lacks(ARGUMENTS_NAME)} run_translation.py writes it; other scripts do not.")
