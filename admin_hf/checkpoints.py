@@ -128,7 +128,7 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
                 "for safetensors or, if you trust its source, load it with use_safetensors=False and save it again."
             ) from error
         raise
-    except Exception as error:  # a stranger's JSON can break any line that reads it
+    except Exception as error:  # untrusted JSON can break any line that reads it
         raise OSError(f"{source} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -191,7 +191,7 @@ def _shards(index: Path, source: str | os.PathLike) -> set[str]:
     """The names of the files that an index of weights names.
 
     Raises:
-        OSError: it is damaged, or names anything but safetensors files beside it.
+        OSError: it is damaged, or names anything but safetensors files in its folder.
     """
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

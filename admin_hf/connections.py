@@ -65,7 +65,7 @@ class ResidualConnection(nn.Module):
     input_scale = 1.0
     adds_layer_input = False
     output_scale = 1.0
-    is_in_chain = True  # whether profiling adds its branch up: of an injected ω, not in front of the first LayerNorm
+    is_in_chain = True  # whether profiling adds its branch: with an injected ω, not before the first LayerNorm
 
     def branch_input(self, shortcut: Tensor) -> Tensor:
         """The input of the branch: the shortcut itself, unless a system normalises or shifts it first."""

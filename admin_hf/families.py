@@ -91,9 +91,9 @@ REQUIRED: dict[str, tuple[Any, str]] = {
     "do_stable_layer_norm": (False, "it is Pre-LN otherwise"),
     "use_weighted_layer_sum": (False, "it reads the outputs of all layers, which ω scales"),
     "chunk_size_feed_forward": (0, "profiling sees whole sequences"),
-    "layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
-    "encoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
-    "decoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
+    "layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
+    "encoder_layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
+    "decoder_layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
 }
 PRE_LN = "it is Pre-LN: its shortcuts pass no LayerNorm into which ω could be folded, and it needs no ω to train"
 # Why others cannot have an ω, by model type

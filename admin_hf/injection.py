@@ -168,7 +168,7 @@ class Injection(OmegaState):
         return math.prod(x.shape[1:]) if name.endswith("input_ids") else 1
 
     def _real_tokens(self, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
-        """True where a token of the stack is no padding, `(rows, length)`; None where nothing says so."""
+        """True where a token of the stack is not padding, `(rows, length)`; None if the inputs do not say it."""
         base: Any = self.base
         if stack.prefix and self.labels_are_targets and (labels := inputs.get("labels")) is not None:
             return cast(Tensor, labels.ne(-100))
@@ -210,7 +210,7 @@ def _without_adapter(of_sound: Any) -> dict[str, bool]:
 
 
 class _Shortcut:
-    """The shortcut of one stack's sub-layer under way, as the stock model has it: ω_i ⊙ x_{i-1}."""
+    """The shortcut of one stack's current sub-layer, as in the stock model: ω_i ⊙ x_{i-1}."""
 
     def __init__(self, observe: Callable[..., None], before: bool) -> None:
         self.observe, self.before = observe, before
@@ -327,7 +327,7 @@ def inject(
 
 
 def _check_encoder_states(base: Any, args: tuple, inputs: dict[str, Any]) -> None:
-    """BERT leaves its encoder-attention out without these; the LayerNorm in front would hold its ω all the same."""
+    """Without these, BERT skips its encoder-attention, but the LayerNorm before it would still contain its ω."""
     if inputs.get("encoder_hidden_states") is None and len(args) < 6:
         raise ValueError(
             f"{type(base).__name__} has encoder-attention with an ω, and got no encoder_hidden_states: give them, or "

@@ -180,7 +180,7 @@ def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if training and _draws_bits(x, p):
         return _ReluDropout.apply(x, p)
     if training and torch.compiler.is_compiling() and 0 < p < 1:
-        # As rows, as the next product keeps it, or the compiler would keep y > 0 beside it
+        # As rows, in the form that the next product keeps, or the compiler would also keep y > 0
         return _ReluDropout.apply(x.flatten(0, -2), p).view(x.shape)
     return dropout(nn.functional.relu(x), p, training)
 
@@ -283,5 +283,5 @@ class _ScaledLayerNorm(torch.autograd.Function):
 
 
 def _spare(tensor: Tensor, counterpart: Tensor) -> Tensor | None:
-    """`tensor` to write a result over it; None, for a new tensor, where a cast to another dtype had nothing to do."""
+    """`tensor`, to be overwritten by a result; None (a new tensor) if the cast to another dtype did not copy it."""
     return None if tensor is counterpart else tensor

@@ -63,7 +63,7 @@ def _compute(
         nll -= torch.dot(log_p, real)
         if smoothed:
             loss += torch.dot(label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum), real)
-        # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
+        # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added after the
         # products, where it is a vector
         dz = p.scatter_(1, y, p_y - (1 - label_smoothing))
         dz[:, pad_id] = 0

@@ -131,7 +131,7 @@ def stack_inputs(
 
 
 def _real_tokens(stack: Stack, inputs: dict[str, Tensor], targets: Tensor | None, padding_id: int) -> Tensor:
-    """True where a token of the stack is no padding, `(rows, length)`; nowhere in a row that only fills up a batch."""
+    """True where a token of the stack is not padding, `(rows, length)`; never in a row that only fills up a batch."""
     if stack.prefix and targets is not None:
         return targets
     if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:

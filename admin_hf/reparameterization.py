@@ -59,7 +59,7 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
 
 
 _UNFOLDED = (
-    "It can be published as it is, with its code: `{name}.register_for_auto_class()`, then `save_pretrained(folder)` "
+    "It can be published unfolded, with its code: `{name}.register_for_auto_class()`, then `save_pretrained(folder)` "
     "or `push_to_hub(repo_id, reparameterize=False)`."
 )
 
@@ -280,7 +280,7 @@ def _scale(connection: Any, attribute: str, name: str) -> Tensor:
     scale = torch.as_tensor(value, dtype=torch.float64, device=connection.weight.device).reshape(-1)
     if attribute == "shortcut_scale":
         parameter = next((n for n, p in connection.named_parameters() if p is value), attribute)
-        check_scale(scale, f"{name}.{parameter}", "export an earlier checkpoint, or the model as it is")
+        check_scale(scale, f"{name}.{parameter}", "export an earlier checkpoint, or publish the model with its ω")
     return scale
 
 

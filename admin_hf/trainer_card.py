@@ -24,7 +24,7 @@ from .paths import published
 PRIVATE = ("output_dir", "logging_", "hub_", "push_to_hub", "cache_dir", "resume_from_checkpoint", "project", "do_")
 PRIVATE += ("run_name", "report_to", "trackio", "use_cpu", "disable_tqdm", "local_rank", "save_")  # type: ignore[assignment]
 
-# The names of scores, as `compute_metrics` returns them, and what people call them
+# The names of scores, as `compute_metrics` returns them, and their usual names
 METRICS = {"bleu": "BLEU", "sacrebleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
 
 
@@ -38,7 +38,8 @@ def card_of_training(
         data: metadata from the user.
     """
     card = Card.of(model, data)
-    # Not those of a new object, which would set up the process's devices anew; what is filled in is left out
+    # Not those of a new object, which would set up the process's devices again; arguments that are filled in are left
+    # out
     defaults = {each.name: each.default for each in fields(args)}
     given = {name: x for name, x in args.to_dict().items() if (x or defaults.get(name)) and not isinstance(x, dict)}
     changed = changed_arguments(given, defaults)

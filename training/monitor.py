@@ -32,7 +32,7 @@ MAX_START = 3.0
 
 @dataclass
 class _Update:
-    """What the host knows of an update, while its numbers are under way."""
+    """The facts on an update that the host knows before its numbers arrive."""
 
     number: int  # from 1
     warm: bool  # after warm-up, by so much that all of the last losses are
@@ -76,7 +76,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         self.clamp = LossScaleClamp(min_scale, accelerator.device)
         self.loss = math.nan
         self.grad_norm: Tensor | float | None = None
-        # Of the update under way, on this process: loss, nll, target and source tokens
+        # Of the current update, on this process: loss, nll, target and source tokens
         self._sums: Tensor | None = None
         self._inputs: Mapping[str, Any] = {}
         self._update: _Update | None = None  # the last one that was handed on to be read, and its loss scale
@@ -266,7 +266,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
 
 
 class TranslationProgress(ProgressCallback):
-    """Trainer's progress bar with loss and target tokens per second beside it, and a line for each log."""
+    """Trainer's progress bar with loss and target tokens per second, and a line for each log."""
 
     # What a line shows; the rest is for TensorBoard and its like, and in trainer_state.json
     SHOWN = ("epoch", "loss", "nll", "perplexity", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second")

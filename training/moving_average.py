@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from .errors import InputError
 
 
-WEIGHTS_NAME = "training_weights.safetensors"  # in a checkpoint: those that training goes on from
+WEIGHTS_NAME = "training_weights.safetensors"  # in a checkpoint: training continues from these
 
 
 class MovingAverage(TrainerCallback):
@@ -37,7 +37,7 @@ class MovingAverage(TrainerCallback):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average: dict[str, Tensor] = {}
-        # The weights that training goes on from, while the model has the average
+        # The weights that training continues from, while the model has the average
         self._training: dict[str, Tensor] = {}
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         for name, weight in self._weights.items():

@@ -200,7 +200,7 @@ def _check_output(output: Path) -> None:
 
 
 def _labels(sources: Sequence[str]) -> dict[str, str]:
-    """The sources by short names: as many of the last parts of their paths as it takes to tell them apart."""
+    """The sources by short names: the last parts of their paths that tell them apart."""
     paths = [Path(os.path.abspath(source)) for source in sources]  # absolute, because "." has no parts
     paths = [path.parent if path.name.endswith("config.json") else path for path in paths]
     if len(set(paths)) < len(paths):

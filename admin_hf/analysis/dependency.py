@@ -136,7 +136,7 @@ class _Components:
         self.names, self.tokens = [name for name, _ in connections], tokens
         self.values = torch.empty(0)  # components × tokens × d_model, while the stack runs
         self.adds_layer_input = any(each.adds_layer_input for _, each in connections)
-        self.layer, self.layer_input = "", torch.empty(0)  # its components, of the layer under way
+        self.layer, self.layer_input = "", torch.empty(0)  # its components, of the current layer
         self.rows: list[list[float]] = []
         self.error = 0.0
 

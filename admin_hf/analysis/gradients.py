@@ -126,7 +126,7 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
 
 
 def _below_stacks(model: Any) -> list[Tensor]:
-    """The weights in front of the stacks, through which the gradient has to come: embeddings, as a rule."""
+    """The weights before the stacks, which the gradient must pass: usually the embeddings."""
     if (injection := getattr(model, "injection", None)) is None:
         base = model.base_model
         return [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
@@ -144,7 +144,7 @@ def _observe(norms: dict[str, float], name: str, connection: Any, args: tuple, o
 
 @contextmanager
 def _only_needs_gradient(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Freeze all but `weights`, so that the others' gradients take neither time nor memory."""
+    """Freeze everything except `weights`, so that the other gradients take neither time nor memory."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in needed:

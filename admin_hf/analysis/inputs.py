@@ -247,6 +247,6 @@ def read_tensors(checkpoint: str | os.PathLike, wanted: Callable[[str], bool]) -
 
 
 def residual_name(model: Any, stack: str) -> str:
-    """The residual system of a stack, for people."""
+    """The readable name of a stack's residual system."""
     injection = getattr(model, "injection", None)
     return str(injection.system if injection is not None else getattr(model.config, f"{stack}_residual"))

@@ -128,7 +128,7 @@ class ChangeCurve:
 
     @property
     def label(self) -> str:
-        """The system's name for people."""
+        """The readable name of the system."""
         return SYSTEMS.get(self.system, self.system)
 
     def better_fit(self) -> tuple[str, Fit]:

@@ -19,7 +19,7 @@ class _Meter:
     """Stands in for fairseq's own classes in a checkpoint, which hold speeds and mean losses."""
 
 
-# What a checkpoint may name, beside tensors and plain data
+# What a checkpoint may contain besides tensors and plain data
 _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((_Meter, f"fairseq.meters.{name}") for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")),
@@ -72,7 +72,7 @@ def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a stranger's file can break any line that reads it
+    except Exception as error:  # an untrusted file can break any line that reads it
         if named := re.search(r"(?i)unsupported global(?:: GLOBAL)? ([\w.]+)", str(error)):
             raise OSError(
                 f"{path} is refused: it names {named[1]}, which no checkpoint of fairseq does and which might run "
@@ -108,7 +108,7 @@ def _options(state: Any) -> dict[str, Any] | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that holds as many numbers as its shape says."""
+    """Whether it is a tensor that contains as many numbers as its shape says."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
         return False
     return value.is_floating_point() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()

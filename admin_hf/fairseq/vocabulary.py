@@ -126,7 +126,7 @@ def _ids(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _pieces(dictionary: Sequence[str]) -> list[str]:
-    """fairseq's words as pieces of BPE: `xx@@` goes on, and is `xx`; `xx` ends a word, and is `xx</w>`."""
+    """fairseq's words as pieces of BPE: `xx@@` is within a word, and becomes `xx`; `xx` ends one: `xx</w>`."""
     words = dictionary[len(SPECIAL) :]
     pieces = [w[:-2] if w.endswith("@@") and len(w) > 2 else w + END_OF_WORD for w in words]
     if len({*pieces, *SPECIAL}) < len(dictionary):

@@ -192,7 +192,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value for people."""
+    """A readable value."""
     if not is_number(value):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

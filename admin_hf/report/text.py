@@ -53,7 +53,7 @@ def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
 
 def predictions(run: Run, count: int) -> list[Sample]:
     """The first lines of generated_predictions.txt with their sources, once the trained model has written it."""
-    if not any(name.startswith("test_") for name in run.scores):  # training that goes on removes the scores
+    if not any(name.startswith("test_") for name in run.scores):  # further training removes the scores
         return []
     try:
         lines = parallel_text.read_pairs([regular_file(run.folder / PREDICTIONS_NAME)], ())

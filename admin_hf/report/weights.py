@@ -112,7 +112,7 @@ def _by_sublayer(caption: str, values: dict[str, list[float]], label: str, log: 
 
 @contextmanager
 def _explained(*sections: Section) -> Iterator[None]:
-    """Leave a gap on the page, and the reason in it: files may be damaged, a stranger's, or deleted meanwhile."""
+    """Put the reason on the page instead of the part: files may be damaged, from elsewhere, or deleted meanwhile."""
     try:
         yield
     except Exception as error:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from ..checkpoints import check_weight_files, explained_errors, weight_files
 
 
-# What may differ between the config.json of checkpoints: it changes neither the weights nor what they compute.
+# Entries of config.json that may differ between checkpoints: they change neither the weights nor the outputs.
 _FREE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "init_std", "label_smoothing"),
     *("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"),

@@ -27,7 +27,7 @@ VANILLA_NAME = "vanilla"
 # What profiling writes
 PROFILE_NAME = "residual_profile.json"
 
-# The names of scores, `eval_bleu` and so on, and what people call their parts
+# The names of scores, `eval_bleu` and so on, and the usual names of their parts
 SPLITS = {"eval": "validation", "test": "test"}
 METRICS = {
     "bleu": "BLEU",
