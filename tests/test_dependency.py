@@ -5,7 +5,7 @@ import torch
 from conftest import SYSTEM_PAIRS, randomize, tiny_config, tiny_model
 
 from admin_hf.analysis import initialized_model, layer_dependency, random_batch
-from admin_hf.analysis.dependency import MAX_TOKENS
+from admin_hf.analysis.dependency import MAX_TOKENS, own_dependency
 from admin_hf.connections import KeelConnection
 from admin_hf.residual import SYSTEMS, PostLNConnection, ResidualSystem, residual_connections
 
@@ -69,6 +69,14 @@ def test_components_sum_to_the_output_in_float32_after_many_layers(batch):
     model = initialized_model(tiny_config(encoder_layers=30, decoder_layers=20), batch=batch)
     dependency = layer_dependency(model, batch)
     assert 0 < dependency.encoder.error < 1e-4 and 0 < dependency.decoder.error < 1e-4
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_own_dependency_is_the_diagonal(system, batch):
+    model = randomize(tiny_model(encoder_residual=system, decoder_residual=system)).double()
+    dependency = layer_dependency(model, batch)
+    for stack, own in own_dependency(model, batch).items():
+        assert own == pytest.approx([row[-1] for row in dependency.stacks[stack].beta], rel=1e-3)
 
 
 def test_padding_is_left_out_of_beta(batch):

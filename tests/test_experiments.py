@@ -38,6 +38,7 @@ from training.experiments.page import how_runs_ended
 from training.experiments.plan import (
     DROPOUTS,
     EXPERIMENTS,
+    TITLES,
     TRANSLATE,
     choose_dropout,
     dropout_outcome,
@@ -111,9 +112,32 @@ def test_the_recipes_of_one_depth_differ_in_the_residual_system_alone():
                 assert content(path) == content(folder)
 
 
+def test_every_system_is_compared():
+    found = {
+        name.split("=")[1]
+        for run in planned("systems", SCALES["cpu"])
+        for name in overrides(run)
+        if "residual" in name
+    }
+    assert found == set(SYSTEMS) == set(TITLES)
+
+
+def overrides(run):
+    return run.arguments["config_overrides"].split(",")
+
+
 def test_sizes_at_cpu_scale():
     sizes = {name: len(planned(name, SCALES["cpu"])) for name, scale in PLANS if scale == "cpu"}
-    assert sizes == {"depth": 27, "hybrid": 15, "warmup": 10, "grid": 45, "rezero": 15, "batch": 6, "deep": 5}
+    assert sizes == {
+        "depth": 27,
+        "hybrid": 15,
+        "warmup": 10,
+        "grid": 45,
+        "rezero": 15,
+        "batch": 6,
+        "deep": 5,
+        "systems": 40,
+    }
 
 
 def chosen(monkeypatch, choice: dict[int, float]) -> list[PlannedRun]:
@@ -220,6 +244,8 @@ def test_runs_whose_end_is_on_record_can_be_left_out(here, capsys):
     assert main(["rezero", "--list", "--missing"]) == 0
     text = capsys.readouterr().out
     assert "To run: 14 of 14" in text and first.name not in text and second.name in text
+    assert first.name in {run.name for run in planned("systems", SCALES["cpu"])}  # of 40 runs, on another's record
+    assert main(["systems", "--list", "--missing"]) == 0 and "To run: 39 of 39" in capsys.readouterr().out
 
 
 # --- claims ---------------------------------------------------------------------------------------

@@ -60,6 +60,15 @@ def test_steps_and_verdict_tell_where_gradients_vanish():
     assert "gradients vanish" in stack.verdict() and "0.50 through encoder-attention" in stack.verdict()
     assert "do not vanish" in StackGradients("pre_ln", names, kinds, norms[::-1], 3.0).verdict()
     assert "no gradient" in StackGradients("fixup", names, kinds, [0.0] * 12, 0.0).verdict()
+    assert "Theorem 1" not in stack.verdict(), "which is of encoders"
+
+
+def test_the_verdict_on_an_encoder_counts_the_steps_of_theorem_1():
+    names, kinds = ["a", "b", "c", "d"], ["self-attention", "feed-forward"] * 2
+    stack = StackGradients("post_ln", names, kinds, [1.0, 0.8, 0.9, 0.9], 3.0)
+    assert stack.factors() == pytest.approx([1.25, 8 / 9, 1])
+    assert "(Theorem 1) in 2 of 3 steps, and 0.889 ‖Δx_i‖ at least." in stack.verdict()
+    assert StackGradients("pre_ln", names, kinds, [1.0, 0.8, 0.7, 0.6], 3.0).verdict().endswith("in 3 of 3 steps.")
 
 
 def test_gradients_vanish_in_the_decoder_of_a_fresh_18_layer_post_ln_model_and_nowhere_else():

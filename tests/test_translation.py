@@ -152,7 +152,8 @@ def test_translations_that_are_cut_are_said(made, caplog):
         translate(made.model, made.tokenizer, [SOURCES[0], SOURCES[4], SOURCES[4]], max_length=20, batch_size=1)
     whole = len(made.tokenizer(PAIRS[SOURCES[0]])["input_ids"])
     assert whole < 20 < len(made.tokenizer(PAIRS[SOURCES[4]])["input_ids"])
-    assert "Some lines (2, 3) have a translation that is cut at 20 tokens" in caplog.text, "once for all batches"
+    text = "Some lines (2, 3) have a translation that is cut at 20 tokens, see max_length"
+    assert text in caplog.text, "once for all batches"
 
 
 def test_a_translation_begins_with_the_prefix(made):
@@ -180,6 +181,14 @@ def test_a_token_that_the_model_forces_comes_before_the_prefix(made, monkeypatch
 def test_options_that_cannot_be_used_are_refused(made, options, message):
     with pytest.raises(ValueError, match=message):
         translate(made.model, made.tokenizer, SOURCES, **options)
+
+
+def test_a_setting_of_the_model_that_is_no_number_is_named(made, monkeypatch):
+    monkeypatch.setattr(made.model.generation_config, "num_beams", "five")
+    with pytest.raises(
+        ValueError, match="generation_config.json of the model has num_beams 'five'; expected a number"
+    ):
+        translate(made.model, made.tokenizer, SOURCES)
 
 
 def test_one_text_is_no_list_of_lines(made):
@@ -326,6 +335,9 @@ def test_a_converted_model_takes_settings_and_limits_from_where_its_tokenizer_is
     with caplog.at_level("WARNING", logger="transformers"):
         code, out, _ = command(capsys, bare, "--tokenizer", made.vanilla, tmp_path / "in")
     assert code == 0 and out.count("\n") == 1 and "longer than the 64 tokens" in caplog.text
+    made.tokenizer.save_pretrained(tmp_path / "alone")  # which says nothing of positions
+    code, _, err = command(capsys, bare, "--tokenizer", tmp_path / "alone", tmp_path / "in")
+    assert code == 2 and "name the model that it was converted from by --tokenizer" in err and err.count("\n") == 1
     tokenizer = train_tokenizer([[*PAIRS, *PAIRS.values(), "quite different words"]], vocab_size=90)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     code, _, err = command(capsys, bare, "--tokenizer", tmp_path / "tokenizer", tmp_path / "in")

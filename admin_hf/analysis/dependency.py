@@ -129,6 +129,31 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
     return LayerDependency({name: stack.result(residual_name(model, name)) for name, stack in stacks.items()})
 
 
+def own_dependency(model: AdminPreTrainedModel, batch: Batch) -> dict[str, list[float]]:
+    """β_{i,i} of each sub-layer by stack: the diagonal that [`layer_dependency`] has, without carrying branches on.
+
+    Args:
+        model: of any residual systems.
+        batch: what the model's forward takes.
+    """
+    own: dict[str, list[float]] = {}
+
+    def observer(stack: str, tokens: Places) -> Callable[..., None]:
+        own[stack] = []
+
+        def observe(name: str, connection: Any, args: tuple[Tensor, Tensor], output: Tensor) -> None:
+            x, a, y = (
+                _at_least_float32(at(z, tokens)[:MAX_TOKENS]) for z in (*args, output / connection.output_scale)
+            )
+            *_, branch = _carried(connection, torch.stack([x, a]), x, a)
+            own[stack].append(float(_deviation(branch)[-1] / y.std(correction=0)))
+
+        return observe
+
+    observe_connections(model, batch, observer)
+    return own
+
+
 class _Components:
     """x_i of one stack as a sum: component 0 is that of the biases ν, 1 the embedding's, j + 1 that of branch j."""
 
@@ -202,4 +227,4 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-__all__ = ["LayerDependency", "StackDependency", "layer_dependency"]
+__all__ = ["LayerDependency", "StackDependency", "layer_dependency", "own_dependency"]

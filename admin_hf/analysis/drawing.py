@@ -203,10 +203,11 @@ def draw_omega(result: OmegaHistory, path: str | os.PathLike | None = None) -> "
 
 
 def draw_output_change(result: OutputChange, path: str | os.PathLike | None = None) -> "Figure":
-    """Output change by depth, a panel for each perturbation: means with their deviations, and the better fits."""
-    figure = new_figure(10, 4.2, caption_of(result))
+    """Output change by depth, a panel for each perturbation: means with their deviations, and the better fits; and
+    what Theorem 2 says the change under random steps comes from."""
+    figure = new_figure(14, 4.4, caption_of(result))
     depths = range(result.sublayers[0], result.sublayers[-1] + 1)
-    panels = figure.subplots(1, 2)
+    *panels, of_theorem = figure.subplots(1, 3)
     for axes, (perturbation, name) in zip(panels, PERTURBATIONS.items(), strict=True):
         curves = [curve for curve in result.curves if curve.perturbation == perturbation and any(curve.mean)]
         for curve, (colour, style), marker in zip(curves, cycle(STYLES), cycle("osD^vP"), strict=False):
@@ -221,7 +222,22 @@ def draw_output_change(result: OutputChange, path: str | os.PathLike | None = No
             axes.set_ylim(min(means) / 3, max(means) * 3)
             axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("|F(x$_0$, W) − F(x$_0$, W*)|$^2$")
+    _draw_theorem(of_theorem, result)
     return _finished(figure, path)
+
+
+def _draw_theorem(axes: "Axes", result: OutputChange) -> None:
+    """The change of all systems and depths over Σ β²_ii, and the line that Theorem 2 says it is."""
+    curves = [curve for curve in result.curves if curve.perturbation == "random" and any(curve.mean)]
+    for curve, (colour, _), marker in zip(curves, cycle(STYLES), cycle("osD^vP"), strict=False):
+        axes.plot(curve.own, curve.mean, linestyle="", marker=marker, color=colour, ms=4, label=curve.label)
+    if (theorem := result.theorem("random")) is not None:
+        ends = [extreme(own for curve in curves for own in curve.own if own > 0) for extreme in (min, max)]
+        label = f"{theorem.constant:.2g} Σβ²$_{{ii}}$, R² {theorem.r_squared:.2f}"
+        axes.plot(ends, [theorem.constant * own for own in ends], color="0.4", linewidth=1, label=label)
+        axes.legend(frameon=False, fontsize=8)
+    title = f"Theorem 2: {PERTURBATIONS['random']}"
+    plain_axes(axes, title=title, xlabel="Σ$_i$ β²$_{ii}$ of the encoder", xscale="log", yscale="log")
 
 
 def draw_updates(result: UpdateNorms, path: str | os.PathLike | None = None) -> "Figure":

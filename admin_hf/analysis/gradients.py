@@ -48,10 +48,13 @@ class StackGradients:
         """‖Δx_{i-1}‖₂ / ‖Δx_i‖₂, the factor by which a step back through a sub-layer changes the gradient: geometric
         means by the kind of its branch."""
         logs: dict[str, list[float]] = {}
-        pairs = zip(self.relative_norms, self.relative_norms[1:], strict=False)
-        for kind, (before, after) in zip(self.kinds[1:], pairs, strict=True):
-            logs.setdefault(kind, []).append(log(before / after))
+        for kind, factor in zip(self.kinds[1:], self.factors(), strict=True):
+            logs.setdefault(kind, []).append(log(factor))
         return {branch: exp(fmean(values)) for branch, values in logs.items()}
+
+    def factors(self) -> list[float]:
+        """‖Δx_{i-1}‖₂ / ‖Δx_i‖₂ for i = 2 … N. Theorem 1 says of Post-LN encoders that none is below 1."""
+        return [before / after for before, after in zip(self.relative_norms, self.relative_norms[1:], strict=False)]
 
     def verdict(self) -> str:
         if not all(self.relative_norms):
@@ -62,6 +65,10 @@ class StackGradients:
         if vanishes:
             steps = [f"{factor:.2f} through {branch}" for branch, factor in sorted(self.steps().items())]
             text += f" (a step back multiplies by {', '.join(steps)})"
+        if (factors := self.factors()) and "encoder-attention" not in self.kinds:
+            holds = sum(factor >= 1 for factor in factors)
+            text += f"; ‖Δx_i-1‖ ≥ ‖Δx_i‖ (Theorem 1) in {holds} of {len(factors)} steps"
+            text += f", and {min(factors):.3f} ‖Δx_i‖ at least" if holds < len(factors) else ""
         return text + "."
 
 

@@ -10,6 +10,9 @@ steps, which change only the matrices of the encoder's layers (no bias, LayerNor
     adam     W* = W − 1e-6 · sign(∇L(W)),  the first step of Adam at a learning rate of 1e-6
 
 Dropout is off in F and in L. The decoder, which only passes the gradient on, keeps the configuration's depth.
+
+Theorem 2 says what the change comes from: Σ_i β²_{i,i} C, where β_{i,i} is the share of branch i in the output of
+its sub-layer (see `dependency`), and C how far the step moves one branch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +28,13 @@ from tqdm.auto import tqdm
 from ..configuration_admin import AdminConfig
 from ..modeling_admin import AdminForConditionalGeneration
 from ..observation import modes_restored, stack_inputs
+from .dependency import own_dependency
 from .inputs import Batch, initialized_model, training_loss
 
 
-# Numbers of sub-layers, two to a layer, and the systems that Fig. 4 has
+# Numbers of sub-layers, two to a layer, and the systems: those of Fig. 4, and DeepNorm
 SUBLAYERS = (12, 24, 36, 50, 76, 100, 150, 200)
-SYSTEMS = {"post_ln": "Post-LN", "pre_ln": "Pre-LN", "admin": "Admin"}
+SYSTEMS = {"post_ln": "Post-LN", "pre_ln": "Pre-LN", "admin": "Admin", "deepnorm": "DeepNorm"}
 
 RANDOM_STEP, ADAM_STEP = 1e-4, 1e-6
 PERTURBATIONS = {"random": "random perturbation", "adam": "Adam step"}
@@ -116,6 +120,7 @@ class ChangeCurve:
         changes: for each depth the change in each repeat; each repeat has its own weights and random step.
         mean, std: mean and standard deviation of the repeats, for each depth; with a single repeat the latter is 0.
         linear, logarithmic: fits of the means, in N and in log N.
+        own: Σ_i β²_{i,i} of the encoder at each depth, the mean of the repeats; before the step.
     """
 
     system: str
@@ -125,6 +130,7 @@ class ChangeCurve:
     std: list[float]
     linear: Fit
     logarithmic: Fit
+    own: list[float]
 
     @property
     def label(self) -> str:
@@ -141,6 +147,21 @@ class ChangeCurve:
             return f"{self.label} none at any depth"
         x, fit = self.better_fit()
         return f"{self.label} linear in {x}{', falling' if fit.slope < 0 else ''}, R² {fit.r_squared:.2f}"
+
+
+@dataclass(frozen=True)
+class Theorem:
+    """How well `change = C · Σ_i β²_{i,i}` describes all systems and depths.
+
+    Attributes:
+        constant: C, by least squares.
+        r_squared: the share of the changes' variance that this explains, with nothing but C to choose.
+        ratios: the smallest and the largest change over Σ_i β²_{i,i} of each system, by its name for people.
+    """
+
+    constant: float
+    r_squared: float
+    ratios: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -164,8 +185,31 @@ class OutputChange:
     seed: int
 
     def verdict(self) -> str:
-        """The growth that fits each system better, and how far the systems are apart at the greatest depth."""
-        return " ".join(self._sentence(name) for name in PERTURBATIONS)
+        """The growth that fits each system better, how far the systems are apart at the greatest depth, and what
+        Theorem 2 explains of it."""
+        return " ".join(f"{self._sentence(name)} {self._of_theorem(name)}".strip() for name in PERTURBATIONS)
+
+    def theorem(self, perturbation: str) -> Theorem | None:
+        """What Theorem 2 explains of the changes; None where nothing changes."""
+        curves = [each for each in self.curves if each.perturbation == perturbation and min(*each.own, *each.mean) > 0]
+        own, changes = ([y for curve in curves for y in getattr(curve, name)] for name in ("own", "mean"))
+        if not curves:
+            return None
+        constant = sum(x * y for x, y in zip(own, changes, strict=True)) / sum(x * x for x in own)
+        residue = sum((y - constant * x) ** 2 for x, y in zip(own, changes, strict=True))
+        spread = sum((y - fmean(changes)) ** 2 for y in changes)
+        ratios = {curve.label: [y / x for x, y in zip(curve.own, curve.mean, strict=True)] for curve in curves}
+        extremes = {label: (min(values), max(values)) for label, values in ratios.items()}
+        return Theorem(constant, 1 - residue / spread if spread else 1.0, extremes)
+
+    def _of_theorem(self, perturbation: str) -> str:
+        if (theorem := self.theorem(perturbation)) is None:
+            return ""
+        ratios = "; ".join(f"{label} {low:.2g} to {high:.2g}" for label, (low, high) in theorem.ratios.items())
+        return (
+            f"Theorem 2, change = C Σβ²_ii: R² {theorem.r_squared:.2f} with C = {theorem.constant:.2g}; change over "
+            f"Σβ²_ii: {ratios}."
+        )
 
     def _sentence(self, perturbation: str) -> str:
         curves = [curve for curve in self.curves if curve.perturbation == perturbation]
@@ -195,7 +239,8 @@ def output_change(
     Args:
         config: all settings except the systems and the encoder's depth.
         batch: the models are profiled on it and it gives x_0; with labels, for the gradient. A hundred tokens suffice.
-        systems: residual systems, each for both stacks; default: Post-LN, Pre-LN, Admin and the encoder's in `config`.
+        systems: residual systems, each for both stacks; default: Post-LN, Pre-LN, Admin, DeepNorm and the encoder's in
+            `config`.
         sublayers: three or more even numbers of sub-layers, in rising order.
         repeats: number of models of each kind, with the seeds `seed`, `seed + 1`, …
 
@@ -215,18 +260,24 @@ def output_change(
     systems = systems or list(dict.fromkeys([*SYSTEMS, config.encoder_residual]))
     configs = {system: [_config(config, system, n, batch) for n in sublayers] for system in systems}
     measured: dict[str, list[list[dict[str, float]]]] = {system: [] for system in systems}
+    own: dict[str, list[float]] = {system: [] for system in systems}
     with tqdm(total=repeats * len(systems) * sum(sublayers), desc="output change", disable=None) as progress:
         for system in systems:
             for depth in configs[system]:
                 measured[system].append([])
+                of_repeats = []
                 for repeat in range(repeats):
                     model: Any = initialized_model(depth, seed + repeat, batch)
                     model.to(batch["labels"].device)
+                    of_repeats.append(sum(beta**2 for beta in own_dependency(model, batch)["encoder"]))
                     measured[system][-1].append(model_changes(model, batch, seed + repeat))
                     del model  # before the next is built
                     progress.update(2 * depth.encoder_layers)
+                own[system].append(fmean(of_repeats))
     curves = [
-        fitted_curve(system, name, sublayers, [[change[name] for change in depth] for depth in measured[system]])
+        fitted_curve(
+            system, name, sublayers, [[change[name] for change in depth] for depth in measured[system]], own[system]
+        )
         for name in PERTURBATIONS
         for system in systems
     ]
@@ -240,12 +291,14 @@ def _config(config: AdminConfig, system: str, sublayers: int, batch: Batch) -> A
     return AdminConfig.from_dict(config.to_dict() | changes)
 
 
-def fitted_curve(system: str, perturbation: str, sublayers: Sequence[int], changes: list[list[float]]) -> ChangeCurve:
+def fitted_curve(
+    system: str, perturbation: str, sublayers: Sequence[int], changes: list[list[float]], own: list[float]
+) -> ChangeCurve:
     """Mean, standard deviation and both fits of the measurements; `changes` has the repeats of each depth."""
     mean = [fmean(repeats) for repeats in changes]
     std = [stdev(repeats) if len(repeats) > 1 else 0.0 for repeats in changes]
     linear, logarithmic = (_fit(x, mean) for x in (sublayers, [log(n) for n in sublayers]))
-    return ChangeCurve(system, perturbation, changes, mean, std, linear, logarithmic)
+    return ChangeCurve(system, perturbation, changes, mean, std, linear, logarithmic, own)
 
 
 def _fit(x: Sequence[float], y: Sequence[float]) -> Fit:
@@ -253,4 +306,4 @@ def _fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     return Fit(slope, intercept, correlation(x, y) ** 2 if len(set(y)) > 1 else 1.0)
 
 
-__all__ = ["ChangeCurve", "Fit", "OutputChange", "fitted_curve", "model_changes", "output_change"]
+__all__ = ["ChangeCurve", "Fit", "OutputChange", "Theorem", "fitted_curve", "model_changes", "output_change"]

@@ -142,7 +142,20 @@ class CTranslate2Engine:
         self.generation_config, self.positions = generation_config or GenerationConfig(), positions
 
     def search(self, sources: list[Ids], prefix: Ids, settings: GenerationConfig) -> list[list[Ids]]:
-        results = self.translator.translate_batch(
+        try:
+            results = self._translate(sources, prefix, settings)
+        except RuntimeError as error:  # only a source beyond the table of positions is found so late
+            raise ValueError(
+                f"CTranslate2 cannot translate a line: {error}. If the line is too long, name the model that it "
+                "was converted from by --tokenizer: its config.json has the limit, and longer lines are cut."
+            ) from error
+        return [
+            [cast(Ids, self.tokenizer.convert_tokens_to_ids(tokens))[len(prefix) :] for tokens in result.hypotheses]
+            for result in results
+        ]
+
+    def _translate(self, sources: list[Ids], prefix: Ids, settings: GenerationConfig) -> list[Any]:
+        found: list[Any] = self.translator.translate_batch(
             self._tokens(sources),
             target_prefix=self._tokens([prefix] * len(sources)) if prefix else None,
             beam_size=settings.num_beams,
@@ -155,10 +168,7 @@ class CTranslate2Engine:
             min_decoding_length=0,  # 1 by default: the first step's softmax then lacks the end
             return_end_token=True,
         )
-        return [
-            [cast(Ids, self.tokenizer.convert_tokens_to_ids(tokens))[len(prefix) :] for tokens in result.hypotheses]
-            for result in results
-        ]
+        return found
 
     def score(self, sources: list[Ids], prefix: Ids, targets: list[list[Ids]]) -> list[list[float]]:
         pairs = [(source, target) for source, found in zip(sources, targets, strict=True) for target in found]

@@ -178,7 +178,9 @@ class LineTranslator:
             cut += [row for row, (best, *_) in zip(rows, targets, strict=True) if best[-1:] != [end]]
             found |= zip(rows, self._translations(batch, targets), strict=True)
             progress(len(rows))
-        self._say(cut, f"have a translation that is cut at {self.settings.max_length:,} tokens, see max_length")
+        longest = self.settings.max_length
+        why = "the most that the model makes" if longest == self.engine.positions else "see max_length"
+        self._say(cut, f"have a translation that is cut at {longest:,} tokens, {why}")
         self.count += len(lines)
         return [found[row] for row in range(len(lines))]
 
@@ -196,6 +198,9 @@ class LineTranslator:
 
     def _set_search(self, beams: int | None, length_penalty: float | None, max_length: int | None) -> None:
         settings: GenerationConfig = self.settings
+        for name in ("num_beams", "length_penalty", "max_length", "max_new_tokens"):
+            if not isinstance(value := getattr(settings, name), int | float | None):
+                raise ValueError(f"The generation_config.json of the model has {name} {value!r}; expected a number.")
         settings.do_sample, settings.num_return_sequences = False, self.nbest or 1
         settings.num_beams = beams or max(settings.num_beams or BEAMS, self.nbest or 1)
         if length_penalty is not None:

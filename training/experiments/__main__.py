@@ -37,7 +37,8 @@ def plan(arguments: argparse.Namespace) -> dict[str, PlannedRun]:
     """The runs in the order in which they start. Those of `converged` are known when `dropout` is done."""
     runs: dict[str, PlannedRun] = {}
     for name, scale in arguments.scales.items():
-        done = {run for run, record in kept(name).items() if not record.begun} if arguments.missing else set()
+        before = kept(*EXPERIMENTS[name].shares_with, name) if arguments.missing else {}
+        done = {run for run, record in before.items() if not record.begun}
         runs |= {run.name: run for run in planned(name, scale, arguments.seeds) if run.name not in done}
     return dict(sorted(runs.items(), key=lambda item: item[1].order))
 

@@ -37,7 +37,7 @@ def update(seeds: Sequence[int] = ()) -> None:
         records: dict[str, Record] = {}
         sections += ["", f"## {experiment.title}", "", experiment.paper]
         for scale in (SCALES[name] for name in experiment.scales):
-            runs, here = _recorded(name, scale, before, seeds)
+            runs, here = _recorded(name, scale, {*seeds, *map(seed_of, before.values())})
             if here or scale.name == experiment.scales[0]:
                 changed = here != {run: before.get(run) for run in here}
                 lines, summary = section(name, scale, runs, here, redraw=changed)
@@ -55,14 +55,16 @@ def update(seeds: Sequence[int] = ()) -> None:
     write_whole(DOCS / "experiments.md", "\n".join(lines))
 
 
-def _recorded(
-    name: str, scale: Scale, before: dict[str, Record], seeds: Sequence[int]
-) -> tuple[list[PlannedRun], dict[str, Record]]:
-    """The runs of an experiment at a scale, those of further seeds where there are any, and what is recorded."""
+def _recorded(name: str, scale: Scale, seeds: set[int]) -> tuple[list[PlannedRun], dict[str, Record]]:
+    """The runs of an experiment at a scale, those of further seeds where there are any, and what is recorded.
+
+    Runs that it shares with others may be recorded there.
+    """
     own = planned(name, scale)
-    others = {*seeds, *(record.arguments["seed"] for record in before.values())} - {*map(seed_of, own)}
+    others = seeds - {*map(seed_of, own)}
     more = planned(name, scale, sorted(others)) if others else []
-    here = {run: with_blind_training_loss(record) for run, record in known([*own, *more], before).items()}
+    records = known([*own, *more], kept(*EXPERIMENTS[name].shares_with, name))
+    here = {run: with_blind_training_loss(record) for run, record in records.items()}
     return own + [run for run in more if run.name in here], here
 
 
@@ -107,7 +109,7 @@ def section(
     return lines, summary
 
 
-def seed_of(run: PlannedRun) -> int:
+def seed_of(run: PlannedRun | Record) -> int:
     return run.arguments["seed"]
 
 
@@ -244,7 +246,6 @@ def draw_map(table: Table, path: Path, title: str, caption: str) -> None:
     values = [[_map_value(table.get((row, column), ([], 0))[0]) for column in columns] for row in rows]
     image = panel.imshow(values, cmap=COLOUR_MAP, aspect="auto")
     panel.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows, title=title)
-    panel.set_xlabel("learning rate")
     figure.colorbar(image, label="development loss")
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):

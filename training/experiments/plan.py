@@ -20,6 +20,19 @@ TITLES = {
     "rezero_post_ln": "ReZero + Post-LN",
     "deepnorm": "DeepNorm",
     "admin_uniform": "Admin, uniform ω",
+    "admin_uniform_o1": "Admin, uniform ω = √n",
+    "admin_uniform_on": "Admin, uniform ω = 1",
+    "admin_constant": "Admin, constant ω",
+    "admin_constant_o1": "Admin, constant ω = √n",
+    "ds_init": "DS-Init",
+    "looklinear": "LookLinear",
+    "fixup": "FixUp",
+    "b2t": "B2T",
+    "keel": "Keel",
+    "mix_ln": "Mix-LN",
+    "layer_norm_scaling": "LayerNorm Scaling",
+    "layer_scale": "LayerScale",
+    "gpas": "GPAS",
 }
 COMPARED = ("post_ln", "pre_ln", "admin")
 # Values of dropout by the layers of each stack: the recipe's 0.3 first, and what 0.3 of it gave says where to look.
@@ -51,6 +64,7 @@ class Experiment:
         lists_losses: whether table and figure have losses instead of perplexities, the table with a line for each
             cell, with the training loss and ω.
         reference: the row that the translations of the others are compared with.
+        shares_with: other experiments whose records stand for runs of this one.
     """
 
     title: str
@@ -63,6 +77,7 @@ class Experiment:
     outcome: Callable[[Scale, Mapping[str, Record]], list[str]] | None = None
     reference: str | None = None
     lists_losses: bool = False
+    shares_with: Sequence[str] = ()
 
 
 def depth_runs(scale: Scale, seed: int) -> list[PlannedRun]:
@@ -70,6 +85,14 @@ def depth_runs(scale: Scale, seed: int) -> list[PlannedRun]:
         make_run(scale, scale.large, layers, system, seed, TITLES[system])
         for layers in (6, 12, 18)
         for system in COMPARED
+    ]
+
+
+def system_runs(scale: Scale, seed: int) -> list[PlannedRun]:
+    return [
+        make_run(scale, scale.large, layers, system, seed, title, order=-layers)
+        for layers in (6, 18)
+        for system, title in TITLES.items()
     ]
 
 
@@ -220,6 +243,28 @@ EXPERIMENTS = {
             ),
             lower("6-layer Pre-LN is ahead of Post-LN at first", ("Pre-LN", "6-6"), ("Post-LN", "6-6"), early=True),
         ),
+    ),
+    "systems": Experiment(
+        "Depth, with every system",
+        "With 18 layers ReZero, FixUp and LookLinear diverge on WMT'14 En-De (section 5.3). The papers of other "
+        "systems say of their own deep models that these train where Post-LN does not (DS-Init, B2T, DeepNorm, Keel, "
+        "Mix-LN), or end below Pre-LN (LayerNorm Scaling, GPAS). One seed each. Columns: layers of both stacks.",
+        system_runs,
+        (
+            *(fail(f"18-layer {title} fails", (title, "18-18")) for title in ("ReZero", "FixUp", "LookLinear")),
+            *(
+                train(f"18-layer {title} trains", (title, "18-18"))
+                for title in ("DS-Init", "B2T", "DeepNorm", "Keel", "Mix-LN")
+            ),
+            *(
+                lower(f"18-layer {title} ends below Pre-LN", (title, "18-18"), ("Pre-LN", "18-18"))
+                for title in ("LayerNorm Scaling", "GPAS")
+            ),
+        ),
+        seeds=1,
+        is_grid=True,
+        scales=("cpu",),
+        shares_with=("depth", "rezero"),
     ),
     "hybrid": Experiment(
         "Hybrids: Table 1",

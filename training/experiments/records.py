@@ -232,7 +232,8 @@ def from_json(text: str) -> dict[str, Record]:
     return {name: Record(**values) for name, values in json.loads(text).items()}
 
 
-def kept(name: str) -> dict[str, Record]:
-    """The records of an experiment that docs/experiments/ holds."""
-    path = REPO / "docs" / "experiments" / f"{name}.json"
-    return from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+def kept(*names: str) -> dict[str, Record]:
+    """The records of experiments that docs/experiments/ holds; of several, since they share runs."""
+    paths = [REPO / "docs" / "experiments" / f"{name}.json" for name in names]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    return {run: record for text in texts for run, record in from_json(text).items()}
