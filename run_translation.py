@@ -4,11 +4,11 @@
     python run_translation.py --do_train --do_eval --train_file DIR/train --validation_file DIR/validation \
         --source_lang en --target_lang de --output_dir runs/my-model
 
-or `python run_translation.py recipe.json`, where the file holds the same arguments. The same command on its own
-output_dir goes on where the run was stopped. The trained model is also exported to output_dir/vanilla: a vanilla
-checkpoint, without ω, which `--push_to_hub` publishes. Exit codes: 0 done, 2 an input cannot be used (or the Hub not
-be reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143 stopped by Ctrl-C and SIGTERM with
-a checkpoint.
+or `python run_translation.py recipe.json`, where the file contains the same arguments. If a run was stopped, the same
+command with the same output_dir continues it. The trained model is also exported to output_dir/vanilla. This is the
+vanilla model, without ω, and `--push_to_hub` publishes it. Exit codes: 0 done, 2 an input cannot be used (or the Hub
+cannot be reached), 3 training diverged (output_dir/divergence.json says how), 130 and 143 stopped by Ctrl-C and
+SIGTERM with a checkpoint.
 """
 
 import os
@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 
 
-# Before PyTorch is imported, whose OpenMP reads this once: threads that wait spin for less time, which other work on
-# the same cores has then. Not where this is imported as a module, by a process with plans of its own
+# Must come before PyTorch is imported, because its OpenMP reads this only once. Threads that wait then spin for less
+# time, which leaves more for other work on the same cores. Not if a process imports this file as a module
 if __name__ == "__main__" and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
@@ -79,7 +79,7 @@ def run(arguments: Arguments) -> int:
     if training.do_train:
         train(trainer, arguments, raw)
     if stop.received is not None:
-        print(f"Stopped at update {trainer.state.global_step}. The same command goes on from there.")
+        print(f"Stopped at update {trainer.state.global_step}. The same command continues from there.")
         return 128 + stop.received
 
     weights = load_result(trainer, arguments)

@@ -31,12 +31,12 @@ from .translation.command import STDIN
 from .translation.command import add_command as add_translate
 
 
-# In the header of averaged weights: of which checkpoints. What has it may be replaced by another average.
+# Entry in the header of averaged weights: the checkpoints. A file that has it may be replaced by another average.
 AVERAGED = "averaged_checkpoints"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 an input cannot be used, above 128 as after a signal."""
+    """Run a command and return its exit code: 0 done, 2 an input cannot be used, above 128 after a signal."""
     spell_out()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`, which has read enough; Python would complain when it flushes at its end
+    except BrokenPipeError:  # of `| head`, which has read enough; Python would report it again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except KeyboardInterrupt:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Finds FILE… behind options as well, which argparse does by itself from Python 3.12.7 on."""
+    """Also finds FILE… after options, which argparse does by itself from Python 3.12.7 on."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, rest = super().parse_known_args(args, namespace)
@@ -73,10 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "export",
-        help="make a trained model a vanilla Transformers checkpoint",
-        description="Fold ω away and write a vanilla Marian (or, for Pre-LN, Pegasus) checkpoint with its tokenizer, "
-        "which Transformers and CTranslate2 load without this project. It is verified against the model before it is "
-        "written; an error leaves OUT as it was.",
+        help="write the vanilla model of a trained model",
+        description="Fold ω into the weights and write a vanilla Marian (or, for Pre-LN, Pegasus) checkpoint with its "
+        "tokenizer. Transformers and CTranslate2 load it without this project. Before it is written, it is compared "
+        "with the model. After an error, OUT is unchanged.",
         epilog="example: python -m admin_hf export runs/en-de/checkpoint-8000 en-de",
     )
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a saved model, or its id on the Hub")
@@ -84,24 +84,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the vanilla weights; default: the checkpoint's",
+        help="dtype of the vanilla weights; default: the checkpoint's",
     )
     command.set_defaults(run=export)
 
     command = commands.add_parser(
         "average",
-        help="make the mean of a run's last checkpoints one model",
+        help="write the mean of a run's last checkpoints as a model",
         description="Write the mean of the weights of a run's last complete checkpoints, with configuration and "
-        "tokenizer, as a model that is loaded, exported or trained on as any checkpoint. It usually translates better "
-        "than the last checkpoint alone. Works for Trainer's checkpoints of every model; an error leaves OUT as it "
-        "was.",
+        "tokenizer, as a model. It can be loaded, exported or trained further like any checkpoint, and usually "
+        "translates better than the last checkpoint alone. This works for Trainer's checkpoints of every model. After "
+        "an error, OUT is unchanged.",
         epilog="example: python -m admin_hf average runs/en-de en-de-average --last 10, and then "
         "python -m admin_hf export en-de-average en-de-vanilla",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a training run")
     command.add_argument("out", metavar="OUT", type=Path, help="folder to write; an earlier average in it is replaced")
     command.add_argument(
-        "--last", metavar="N", type=int, default=10, help="how many checkpoints, the newest ones; default: 10"
+        "--last", metavar="N", type=int, default=10, help="number of checkpoints, the newest ones; default: 10"
     )
     command.set_defaults(run=average)
 
@@ -116,7 +116,7 @@ def export(arguments: argparse.Namespace) -> None:
     """Write the vanilla checkpoint of a saved model.
 
     Raises:
-        OSError, ValueError, RuntimeError: the checkpoint cannot be read or folded, or OUT not be written.
+        OSError, ValueError, RuntimeError: the checkpoint cannot be read or folded, or OUT cannot be written.
         ImportError: a package that the tokenizer needs is not installed.
     """
     checkpoint, out = arguments.checkpoint, arguments.out
@@ -143,23 +143,24 @@ def export(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         print(f"{checkpoint} has no tokenizer that can be loaded: save one to {out} before you publish it.")
     if problem:
-        print(f"Beware: {problem}")
+        print(f"Warning: {problem}")
 
 
 def _check_out(checkpoint: Path, out: Path) -> None:
-    """Refuse to replace the checkpoint itself, or a model of another kind than vanilla ones are."""
+    """Refuse to replace the checkpoint itself, or a model that is not a vanilla one."""
     if out.resolve() == checkpoint.resolve():
         raise ValueError(f"{out} is the checkpoint itself: name another folder.")
     model_type = read_object(config := out / "config.json").get("model_type")
     if config.exists() and model_type not in ARCHITECTURES:
-        raise ValueError(f"{out} holds a {model_type!r} model, which would be replaced: name another folder.")
+        raise ValueError(f"{out} contains a {model_type!r} model, which would be replaced: name another folder.")
 
 
 def average(arguments: argparse.Namespace) -> None:
     """Write the mean of a run's last checkpoints.
 
     Raises:
-        OSError, ValueError: checkpoints are too few, cannot be read or do not fit together, or OUT not be written.
+        OSError, ValueError: there are too few checkpoints, they cannot be read or do not fit together, or OUT cannot
+            be written.
         ImportError: a package that the tokenizer needs is not installed.
     """
     run, out = arguments.run_folder, arguments.out
@@ -170,7 +171,7 @@ def average(arguments: argparse.Namespace) -> None:
     with replaced_model(out) as folder:
         weights = average_checkpoints(checkpoints)
         save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt", AVERAGED: names})
-        for pattern in ("config.json", "generation_config.json", "*.py"):  # code of a model that brings its own
+        for pattern in ("config.json", "generation_config.json", "*.py"):  # *.py: code that is saved with a model
             for path in checkpoints[-1].glob(pattern):
                 shutil.copyfile(path, folder / path.name)
         if tokenizer is not None:
@@ -195,7 +196,7 @@ def _check_average_out(run: Path, out: Path) -> None:
         except (OSError, SafetensorError):
             is_average = False
         if not is_average:
-            raise ValueError(f"{out} holds a model that is no average of checkpoints: name another folder.")
+            raise ValueError(f"{out} contains a model that is not an average of checkpoints: name another folder.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory of a CPU that stays with the process."""
+"""CPU memory that stays with the process."""
 
 import ctypes
 import os
@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 # Parameters of glibc's mallopt(3)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
-ALIGN = "THP_MEM_ALLOC_ENABLE"  # by which PyTorch aligns large buffers to pages
-LARGE = 2**20  # bytes of a buffer that is mapped by itself
+ALIGN = "THP_MEM_ALLOC_ENABLE"  # makes PyTorch align large buffers to pages
+LARGE = 2**20  # bytes of a buffer that gets a mapping of its own
 KERNEL_CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of PyTorch and of oneDNN
 KERNELS = 64
 TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
@@ -21,45 +21,46 @@ TOP_PAD = 64 * 2**20  # bytes that the heap grows by at least
 def map_large_buffers() -> bool:
     """Let glibc map buffers of 1 MiB and more one by one until [`keep_freed_memory`], and PyTorch align them to pages.
 
-    Weights and the optimiser's states stay while activations come and go. Called before a model is built, this keeps
-    the ones that stay out of the heap, where they would leave gaps that are too small for others; so would odd
-    addresses, for which PyTorch has an environment variable (read at its first tensor, and left as it is where it is
-    set). With both, Transformer-base on one batch of 4,096 tokens, vocabulary 32,000, needs 2.95 GB at its peak in
-    place of 3.72 to 3.86 in float32, 2.70 in place of 3.01 to 3.04 in bfloat16, for about the same time of an update.
+    Weights and the optimiser's states stay, while activations come and go. In the heap, those that stay would leave
+    gaps that are too small for others. Call this before a model is built: it keeps them out of the heap. Odd addresses
+    would also leave gaps. PyTorch has an environment variable for them, which it reads at its first tensor; a value
+    that is already set is kept. With both, Transformer-base on one batch of 4,096 tokens, vocabulary 32,000, needs
+    2.95 GB at its peak instead of 3.72 to 3.86 in float32, and 2.70 instead of 3.01 to 3.04 in bfloat16. An update
+    takes about the same time.
 
     Returns:
-        Whether this was done: not where the C library is another one.
+        Whether this was done. It is not done with another C library.
     """
     if not _has_glibc():
         return False
     if ALIGN not in os.environ:
         os.environ[ALIGN] = "1"
-        torch.empty(1)  # now PyTorch has read it, and processes that this one starts need not inherit it
+        torch.empty(1)  # now PyTorch has read the variable, and child processes need not inherit it
         del os.environ[ALIGN]
     return _mallopt({M_MMAP_THRESHOLD: LARGE})
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed for the next update, where by default it gives large buffers back to the system.
+    """Let glibc keep freed memory for the next update. By default it gives large buffers back to the system.
 
-    The system would hand the same memory out again in the next update, page by page, each cleared first. An
-    update of a small model takes 1.1 times as long in float32 then, and 1.2 times in bfloat16. The process keeps its
-    largest size until it ends.
+    In the next update, the system would return the same memory page by page, and clear each page first. An update of
+    a small model then takes 1.1 times as long in float32, and 1.2 times in bfloat16. The process keeps its largest
+    size until it ends.
 
     Returns:
-        Whether this was done: not where the C library is another one.
+        Whether this was done. It is not done with another C library.
     """
     never = -1
     return _has_glibc() and _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: never, M_TOP_PAD: TOP_PAD})
 
 
 def limit_kernel_caches() -> None:
-    """Let PyTorch and oneDNN keep 64 kernels each in place of 1,024, unless the environment says how many.
+    """Let PyTorch and oneDNN keep 64 kernels each instead of 1,024, unless the environment sets a number.
 
-    They compile one for every shape of a product in bfloat16, and batches of sentences have ever other shapes. A small
-    model on 4,096 tokens needs about 40 in an update. In 100 updates on batches of random lengths its process grew to
-    1.33 GB with 64, and to 1.93 GB with 1,024; the processor's time was less by a tenth, and on the same four batches
-    again and again it is the same. Both read their variable at their first product, so that this comes before.
+    They compile one for every shape of a bfloat16 product, and batches of sentences have many different shapes. A
+    small model on 4,096 tokens needs about 40 per update. In 100 updates on batches of random lengths its process grew
+    to 1.33 GB with 64, and to 1.93 GB with 1,024. The processor's time was a tenth less; if the same four batches are
+    repeated, it is the same. Both read their variable at their first product, so this must be called before.
     """
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS))
@@ -68,10 +69,10 @@ def limit_kernel_caches() -> None:
 class KeepFreedMemory(TrainerCallback):
     """Lets a training on a CPU keep its memory from update to update, in any [`~transformers.Trainer`].
 
-    What stays is mapped by itself in the first update ([`map_large_buffers`]), what is freed is kept behind it, or
-    behind the first evaluated batch ([`keep_freed_memory`]), and few kernels are kept ([`limit_kernel_caches`]).
-    Nothing happens on another device. Aligned buffers, and weights outside the heap, take a call of
-    [`map_large_buffers`] before the model is built.
+    Buffers that stay get mappings of their own in the first update ([`map_large_buffers`]). After it, or after the
+    first evaluated batch, freed memory is kept ([`keep_freed_memory`]). Few kernels are kept
+    ([`limit_kernel_caches`]). Nothing happens on another device. For aligned buffers, and weights outside the heap,
+    also call [`map_large_buffers`] before the model is built.
 
     Example:
 

@@ -1,8 +1,8 @@
-"""The names of a Transformer's parts, written down once: its stacks, their sub-layers, and the stock classes.
+"""The names of a Transformer's parts: its stacks, their sub-layers, and the stock classes.
 
 A **sub-layer** is a branch and the connection that joins it with its shortcut. A **stack** is a list of layers that
 all have the same sub-layers, and an **architecture** is the stacks of a model type of Transformers, with the classes
-that a vanilla model has. The names are Marian's, under which [`AdminForConditionalGeneration`] keeps its weights too.
+that a vanilla model has. The names are Marian's, which [`AdminForConditionalGeneration`] also uses for its weights.
 
 ```python
 >>> from admin_hf.architecture import DECODER
@@ -28,14 +28,14 @@ from transformers.models.pegasus.modeling_pegasus import PegasusForConditionalGe
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One branch of a layer and what stands around it, by the names of modules below the layer.
+    """One branch of a layer and its surroundings, by the names of modules below the layer.
 
     Attributes:
-        kind: what the branch is, for people.
-        norm: the LayerNorm at the shortcut, whose place in an Admin model is taken by the residual connection.
+        kind: the readable name of the branch.
+        norm: the LayerNorm at the shortcut; in an Admin model, the residual connection replaces it.
         reads: the matrices that read the shortcut: modules with a weight, or parameters, such as
-            `self_attn.in_proj_weight`. Of attention, queries, keys and values in this order; keys and values of
-            encoder-attention read the encoder's output.
+            `self_attn.in_proj_weight`. For attention: queries, keys and values in this order, except that keys and
+            values of encoder-attention read the encoder's output.
         ends: the matrix that ends the branch.
     """
 
@@ -50,12 +50,12 @@ class Stack:
     """A list of layers in a module of the base model, each with the same sub-layers in turn.
 
     Attributes:
-        name: of the stack and, unless `module` is another path below the base model, of its module.
+        name: name of the stack and, unless `module` is another path below the base model, of its module.
         sublayers: in execution order. A layer may lack some, as BERT's lack encoder-attention.
-        prefix: what the names of its inputs begin with: of `decoder_input_ids` and `decoder_attention_mask`.
+        prefix: beginning of the names of its inputs, such as `decoder_` in `decoder_input_ids`.
         layers: path of the list of layers below the module.
-        front: path below the base model of the LayerNorm whose output is the first layer's input, but for dropout;
-            empty where there is none.
+        front: path below the base model of the LayerNorm whose output is the first layer's input, apart from dropout;
+            empty if there is none.
         time_first: whether hidden states are `(length, rows, d_model)`.
     """
 
@@ -69,7 +69,7 @@ class Stack:
 
     @property
     def path(self) -> str:
-        """Of the list of layers, below the base model."""
+        """Path of the list of layers, below the base model."""
         return f"{self.name if self.module is None else self.module}.{self.layers}".strip(".")
 
     def depth(self, config: PretrainedConfig) -> int:
@@ -82,7 +82,7 @@ class Stack:
         return int(layer) * len(self.sublayers) + [sublayer.norm for sublayer in self.sublayers].index(name)
 
     def sublayer(self, norm: str) -> Sublayer:
-        """The sub-layer of this norm, such as `layers.0.final_layer_norm`."""
+        """The sub-layer with this norm, such as `layers.0.final_layer_norm`."""
         return self.sublayers[self.index(norm) % len(self.sublayers)]
 
 
@@ -125,5 +125,5 @@ STACKS = {stack.name: stack for stack in (ENCODER, DECODER)}
 
 MARIAN = Architecture((ENCODER, DECODER), "admin", MarianConfig, MarianModel, MarianMTModel)
 PEGASUS = Architecture((ENCODER, DECODER), "pre_ln", PegasusConfig, PegasusModel, PegasusForConditionalGeneration)
-# By model type: what an Admin model can be folded into, and go on from
+# By model type: what an Admin model can be folded into, and start from
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (MARIAN, PEGASUS)}

@@ -13,7 +13,7 @@ from .kernels import dropout as cpu_dropout
 from .short_attention import fits, short_attention
 
 
-ADMIN_ATTENTION = "admin"  # what a model has unless another attention is asked for
+ADMIN_ATTENTION = "admin"  # the default attention of a model
 CPU_ATTENTION = "admin_cpu"
 """The former name of the attention that all Admin models have, `"admin"`: an `attn_implementation`."""
 
@@ -32,19 +32,19 @@ def admin_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as its formula says it, ``dropout(softmax(q kᵀ · scaling + mask)) v``, in train mode on a CPU.
+    """Attention computed as its formula, ``dropout(softmax(q kᵀ · scaling + mask)) v``, in train mode on a CPU.
 
-    Elsewhere it is PyTorch's fused attention, which on a CPU has no dropout, and without dropout a backward pass in
-    bfloat16 that takes about eight times as long as this. Against its plain path, which has dropout, this one has
-    cheap random bits and no short rows for softmax: a training step of a small model takes 1.06 times as long with
-    PyTorch's in float32, 1.23 times in bfloat16. Under `torch.compile` it is PyTorch's too. Weights are never
-    returned: `"eager"` does that.
+    Elsewhere, and under `torch.compile`, it is PyTorch's fused attention. On a CPU, the latter has no dropout, and its
+    backward pass in bfloat16 takes about eight times as long as this one. Compared with PyTorch's plain path, which
+    has dropout, this one has cheap random bits and no short rows for softmax: with PyTorch's, a training step of a
+    small model takes 1.06 times as long in float32, and 1.23 times in bfloat16. Weights are never returned; use
+    `"eager"` for that.
 
     Args:
         query: `(batch_size, heads, target_length, head_size)`.
         key, value: `(batch_size, heads, source_length, head_size)`.
-        attention_mask: `(batch_size, 1, target_length, source_length)`, added to the products, or, of bool, True for
-            what takes part.
+        attention_mask: `(batch_size, 1, target_length, source_length)`, added to the products; or, if bool, True for
+            positions that are attended to.
 
     Returns:
         The output, `(batch_size, target_length, heads, head_size)`, and None.
@@ -54,7 +54,9 @@ def admin_attention(
     if query.device.type != "cpu" or not module.training or torch.compiler.is_compiling():
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:  # a caller's own, as PyTorch takes it too
+    if (
+        attention_mask is not None and attention_mask.dtype == torch.bool
+    ):  # the caller's own mask; PyTorch accepts it too
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
@@ -86,13 +88,13 @@ def admin_mask(
 ) -> Tensor | None:
     """The mask that is added to the products, `(batch_size, 1, target_length, source_length)`, made once per forward.
 
-    As [`~transformers.masking_utils.eager_mask`], but it looks at the entries of `attention_mask` on a CPU alone: any
-    other device would have to be waited for, and could not record the pass in a graph. Its dtype there is that of
-    the products, so that PyTorch need not convert it in every layer. What is masked has the lowest finite value: a
-    row that is masked as a whole gets equal weights, not NaN.
+    As [`~transformers.masking_utils.eager_mask`], but it reads the entries of `attention_mask` only on a CPU. On any
+    other device, this would mean to wait, and the pass could not be recorded in a graph. Its dtype there is that of
+    the products, so that PyTorch need not convert it in every layer. Masked entries have the lowest finite value, so
+    a row that is masked completely gets equal weights instead of NaN.
 
     Returns:
-        The mask, or None where nothing is masked: on a CPU if `attention_mask` says so, elsewhere if it is None.
+        The mask, or None if nothing is masked: on a CPU if `attention_mask` says so, elsewhere if it is None.
     """
     device = torch.device(device)
     if device.type != "cpu":

@@ -48,23 +48,25 @@ class _AdminCallback(TrainerCallback):
 class AdminProfilingCallback(_AdminCallback):
     """Profiles the model on the first batch of training and initialises ω, before step 1 computes anything.
 
-    Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch that step 1 is given, on the
-    first process, so neither the order of the data nor the random stream of training changes; all processes get the
+    Works in a plain [`~transformers.Seq2SeqTrainer`]: the batch is the first micro-batch of step 1 on the
+    first process. So neither the order of the data nor the random stream of training changes. All processes get the
     same ω. A table of ω is printed, and the profile is saved as `residual_profile.json` in the output folder; the
-    trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it. Nothing is profiled when training is
-    resumed, or when ω was initialised before or loaded; where that leaves a model without a profile, it is warned of.
-    Tokenizer and first batch are checked before update 1, whatever the model. A model within adapters of PEFT is
-    profiled, too; its checkpoints hold adapters alone, so that ω comes from the saved profile when it is resumed.
+    trials of a hyperparameter search save theirs in `run-0`, `run-1`, … below it.
+
+    Nothing is profiled when training is resumed, or when ω was already initialised or loaded. If the model then has no
+    profile, a warning says so. Tokenizer and first batch are checked before update 1, for every model. A model inside
+    adapters of PEFT is also profiled. Its checkpoints contain only adapters, so a resumed run reads ω from the saved
+    profile.
 
     Args:
         verbose: set to False to print no table of ω.
 
     Raises:
-        RuntimeError: the weights are sharded by then (FSDP, DeepSpeed), so that [`profile_and_initialize`] must be
-            called before; or `DataParallel` would throw the result away.
+        RuntimeError: the weights are already sharded (FSDP, DeepSpeed), so [`profile_and_initialize`] must be
+            called earlier; or `DataParallel` would lose the result.
         ValueError: the model was not made for the Trainer's `processing_class` (see [`check_tokenizer`]), when the
-            Trainer is made or training begins; labels hold the padding id, or sources are padded on the left; or an
-            adapter leaves no ω to profile, or is resumed without the profile.
+            Trainer is made or training begins; labels contain the padding id, or sources are padded on the left; or an
+            adapter leaves no ω to profile, or the profile is missing when it is resumed.
 
     Example:
 
@@ -89,18 +91,18 @@ class AdminProfilingCallback(_AdminCallback):
         **kwargs: Any,
     ) -> None:
         wrapper, model = extract_model_from_parallel(model), _unwrapped(model)
-        _check_processing_class(model, processing_class)  # a model of `model_init` is another one now
+        _check_processing_class(model, processing_class)  # with `model_init`, the model is another one now
         omegas, is_injected = omega_state(model), hasattr(model, "injection")
         if args.label_smoothing_factor and not is_injected and not model.config.label_smoothing:
             logger.warning(
-                f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer smooths over the padding entry "
-                "too, which is banned by a bias of −10,000: the loss is far too large. Give it to the model instead, "
-                f"AdminConfig(label_smoothing={args.label_smoothing_factor})."
+                f"label_smoothing_factor={args.label_smoothing_factor} of the Trainer also smooths over the padding "
+                "token, which is banned by a bias of −10,000: the loss is far too large. Give it to the model "
+                f"instead, AdminConfig(label_smoothing={args.label_smoothing_factor})."
             )
         output_dir = self._output_dir(args, state)
         is_due = not omegas.omega_initialized
         if state.global_step > 0:
-            if is_due and getattr(wrapper, "peft_config", None):  # whose checkpoints hold no ω
+            if is_due and getattr(wrapper, "peft_config", None):  # its checkpoints contain no ω
                 _initialize_as_before(model, output_dir)
             return
         if not any(True for _ in omegas.profiled_connections()):
@@ -112,19 +114,21 @@ class AdminProfilingCallback(_AdminCallback):
                     ADMIN,
                 )
             logger.warning(
-                f"There is nothing to profile: this model ({systems}) has no ω that a profile starts. For Admin, make "
+                f"There is nothing to profile: this model ({systems}) has no ω that a profile sets. For Admin, make "
                 f"it with {made}."
             )
         elif is_due:
             _check_writable(args)
             if not any(connection.omega.requires_grad for connection in omegas.profiled_connections()):
-                logger.warning("ω is frozen, as PEFT freezes all but its adapters: it stays as it is profiled.")
+                logger.warning(
+                    "ω is frozen, because PEFT freezes everything except its adapters: it keeps its profiled value."
+                )
         elif omegas.is_profiled:
             logger.info("Not profiled: the model's ω is initialised already.")
         else:
             omegas.warn_unprofiled()
 
-        # The pre-hook sees the very inputs of step 1, wherever they come from, and is gone after them
+        # The pre-hook sees the inputs of step 1, wherever they come from, and is removed after them
         def see_first_batch(module: Any, positional: tuple, batch: dict[str, Any]) -> None:
             if not module.training:  # an evaluation before the first update
                 return
@@ -138,8 +142,8 @@ class AdminProfilingCallback(_AdminCallback):
             eos = model.config.eos_token_id
             if never_ends(batch, eos if isinstance(eos, list) else [] if eos is None else [eos]):
                 logger.warning(
-                    f"No target of the first batch holds the end-of-sentence token {eos}, so the model cannot learn "
-                    "to stop: give the tokenizer a post-processor that puts it behind each sentence, such as "
+                    f"No target of the first batch contains the end-of-sentence token {eos}, so the model cannot "
+                    "learn to stop: give the tokenizer a post-processor that puts it after each sentence, such as "
                     "TemplateProcessing of the package tokenizers."
                 )
 
@@ -169,12 +173,12 @@ def profile_and_initialize(
     """Profile the model on the first process, and initialise ω on all of them.
 
     A table of ω is printed, and the profile is saved as `residual_profile.json` in `output_dir`. This is what
-    [`AdminProfilingCallback`] does with the first batch. Where weights will be sharded (see [`sharding`]), call it
-    before `trainer.train()`, while every process still has them whole. All processes must call it.
+    [`AdminProfilingCallback`] does with the first batch. If weights will be sharded (see [`sharding`]), call it
+    before `trainer.train()`, while every process still has all of them. All processes must call it.
 
     Args:
         model: the model, not wrapped or sharded yet, with the same weights on every process.
-        batch: what the model's forward takes; only the first process's is used.
+        batch: the arguments of the model's forward; only those of the first process are used.
         output_dir: where the first process saves the profile.
         verbose: set to False to print no table.
 
@@ -210,11 +214,11 @@ def profile_and_initialize(
 def _initialize_as_before(model: Any, output_dir: Path) -> None:
     if not (path := output_dir / PROFILE_NAME).exists():
         raise ValueError(
-            f"The checkpoint holds adapters alone, and {path} does not exist, so that ω is lost: start with the base "
-            "model that it was trained on, saved with its ω."
+            f"The checkpoint contains only adapters, and {path} does not exist, so ω is lost: start with the base "
+            "model that the adapters were trained on, saved with its ω."
         )
     initialize_omega(model, ResidualProfile.load(path))
-    logger.info(f"ω is that of {path}: checkpoints of adapters hold none.")
+    logger.info(f"ω is that of {path}: checkpoints of adapters contain none.")
 
 
 def _check_writable(args: TrainingArguments) -> None:
@@ -223,7 +227,7 @@ def _check_writable(args: TrainingArguments) -> None:
         "`initialize_omega`, with `batch = data_collator([train_dataset[i] for i in range(64)])`."
     )
     if kind := sharding(args):
-        raise RuntimeError(f"Under {kind} the weights cannot be changed once the Trainer holds them: {by_hand}")
+        raise RuntimeError(f"Under {kind} the weights cannot be changed after the Trainer has got them: {by_hand}")
     if args.n_gpu > 1:
         raise RuntimeError(
             f"One process with {args.n_gpu} GPUs trains copies of the model, which would lose ω: start one process "
@@ -232,22 +236,22 @@ def _check_writable(args: TrainingArguments) -> None:
 
 
 class AdminPublishingCallback(_AdminCallback):
-    """Makes `push_to_hub=True` of any [`~transformers.Seq2SeqTrainer`] end with the vanilla model on the Hub.
+    """With `push_to_hub=True` in any [`~transformers.Seq2SeqTrainer`], publishes the vanilla model on the Hub.
 
-    A Trainer uploads its output folder as it is and never calls `model.push_to_hub`. With this callback, what is saved
-    to that folder is the vanilla model, folded and verified, and it is pushed when training ends; checkpoints
-    (`checkpoint-500`) keep ω, so that they resume. What Trainer pushes *during* training (`hub_strategy="every_save"`)
-    is a copy of a checkpoint, with ω. The model card, also that of `trainer.push_to_hub()`, says what is known of the
-    model and its training; one that was written by hand stays. Adapters of PEFT are merged into the vanilla model. A
-    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`): Trainer would upload it in
-    training_args.bin. Where the trained model cannot be folded (an ω near zero), that is logged and the folder gets
-    the model with ω: nothing is lost.
+    A Trainer uploads its output folder and never calls `model.push_to_hub`. With this callback, the model saved to
+    that folder is the vanilla model, folded and verified, and it is pushed when training ends. Checkpoints
+    (`checkpoint-500`) keep ω, so that they can be resumed. *During* training (`hub_strategy="every_save"`), Trainer
+    pushes copies of checkpoints, with ω. The model card, also that of `trainer.push_to_hub()`, describes the model and
+    its training; a card that was written by hand is kept. Adapters of PEFT are merged into the vanilla model. A
+    `hub_token` is moved from the arguments to the environment (`HF_TOKEN`), because Trainer would upload it in
+    training_args.bin. If the trained model cannot be folded (an ω near zero), a message is logged and the folder gets
+    the model with ω, so nothing is lost.
 
     Args:
-        card_data: what only you know, for the model card: license, languages, data sets, scores …
+        card_data: information for the model card that only you have: license, languages, data sets, scores …
 
     Raises:
-        ValueError: no stock architecture can hold the model, it was not made for the Trainer's `processing_class`, or
+        ValueError: no stock architecture computes the model, it was not made for the Trainer's `processing_class`, or
             its weights will be sharded (FSDP, DeepSpeed); when the Trainer is made.
 
     Example:
@@ -258,7 +262,7 @@ class AdminPublishingCallback(_AdminCallback):
     callbacks = [AdminProfilingCallback(), AdminPublishingCallback(card_data)]
     trainer = Seq2SeqTrainer(model=model, args=args, train_dataset=dataset, callbacks=callbacks)
     trainer.train()
-    trainer.push_to_hub()  # what you evaluated since; the model is there already
+    trainer.push_to_hub()  # adds later evaluations; the model is there already
     ```
     """
 
@@ -272,7 +276,7 @@ class AdminPublishingCallback(_AdminCallback):
     ) -> None:
         if kind := sharding(args):
             raise ValueError(
-                f"Under {kind} a model cannot be folded where it is: leave AdminPublishingCallback out, and export a "
+                f"Under {kind} a model cannot be folded in place: leave AdminPublishingCallback out, and export a "
                 "checkpoint when training is done, with `python -m admin_hf export`."
             )
         if args.hub_token is not None:
@@ -300,17 +304,17 @@ class AdminPublishingCallback(_AdminCallback):
             push(vanilla, repo_id, card, tokenizer=self._tokenizer, commit_message="Vanilla model", **options)
 
         try:
-            # Behind the uploads of checkpoints, which go on in the background of the same client
+            # After the uploads of checkpoints, which continue in the background of the same client
             hf_api().run_as_future(push_vanilla).result()
         except Exception as error:  # whatever the network does, the trained model must not be lost
             advice = "" if isinstance(error, ValueError) else " trainer.push_to_hub() tries again."
             logger.error(f"The vanilla model was not pushed to {repo_id}: {error}{advice}")
 
     def write_card(self, trainer: Any, given: Mapping[str, Any]) -> None:
-        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub is by hand.
+        """Write the card into the folder that the Trainer uploads, unless one there or on the Hub was written by hand.
 
         Args:
-            given: to `trainer.create_model_card`.
+            given: arguments of `trainer.create_model_card`.
         """
         folder, repo_id = Path(str(trainer.args.output_dir)), trainer.hub_model_id
         if repo_id:
@@ -344,7 +348,7 @@ def _unwrapped(model: nn.Module | None) -> Any:
     for name, layer in adapted_layers(model):
         if isinstance(getattr(layer, "base_layer", None), nn.LayerNorm):
             raise ValueError(
-                f"{name} holds ω, and no adapter can stand in for it: name it in `modules_to_save` of a LoraConfig, "
+                f"{name} contains ω, and no adapter can replace it: name it in `modules_to_save` of a LoraConfig, "
                 "which trains it as a whole."
             )
     return model

@@ -1,4 +1,4 @@
-"""The model card of what is published: README.md, from what is known of the model, its training and its scores."""
+"""The model card of a published model: README.md, with the known facts on the model, its training and its scores."""
 
 import json
 import math
@@ -36,8 +36,8 @@ _MARKS = (MARK, "<!-- This model card has been generated automatically")
 ADMIN = f"""It was trained with [Admin]({PAPER}) (Adaptive Model Initialization), whose shortcut
 scales ω are {{where}}."""
 UNPROFILED = "Its shortcut scales ω were not profiled, so it is not an Admin model; they are {where}."
-VANILLA = "This is a vanilla {kind} checkpoint: it needs nothing but 🤗 Transformers."
-UNFOLDED = "It needs the package `admin_hf`, or the code beside it and `trust_remote_code=True`."
+VANILLA = "This is a vanilla {kind} checkpoint: it needs only 🤗 Transformers."
+UNFOLDED = "It needs the package `admin_hf`, or its code in the repository and `trust_remote_code=True`."
 USAGE = """from transformers import AutoTokenizer, {loader}
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 model = {loader}.from_pretrained("{repo_id}")"""
@@ -45,7 +45,7 @@ TRANSLATE = """
 
 source = tokenizer([{example}], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**source), skip_special_tokens=True))"""
-CTRANSLATE2 = """CTranslate2 takes it as well:
+CTRANSLATE2 = """CTranslate2 also accepts it:
 `ct2-transformers-converter --model {repo_id} --output_dir ct2 --quantization int8`."""
 CITATION = f"""```bibtex
 @inproceedings{{liu-etal-2020-understanding,
@@ -60,13 +60,13 @@ CITATION = f"""```bibtex
 
 @dataclass
 class Card:
-    """What is known of a model, from which its card is written. What is unknown is left out.
+    """The known facts on a model, from which its card is written. Unknown facts are left out.
 
     Attributes:
-        data: metadata that a user gives: license, languages, data sets, scores …
-        is_profiled: whether a profile said where ω started; None for a model that had no ω.
+        data: metadata from the user: license, languages, data sets, scores …
+        is_profiled: whether a profile set the start of ω; None for a model that had no ω.
         translates: whether it is a model for translation.
-        base_model: what it was loaded from, a folder or a name on the Hub.
+        base_model: the model that it was loaded from, a folder or a name on the Hub.
         sections: Markdown by heading.
         example: a sentence to translate.
     """
@@ -92,26 +92,28 @@ class Card:
         )
 
     def write(self, folder: str | os.PathLike, repo_id: str) -> None:
-        """Write README.md beside a saved model, unless the folder has one that was written by hand.
+        """Write README.md into the folder of a saved model, unless it has one that was written by hand.
 
         Args:
-            folder: with the configuration and the weights.
-            repo_id: what the model is loaded by: its name on the Hub, or a name to be replaced.
+            folder: the folder of the configuration and the weights.
+            repo_id: the name that loads the model: its name on the Hub, or a name to be replaced.
 
         Raises:
             FileNotFoundError: the folder has no model.
         """
         path = Path(folder, CARD_NAME)
         if not Path(folder, CONFIG_NAME).exists():
-            raise FileNotFoundError(f"{folder} has no model to describe: save it first, as by trainer.save_model().")
+            raise FileNotFoundError(
+                f"{folder} has no model to describe: save it first, for example with trainer.save_model()."
+            )
         if path.exists() and is_by_hand(path.read_text(encoding="utf-8", errors="replace")):
-            logger.warning(f"{CARD_NAME} is kept, for it was written by hand: remove it to get this model's card.")
+            logger.warning(f"{CARD_NAME} is kept, because it was written by hand: remove it to get this model's card.")
             return
         metadata = self.metadata(repo_id).to_yaml()
         write_whole(path, f"---\n{metadata}\n---\n\n{MARK}\n\n{self._text(Path(folder), repo_id)}")
 
     def metadata(self, repo_id: str) -> ModelCardData:
-        """What the model says itself, and what is given, which is right where both say something."""
+        """Metadata from the model and from the user, who is right where both have a value."""
         base = self.base_model
         tags = [*(["translation"] if self.translates else []), *(["admin"] if self.is_profiled else [])]
         found = ModelCardData(
@@ -132,7 +134,7 @@ class Card:
         parameters = sum(math.prod(shape) for name, shape in shapes.items() if name != "final_logits_bias")
         lines = [_summary(config, f"{parameters / 1e6:.1f} M parameters", self.data.language)]
         if self.is_profiled is not None:
-            where = "folded into the weights" if is_vanilla else "in the weights, to train on"
+            where = "folded into the weights" if is_vanilla else "kept in the weights, for further training"
             lines.append((ADMIN if self.is_profiled else UNPROFILED).format(where=where))
         kind = config["model_type"].capitalize()
         lines.append(VANILLA.format(kind=kind) if is_vanilla else UNFOLDED)
@@ -174,7 +176,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def is_by_hand(card: str) -> bool:
-    """Whether nobody may write a card anew but who wrote it."""
+    """Whether a card was written by hand, so that only its author may replace it."""
     return bool(card.strip()) and not any(mark in card for mark in _MARKS)
 
 
@@ -182,7 +184,7 @@ def card_by_hand(repo_id: str, revision: str | None = None, token: str | bool | 
     """The card of a repository on the Hub, if it was written by hand.
 
     Raises:
-        OSError: the Hub does not answer, so that nobody knows.
+        OSError: the Hub does not answer.
     """
     try:
         path = hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)
@@ -210,7 +212,7 @@ def keep_card_by_hand(
 
 
 def versions() -> str:
-    """The versions of the packages that a model was made with."""
+    """The versions of the packages that were used."""
     found = []
     for package in ("admin-hf", "transformers", "torch", "tokenizers", "datasets", "peft"):
         try:
@@ -229,10 +231,10 @@ def training_section(
     """Markdown of how a model was trained.
 
     Args:
-        config: of the model with its ω.
-        facts: by name, such as [`training_facts`].
-        arguments: that differ from their defaults (see [`changed_arguments`]).
-        program: whose arguments they are.
+        config: the configuration of the model with its ω.
+        facts: facts by name, such as [`training_facts`].
+        arguments: the arguments that differ from their defaults (see [`changed_arguments`]).
+        program: the program that has these arguments.
     """
     parts = []
     if "encoder_residual" in config:

@@ -1,4 +1,4 @@
-"""Files of models and runs: a stranger's are bad input until they are read, ours are written whole or not at all."""
+"""Files of models and runs: nothing that is read is trusted, and files are written completely or not at all."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 # Without one of these no loader finds a model, so they come last when a folder is written.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
-# What a model must not find beside its weights: those of another, and adapters that a loader would add to them.
+# Files that must not be next to a model's weights: those of another model, and adapters that a loader would add.
 REPLACED = (*_WEIGHTS, "model-*-of-*.safetensors", "adapter_config.json", "adapter_model*")
 
-# What says where a checkpoint comes from, among the arguments of from_pretrained.
+# The arguments of from_pretrained that say where a checkpoint comes from.
 _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -30,14 +30,14 @@ _ORIGIN = ("cache_dir", "force_download", "local_files_only", "proxies", "revisi
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file and make its folder; a crash or a full disk leaves the old file, or none, and never half of one."""
+    """Write a file and make its folder. After a crash or with a full disk, the old file is kept, never half a file."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """Yield a file for bytes that takes its place, in a folder that is made, at the end; after an error it is gone."""
+    """Yield a file for bytes. At the end it is moved to its place, in a folder that is made; not after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
@@ -53,20 +53,20 @@ def whole_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replaced_model(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder whose content takes the place of the model in `folder` at the end.
+    """Yield an empty folder whose content replaces the model in `folder` at the end.
 
-    An error, a full disk or a killed process before the end leaves `folder` as it was. While the files are moved, it
-    holds no weights, so that nothing can load half of the old model and half of the new. Files of other names stay.
+    After an error, with a full disk or if the process is killed before the end, `folder` is unchanged. While the files
+    are moved, it contains no weights, so nothing can load a mix of the old and the new model. Other files are kept.
 
     Raises:
-        OSError: `folder` is a file, or what belongs into it cannot be written.
+        OSError: `folder` is a file, or its files cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to write the model to.")
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".export-*"):  # of a process that was killed; a younger one may be at work
+    for leftover in folder.glob(".export-*"):  # of a killed process; a newer one may be in use
         if leftover.stat().st_mtime < time.time() - 3600:
             shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
@@ -106,11 +106,11 @@ def _move(staging: Path, folder: Path) -> None:
 
 @contextmanager
 def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is read into one sentence that names it.
+    """Turn errors while a checkpoint is read into one sentence that names the checkpoint.
 
     Raises:
-        OSError: files that are missing, truncated, damaged or pickled.
-        ValueError: a config.json with values of the wrong type.
+        OSError: files are missing, truncated, damaged or pickled.
+        ValueError: config.json has values of the wrong type.
     """
     try:
         yield
@@ -124,20 +124,20 @@ def explained_errors(source: str | os.PathLike | None) -> Iterator[None]:
         pickles = sorted(Path(source or "").glob("pytorch_model*.bin"))
         if source is not None and pickles and not any(Path(source).glob("*.safetensors")):
             raise OSError(
-                f"{source} holds its weights as a pickle ({pickles[0].name}), which can run code, and is refused: ask "
+                f"{source} has its weights in a pickle ({pickles[0].name}), which can run code, and is refused: ask "
                 "for safetensors or, if you trust its source, load it with use_safetensors=False and save it again."
             ) from error
         raise
-    except Exception as error:  # a stranger's JSON can break any line that reads it
+    except Exception as error:  # untrusted JSON can break any line that reads it
         raise OSError(f"{source} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 @contextmanager
 def sentencepiece_named() -> Iterator[None]:
-    """Say in one sentence that a tokenizer needs sentencepiece, which Transformers says in several ways.
+    """Turn the errors of Transformers about a missing sentencepiece into one sentence.
 
     Raises:
-        ImportError: so it is.
+        ImportError: a tokenizer needs sentencepiece, and it is not installed.
     """
     try:
         yield
@@ -148,28 +148,28 @@ def sentencepiece_named() -> Iterator[None]:
 
 
 def check_source(source: str | os.PathLike) -> None:
-    """Raise a FileNotFoundError for a path where nothing is, before it is looked for on the Hub."""
+    """Raise a FileNotFoundError for a path that does not exist, before it is looked for on the Hub."""
     if not Path(source).exists() and (str(source).count("/") > 1 or str(source).startswith((".", "/"))):
         raise FileNotFoundError(f"There is no {source}: expected a checkpoint, or a config.json or its folder.")
 
 
 def one_line(error: Exception) -> str:
-    """What the error says, as one sentence for people."""
+    """The message of an error, as one readable sentence."""
     return " ".join(str(error).split())
 
 
 def check_weight_files(source: str | os.PathLike, **options: Any) -> dict[str, str]:
-    """Look at the weight files of a checkpoint before the loader follows and casts whatever is there.
+    """Check the weight files of a checkpoint before the loader reads and casts them.
 
     Args:
         source: folder or Hub id.
         options: the arguments of `from_pretrained`.
 
     Returns:
-        The names of tensors that are no floating-point numbers, and their types.
+        The names of tensors that are not floating-point numbers, and their types.
 
     Raises:
-        OSError: an index of shards that names anything but safetensors files beside it.
+        OSError: an index of shards names anything but safetensors files in the same folder.
     """
     origin = {name: options[name] for name in _ORIGIN if options.get(name) is not None}
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -191,7 +191,7 @@ def _shards(index: Path, source: str | os.PathLike) -> set[str]:
     """The names of the files that an index of weights names.
 
     Raises:
-        OSError: it is damaged, or names anything but safetensors files beside it.
+        OSError: it is damaged, or names anything but safetensors files in its folder.
     """
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -199,12 +199,12 @@ def _shards(index: Path, source: str | os.PathLike) -> set[str]:
         raise OSError(f"The index of the weights of {source} is damaged: {error!r}.") from error
     for shard in shards:
         if not (isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard):
-            raise OSError(f"The index of the weights of {source} names {shard!r}, which is no safetensors file.")
+            raise OSError(f"The index of the weights of {source} names {shard!r}, which is not a safetensors file.")
     return shards
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The safetensors files that hold the weights in a folder: one, or the shards that its index names.
+    """The safetensors files with the weights in a folder: one, or the shards that its index names.
 
     Raises:
         OSError: there are none, a shard is missing, or the index is damaged.
@@ -220,12 +220,12 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def has_weights(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds weights as safetensors, in one file or in shards with an index."""
+    """Whether a folder contains weights as safetensors, in one file or in shards with an index."""
     return any(Path(folder, name).is_file() for name in _WEIGHTS)
 
 
 def says_profiled(folder: str | os.PathLike) -> bool | None:
-    """Whether the model in a folder was profiled; None where its weights do not say that, or there are none."""
+    """Whether the model in a folder was profiled; None if its weights do not say it, or there are none."""
     for path in weight_files(folder) if has_weights(folder) else []:
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():

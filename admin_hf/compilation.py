@@ -14,9 +14,9 @@ from .pretrained import AdminPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-# Variants of a layer that a process compiles: two or four for a model, and as many for another one
+# Variants of a layer that a process may compile: two or four for each model
 VARIANTS = 64
-# Shapes of a batch that are captured at most: each holds the launches of a whole pass, some MB of host memory
+# Most shapes of a batch that are captured: each stores the launches of a whole pass, some MB of host memory
 MAX_SHAPES = 128
 
 Outputs = tuple[Tensor, ...]
@@ -28,7 +28,7 @@ class Recording(Protocol):
     outputs: Outputs
 
     def replay(self) -> None:
-        """Compute anew from what the inputs hold now, into the same outputs."""
+        """Compute again from the present values of the inputs, into the same outputs."""
 
 
 Record = Callable[[Callable[[], Outputs]], Recording]
@@ -38,27 +38,26 @@ class CompiledPass:
     """Forward and backward pass of a training loss with compiled layers; on a GPU, one CUDA graph for each shape.
 
     Python launches the kernels of a deep model more slowly than a GPU computes them. Here the layers are compiled,
-    which makes fewer and faster kernels of them: once for all shapes, and for any depth, since all layers of a stack
-    but the first share one compilation. On a GPU the pass over a batch of a new shape then runs as it comes, the
-    second one of this shape is captured as a CUDA graph, and from then on a pass is one launch. Dropout draws new
-    masks in each replay.
+    which gives fewer and faster kernels. This happens once for all shapes and for any depth, since all layers of a
+    stack except the first share one compilation. On a GPU, the first pass with a new shape runs compiled, the second
+    one is captured as a CUDA graph, and every later pass is a single launch. Dropout draws new masks in each replay.
 
-    Captured passes share their memory. They need batches of few shapes; at most `MAX_SHAPES` are captured, others run
-    compiled. A pass with a hook on the model itself (as [`AdminProfilingCallback`] and
-    [`~admin_hf.monitoring.ResidualMonitor`] set) runs as it is, neither compiled nor captured. Hooks on its parts are
-    called while a pass is captured, not when it is replayed; hooks behind the accumulation of a gradient never.
+    Captured passes share their memory. They need batches of few shapes: at most `MAX_SHAPES` are captured, others run
+    compiled. A pass with a hook on the model itself (as set by [`AdminProfilingCallback`] and
+    [`~admin_hf.monitoring.ResidualMonitor`]) is neither compiled nor captured. Hooks on its parts are called while a
+    pass is captured, not when it is replayed. Hooks after the accumulation of a gradient are never called.
 
     Args:
-        model: the bare model, on its device. Its layers are compiled for this pass alone: evaluation and generation
-            are as before.
-        loss: computes from a batch, as keyword arguments, the loss, a scalar, and what else is wanted, as a tuple of
-            tensors. It must not read a tensor on the host.
-        scale: what the loss goes through before the backward pass, such as `GradScaler.scale`.
-        backend: of `torch.compile`.
-        record: captures a computation, in place of a CUDA graph on a GPU and nothing elsewhere.
+        model: the bare model, on its device. Its layers are compiled only for this pass; evaluation and generation
+            do not change.
+        loss: a function from a batch, as keyword arguments, to a tuple of tensors: the loss, a scalar, and any other
+            values. It must not read a tensor on the host.
+        scale: applied to the loss before the backward pass, such as `GradScaler.scale`.
+        backend: the backend of `torch.compile`.
+        record: captures a computation; default: as a CUDA graph on a GPU, and not at all on other devices.
 
     Raises:
-        ValueError: the model has what no captured pass can have (see [`why_not_compiled`]).
+        ValueError: the model has a feature that cannot be captured (see [`why_not_compiled`]).
 
     Example:
 
@@ -98,12 +97,12 @@ class CompiledPass:
         """Compute the loss of a batch and *add* its gradients to those of the parameters, as `loss.backward()` does.
 
         Args:
-            batch: tensors on the model's device, of any shapes, or numbers; what is None is left out. Another shape or
-                dtype, another mode of the model or of autocast is a new shape. A parameter that the loss does not
-                depend on gets a gradient of 0.
+            batch: tensors on the model's device, of any shapes, or numbers; entries that are None are ignored. Another
+                dtype, or another mode of the model or of autocast, counts as a new shape. A parameter that the loss
+                does not depend on gets a gradient of 0.
 
         Returns:
-            What `loss` returned, without gradients.
+            The results of `loss`, without gradients.
         """
         own = [vars(layer).get("forward") for layer in self.layers]
         if own != self._own or not self._gradients.fit(self.model):
@@ -127,12 +126,12 @@ class CompiledPass:
                 recorded = self._recorded[key] = _Recorded(batch, self._pass, self.record)
                 return recorded.replay(batch)
             if not self._seen:
-                logger.info("Compiling the layers, once for all shapes of a batch: this takes a minute or so.")
+                logger.info("Compiling the layers, once for all shapes of a batch: this takes about a minute.")
             self._seen.add(key)
             return self._pass(**batch)
 
     def average_gradients(self) -> None:
-        """Make the gradients their mean over all processes, where there are several. All processes must call it."""
+        """Replace the gradients by their mean over all processes, if there are several. All processes must call it."""
         if distributed.is_initialized():
             for gradients in self._gradients.flat.values():
                 distributed.all_reduce(gradients)
@@ -160,7 +159,7 @@ class CompiledPass:
 
 
 def why_not_compiled(model: AdminPreTrainedModel) -> str | None:
-    """Say in a sentence why no pass of the model can be captured, or None where it can be."""
+    """Say in a sentence why no pass of the model can be captured; None if it can."""
     config = model.config
     if config.encoder_layerdrop or config.decoder_layerdrop:
         return "layerdrop leaves out other layers in each pass."
@@ -234,7 +233,7 @@ class _Recorded:
 
 
 def records(device: torch.device) -> bool:
-    """Whether a device can replay what it was given to do."""
+    """Whether a device can record and replay computations."""
     return device.type == "cuda"
 
 

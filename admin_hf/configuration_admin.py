@@ -16,21 +16,21 @@ from .special_tokens import required_ids, vocabulary_size
 class AdminConfig(MarianConfig):
     r"""
     Configuration of an [`AdminForConditionalGeneration`]: Marian's, with the choice of the residual connections and
-    the defaults of Transformer-base as the Admin paper trains it. Documented here is what differs from
-    [`~transformers.MarianConfig`].
+    the defaults of Transformer-base in the Admin paper. Only the differences to [`~transformers.MarianConfig`] are
+    documented here.
 
     Attributes:
         encoder_residual: the residual system of the encoder: `"admin"` (the default), `"post_ln"`, `"pre_ln"`,
-            `"deepnorm"`, or another one of `admin_hf.residual.SYSTEMS`; docs/systems.md has them all, and says how to
-            add one of your own.
+            `"deepnorm"`, or another one of `admin_hf.residual.SYSTEMS`; docs/systems.md lists them all, and says how
+            to add your own.
         decoder_residual: the same for the decoder. Any mix is possible; Table 1 of the paper needs Post-LN with
             Pre-LN. A decoder of `"fixup"` has an output layer of its own, whatever `tie_word_embeddings` says.
         label_smoothing: share of the target probability that the training loss spreads evenly over the vocabulary
             without padding; 0 by default. Used in train mode only: an evaluation loss is the negative log-likelihood.
-            It takes the place of the Trainer's `label_smoothing_factor`, which smooths over the padding entry too.
-        pad_token_id: `vocab_size - 1` where unset, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>`
-            is last. For any other layout, take [`for_tokenizer`].
-        decoder_start_token_id: what decoding starts from; padding where unset.
+            It replaces the Trainer's `label_smoothing_factor`, which also smooths over the padding token.
+        pad_token_id: default: `vocab_size - 1`, as in Marian's vocabulary layout, in which `</s>` is 0 and `<pad>`
+            is last. For any other layout, use [`for_tokenizer`].
+        decoder_start_token_id: the token that decoding starts from; default: padding.
 
     Raises:
         ValueError: an unknown residual system, or one that cannot work with the rest (see its class), a size below 1,
@@ -78,7 +78,7 @@ class AdminConfig(MarianConfig):
         self._check_sizes()
         self._check_special_tokens()
         for stack in STACKS:
-            residual_system(self, stack)  # which refuses what it cannot work with
+            residual_system(self, stack)  # it refuses configurations that it cannot work with
 
     def _check_sizes(self) -> None:
         sizes = ("layers", "ffn_dim", "attention_heads")
@@ -104,13 +104,13 @@ class AdminConfig(MarianConfig):
 
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> "AdminConfig":
-        """The configuration of a new model whose special tokens are the tokenizer's, wherever they are in it.
+        """The configuration of a new model with the special tokens of the tokenizer, whatever their ids are.
 
         Args:
             tokenizer: with a padding and an end-of-sentence token. Decoding starts from padding, whose embedding is
                 zero; nothing is forced.
-            fields: of the configuration. A `vocab_size` above the tokenizer's own, such as a multiple of 64, moves no
-                special token.
+            fields: further fields of the configuration. A `vocab_size` above the tokenizer's own, such as a multiple
+                of 64, moves no special token.
 
         Raises:
             ValueError: the tokenizer lacks one of the two tokens, or one token is both; `vocab_size` is below its
@@ -132,7 +132,7 @@ class AdminConfig(MarianConfig):
         """
         pad, eos = required_ids(tokenizer)
         if given := fields.keys() & {"pad_token_id", "eos_token_id", "bos_token_id"}:
-            raise ValueError(f"{min(given)}={fields[min(given)]} is the tokenizer's to say: leave it out.")
+            raise ValueError(f"{min(given)}={fields[min(given)]} is taken from the tokenizer: leave it out.")
         entries = vocabulary_size(tokenizer)
         if (size := fields.setdefault("vocab_size", entries)) < entries:
             raise ValueError(f"vocab_size={size} is too small for the tokenizer, which has {entries:,} entries.")
@@ -143,11 +143,11 @@ class AdminConfig(MarianConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config.json; that of a stock model is completed with its own defaults, not with ours.
+        """Read a config.json; that of a stock model is completed with the defaults of its own class, not with ours.
 
         Raises:
-            OSError: there is no config.json, or it holds no JSON object.
-            ValueError: it is another model's.
+            OSError: there is no config.json, or it contains no JSON object.
+            ValueError: it belongs to a model of another type.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict or not isinstance(config_dict, dict):
@@ -157,18 +157,17 @@ class AdminConfig(MarianConfig):
             config_dict = admin_fields(ARCHITECTURES[model_type].config.from_dict(config_dict))
         elif model_type != cls.model_type:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {model_type!r} model; expected an Admin model, or Marian or "
-                "Pegasus, which vanilla models are. A checkpoint of a model that `inject` gave an ω is for "
-                "`load_injected`."
+                f"{pretrained_model_name_or_path} contains a {model_type!r} model; expected an Admin, Marian or "
+                "Pegasus model. Load a checkpoint of a model with an injected ω with `load_injected`."
             )
         return config_dict, kwargs
 
 
 def admin_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of the configuration of an Admin model that goes on from a stock one's."""
+    """The fields of an Admin configuration that are made from those of a stock model."""
     stock, fields = ARCHITECTURES[config.model_type], config.to_dict()
     fields |= {f"{stack}_residual": stock.residual for stack in STACKS} | {"model_type": AdminConfig.model_type}
-    if stock is PEGASUS:  # whose embeddings are all tied, or none is
+    if stock is PEGASUS:  # either all of its embeddings are tied, or none
         fields["share_encoder_decoder_embeddings"] = fields["tie_word_embeddings"]
     return fields
 

@@ -17,11 +17,11 @@ from .kernels import scaled_layer_norm
 class ScaleModule(nn.Module):
     """A module with scales: parameters, such as ω and α, that start at a constant.
 
-    They stay float32 in models of half precision (`.half()`, `.bfloat16()`, `dtype=...`; a loader keeps the dtype in
-    which they are built), where an update of a large ω would be rounded away, and are cast where they are used.
+    They stay float32 in models of half precision (`.half()`, `.bfloat16()`, `dtype=...`), where an update of a large ω
+    would be lost in rounding. They are cast where they are used. A loader keeps the dtype in which they are built.
 
     Attributes:
-        initial_scales: what all entries of a scale start at, by its name.
+        initial_scales: the starting value of all entries of a scale, by its name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -31,7 +31,7 @@ class ScaleModule(nn.Module):
     def add_scale(self, name: str, value: float, size: int = 1) -> None:
         """Add the parameter `name` of shape `(size,)`, whose entries start at `value`.
 
-        A scalar has size 1, since FSDP shards no tensor without a dimension.
+        A scalar has size 1, since FSDP cannot shard a tensor without a dimension.
         """
         self.initial_scales[name] = value
         self.register_parameter(name, nn.Parameter(torch.full((size,), value, dtype=torch.float32)))
@@ -49,14 +49,14 @@ class ScaleModule(nn.Module):
 class ResidualConnection(nn.Module):
     """Joins the shortcut ``x_{i-1}`` and the branch ``f_i`` of one sub-layer into ``x_i``.
 
-    A layer calls it twice, so that hooks see both tensors: ``branch_input(x)`` gives what the branch reads, and
+    A layer calls it twice, so that hooks see both tensors: ``branch_input(x)`` returns the input of the branch, and
     ``forward(shortcut, branch)`` joins. All tensors are `(batch_size, sequence_length, d_model)`.
 
     Attributes:
-        shortcut_scale, branch_scale: what a subclass multiplies shortcut and branch by: a number, or a tensor of shape
-            `(1,)` or `(d_model,)`. [`reparameterize`] folds those of a Post-LN connection into the weights around it,
-            and of a Pre-LN connection, whose shortcut is scaled by a number.
-        input_scale: what a Pre-LN connection multiplies its normalised input by, a number, which is folded as well.
+        shortcut_scale, branch_scale: the factors of shortcut and branch in a subclass: a number, or a tensor of shape
+            `(1,)` or `(d_model,)`. [`reparameterize`] folds those of a Post-LN connection into the weights around it.
+            It also folds those of a Pre-LN connection whose shortcut is scaled by a number.
+        input_scale: the factor, a number, of a Pre-LN connection's normalised input; it is folded as well.
         adds_layer_input: whether the shortcut is the sum of x_{i-1} and the input of the whole layer.
     """
 
@@ -65,10 +65,10 @@ class ResidualConnection(nn.Module):
     input_scale = 1.0
     adds_layer_input = False
     output_scale = 1.0
-    is_in_chain = True  # whether profiling adds its branch up: of an injected ω, not in front of the first LayerNorm
+    is_in_chain = True  # whether profiling adds its branch: with an injected ω, not before the first LayerNorm
 
     def branch_input(self, shortcut: Tensor) -> Tensor:
-        """What the branch reads: the shortcut itself, unless a system normalises or shifts it first."""
+        """The input of the branch: the shortcut itself, unless a system normalises or shifts it first."""
         return shortcut
 
     def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
@@ -181,13 +181,13 @@ class AdminConnection(ScaleModule, PostLNConnection):
 
     Args:
         d_model: the model's width.
-        omega: what the entries of ω start at. Where unset they start at 1, which is Post-LN, until
+        omega: the starting value of the entries of ω. By default they start at 1, which is Post-LN, until
             [`initialize_omega`] writes the profile's value into all of them.
 
     Attributes:
         omega: the shortcut scale ω_i, of shape `(d_model,)`.
-        profiled: whether a profile says where ω starts.
-        initialized: whether ω holds a value that was given, measured or loaded; not so in a fresh connection that is
+        profiled: whether a profile sets the start of ω.
+        initialized: whether the value of ω was given, measured or loaded; False in a fresh connection that is still
             to be profiled.
     """
 
@@ -236,7 +236,7 @@ def profiled_connections(module: nn.Module) -> Iterator[tuple[str, AdminConnecti
 class AlphaModule(ScaleModule):
     """A connection with a trainable branch scale α, 0 at the start, which the sub-layers of a layer share.
 
-    The first one owns it, so that a checkpoint holds it once, and nothing has to be tied again after loading.
+    The first one owns it, so that a checkpoint contains it once, and nothing has to be tied again after loading.
     """
 
     alpha: nn.Parameter
@@ -244,7 +244,7 @@ class AlphaModule(ScaleModule):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.add_scale("alpha", 0.0)
-        self._owner = (self,)  # in a tuple, or PyTorch would take it for a part of this module
+        self._owner = (self,)  # in a tuple, or PyTorch would treat it as a part of this module
 
     def share_alpha(self, owner: AlphaModule) -> None:
         """Use the α of `owner` from here on."""

@@ -1,4 +1,4 @@
-"""Deepening: a trained model gets more layers, copies of its own, and trains on as Admin."""
+"""Deepening: a trained model gets more layers, copies of its own, and is trained further as Admin."""
 
 import copy
 import re
@@ -15,24 +15,24 @@ from .modeling_admin import AdminForConditionalGeneration
 def deepen(
     model: PreTrainedModel, encoder_layers: int | None = None, decoder_layers: int | None = None
 ) -> AdminForConditionalGeneration:
-    """Make a deeper model of a trained one, each of whose layers is followed by copies of itself.
+    """Make a deeper model from a trained one: each layer is followed by copies of itself.
 
-    Layer i of n is a copy of layer ⌊i · m / n⌋ of the m that there are: 3 layers become 0 0 1 1 2 2, or 0 0 1 1 2.
-    Embeddings, output layer and its bias, special tokens and generation settings are carried over as well. Only ω
-    starts anew, in both stacks, as in a new model of this depth: at 1, to be profiled before training (by
-    [`AdminProfilingCallback`], or [`profile_residuals`] and [`initialize_omega`]). Without a profile the model is far
-    from the one it was made of; docs/continuing.md has the measurements. The constants of `"deepnorm"` and
+    Layer i of n is a copy of layer ⌊i · m / n⌋ of the old m layers: 3 layers become 0 0 1 1 2 2, or 0 0 1 1 2.
+    Embeddings, output layer and its bias, special tokens and generation settings are carried over. Only ω starts
+    again, in both stacks, as in a new model of this depth. It is 1 and must be profiled before training (by
+    [`AdminProfilingCallback`], or [`profile_residuals`] and [`initialize_omega`]). Without a profile the outputs are
+    far from those of the given model; docs/continuing.md has the measurements. The constants of `"deepnorm"` and
     `"admin_uniform"` are those of the new depth.
 
     Args:
-        model: an [`AdminForConditionalGeneration`] of any residual systems, or a stock [`~transformers.MarianMTModel`]
-            (or Pegasus, which is Pre-LN). It stays as it is.
-        encoder_layers: the new depth of the encoder, at least the present one, which is kept by default.
-        decoder_layers: the same of the decoder.
+        model: an [`AdminForConditionalGeneration`] with any residual systems, or a stock
+            [`~transformers.MarianMTModel`] (or Pegasus, which is Pre-LN). It is not changed.
+        encoder_layers: the new depth of the encoder, at least the present one, which is the default.
+        decoder_layers: the same for the decoder.
 
     Returns:
-        A model of its own weights, in the dtype, on the device and in the mode of the given one. Where neither stack
-        gets deeper it computes the same, ω included.
+        A new model with its own weights, in the dtype, on the device and in the mode of the given one. If neither
+        stack gets deeper it computes the same, including ω.
 
     Raises:
         ValueError: the model is of another class or has an injected ω, or a stack would get shallower.
@@ -82,10 +82,10 @@ def deepen(
 def new_depths(
     config: PretrainedConfig, encoder_layers: int | None = None, decoder_layers: int | None = None
 ) -> dict[str, int]:
-    """The layers that each stack gets, by its name; those that it has where unset.
+    """The new number of layers of each stack, by its name; default: the present number.
 
     Raises:
-        ValueError: fewer than it has.
+        ValueError: the number is lower than the present one.
     """
     depths = {name: int(getattr(config, f"{name}_layers")) for name in STACKS}
     for name, layers in (("encoder", encoder_layers), ("decoder", decoder_layers)):
@@ -100,7 +100,7 @@ def _admin_config(model: PreTrainedModel) -> AdminConfig:
     if isinstance(model, AdminForConditionalGeneration):
         return copy.deepcopy(model.config)
     if getattr(model, "injection", None) is not None:
-        raise ValueError("The model has an injected ω: deepen what `reparameterize` makes of it.")
+        raise ValueError("The model has an injected ω: deepen the model that `reparameterize` returns.")
     if not isinstance(model, tuple(architecture.translation for architecture in ARCHITECTURES.values())):
         raise ValueError(
             f"{type(model).__name__} cannot be deepened; expected an AdminForConditionalGeneration, or a stock "

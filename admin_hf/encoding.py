@@ -18,15 +18,15 @@ _MARKS = ("▁", "</w>", "@@")
 # A line has the name of a control token, which is text; one that became unknown; a mark that is lost
 NAMED, REPLACED, MARKED = 1, 2, 4
 SAID = {
-    NAMED: "hold the name of a control token, such as <s>, which is read as text. If you meant a control token "
+    NAMED: "contain the name of a control token, such as <s>, which is read as text. If you meant a control token "
     "before every source, give it as --source_prefix",
-    REPLACED: "hold the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
-    MARKED: "hold a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
+    REPLACED: "contain the name of a control token that this tokenizer cannot read as text, and which becomes unknown",
+    MARKED: "contain a character by which this tokenizer marks words, such as ▁ (U+2581), and which it cannot keep",
 }
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The entries that steer a model and are no text, special tokens and language codes, with their ids."""
+    """The entries that control a model and are not text (special tokens and language codes), with their ids."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     codes = filter(_LANGUAGE_CODE.fullmatch, tokenizer.get_vocab())
     names = sorted({*tokenizer.all_special_tokens, *special, *codes})
@@ -44,14 +44,14 @@ def first_code(line: str) -> str:
 
 
 def read_control_tokens_as_text(tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer, changed to read names of control tokens as text, here and wherever it is loaded once it is saved.
+    """Return a tokenizer that reads names of control tokens as text, now and after it is saved and loaded again.
 
-    A slow tokenizer may know names of its own beside (Marian's language codes): [`Encoder`] sees to those.
+    A slow tokenizer may know further names (Marian's language codes); [`Encoder`] handles those.
 
     Args:
-        tokenizer: not to be used any more.
-        prefix: comes before every source. If control tokens in it would become text, too, then what is saved reads
-            control tokens in text, or nobody could use the model; [`Encoder`] does not.
+        tokenizer: must not be used afterwards.
+        prefix: text before every source. If its control tokens would also become text, the saved tokenizer reads
+            control tokens in text, because nobody could use the model otherwise; [`Encoder`] does not.
     """
     controls = control_tokens(tokenizer)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
@@ -88,7 +88,7 @@ def _take_apart(tokenizer: PreTrainedTokenizerBase, controls: dict[str, int]) ->
 
 
 class Encoded(NamedTuple):
-    """Lines as token ids, and what is to be known of each: arrays of the shape `(lines,)`."""
+    """Lines as token ids, and facts on each line: arrays of the shape `(lines,)`."""
 
     ids: list[list[int]]
     tokens: np.ndarray  # how many the line itself has
@@ -98,10 +98,10 @@ class Encoded(NamedTuple):
 
 
 def sentence_tokenizer(tokenizer: Tokenizer, eos_token: str, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of the package tokenizers as one of Transformers, which ends every sentence with `eos_token`.
+    """A tokenizer of the package tokenizers as one of Transformers that ends every sentence with `eos_token`.
 
     Args:
-        options: further special tokens, and whatever else the tokenizer's class takes.
+        options: further special tokens, and other arguments of the tokenizer's class.
     """
     end = tokenizer.token_to_id(eos_token)
     tokenizer.post_processor = processors.TemplateProcessing(f"$A {eos_token}", special_tokens=[(eos_token, end)])
@@ -118,13 +118,14 @@ def sentence_tokenizer(tokenizer: Tokenizer, eos_token: str, **options: Any) -> 
 class Encoder:
     """Turns lines into token ids. The only control tokens among them are the prefix's and those that are always added.
 
-    Targets begin with their first word, whatever the tokenizer puts in front: there the decoder has its start token.
+    Targets begin with their first word; tokens that the tokenizer puts before it are left out, because the decoder has
+    its own start token.
 
     Args:
-        tokenizer: fast or slow, of any layout that `load_tokenizer` takes.
-        prefix: comes before every line. It is the user's own, so that control tokens in it stay what they are.
+        tokenizer: fast or slow, with any layout that `load_tokenizer` accepts.
+        prefix: text before every line. It comes from the user, so its control tokens are control tokens.
         target: encode as targets.
-        words: say where words end. Only tokenizers of the package tokenizers know.
+        words: also return where words end. Only tokenizers of the package tokenizers know it.
 
     Example:
 

@@ -65,12 +65,12 @@ WAV2VEC2 = Stack(
     ),
     front="encoder.layer_norm",
 )
-# A decoder alone, whose tokens are those of `input_ids`
+# Only a decoder, whose tokens are those of `input_ids`
 OPT = Stack("decoder", (DECODER.sublayers[0], DECODER.sublayers[2]))
 MARIAN = (ENCODER, DECODER)
 BART = tuple(replace(stack, front=f"{stack.name}.layernorm_embedding") for stack in MARIAN)
 
-# Its decoder adds positions behind the LayerNorm of the embeddings
+# Its decoder adds positions after the LayerNorm of the embeddings
 BLENDERBOT_SMALL = (BART[0], DECODER)
 
 # By model type
@@ -85,22 +85,22 @@ FAMILIES: dict[str, tuple[Stack, ...]] = {
     "openai-gpt": (GPT,),
     **dict.fromkeys(("wav2vec2", "hubert"), (WAV2VEC2,)),
 }
-# Values of configurations without which a model of these families is Pre-LN, or could not be folded, and why
+# Required values of configurations, and why: otherwise a model of these families is Pre-LN, or cannot be folded
 REQUIRED: dict[str, tuple[Any, str]] = {
     "do_layer_norm_before": (False, "it is Pre-LN otherwise"),
     "do_stable_layer_norm": (False, "it is Pre-LN otherwise"),
     "use_weighted_layer_sum": (False, "it reads the outputs of all layers, which ω scales"),
     "chunk_size_feed_forward": (0, "profiling sees whole sequences"),
-    "layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
-    "encoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
-    "decoder_layerdrop": (0, "the LayerNorm in front of a layer that is left out holds the layer's ω"),
+    "layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
+    "encoder_layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
+    "decoder_layerdrop": (0, "the LayerNorm before a skipped layer contains that layer's ω"),
 }
 PRE_LN = "it is Pre-LN: its shortcuts pass no LayerNorm into which ω could be folded, and it needs no ω to train"
 # Why others cannot have an ω, by model type
 REFUSED: dict[str, str] = {
     "admin": "an Admin model has its ω already",
     "albert": "its layers share their weights, so that one LayerNorm would hold the ω of several sub-layers",
-    "detr": "it adds positions to the input of queries and keys, behind the LayerNorm that would hold ω",
+    "detr": "it adds positions to the input of queries and keys, after the LayerNorm that would contain ω",
     **dict.fromkeys(
         ("bloom", "gemma", "gpt2", "gpt_neo", "gpt_neox", "llama", "m2m_100", "mbart", "mistral", "pegasus"), PRE_LN
     ),
@@ -109,10 +109,10 @@ REFUSED: dict[str, str] = {
 
 
 def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
-    """The stacks of a model that ω can be put into, without the sub-layers that its layers lack.
+    """The stacks of a model that can have ω, without the sub-layers that its layers lack.
 
     Raises:
-        ValueError: it is of no known family, or its configuration is of another kind; the message says why.
+        ValueError: it belongs to no known family, or its configuration is not Post-LN; the message says why.
     """
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -120,7 +120,7 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
         why = REFUSED.get(str(model_type), "its architecture is not known")
         raise ValueError(
             f"{type(model).__name__} ({model_type}) gets no ω: {why}. Known are {', '.join(sorted(FAMILIES))}; "
-            "describe a Post-LN model of your own by `stacks=`."
+            "describe a Post-LN model of your own with `stacks=`."
         )
     for field, (value, why) in REQUIRED.items():
         if (given := getattr(config, field, value)) != value:
@@ -131,16 +131,16 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model without its head, below which the paths of stacks begin; a plain module is its own."""
+    """The model without its head, where the paths of stacks begin; for a plain module, the module itself."""
     return getattr(model, "base_model", model)
 
 
 def without_missing(base: nn.Module, stack: Stack) -> Stack:
-    """The stack without sub-layers that its layers lack, and without a norm in front that a projection follows."""
+    """The stack without sub-layers that its layers lack, and without a first norm if a projection follows it."""
     try:
         first = stack_layers(base, stack)[0]
     except (AttributeError, IndexError) as error:
-        raise ValueError(f"{type(base).__name__} gets no ω, for it has no {stack.name} with layers.") from error
+        raise ValueError(f"{type(base).__name__} gets no ω, because it has no {stack.name} with layers.") from error
     modules = {name for name, _ in first.named_modules()}
     sublayers = tuple(sublayer for sublayer in stack.sublayers if sublayer.norm in modules)
     return replace(stack, sublayers=sublayers, front="" if hasattr(base, "embeddings_project") else stack.front)

@@ -1,12 +1,13 @@
-"""ω in a stock Post-LN model whose code stays untouched: Admin for BERT, BART, OPT and others.
+"""ω in a stock Post-LN model, without changes to its code: Admin for BERT, BART, OPT and others.
 
-In Post-LN the shortcut and the branch of a sub-layer read the same tensor, the output of the LayerNorm in front. So
+In Post-LN the shortcut and the branch of a sub-layer read the same tensor: the output of the preceding LayerNorm. So
 
     x_i = LN_i(ω_i ⊙ x_{i-1} + f_i(x_{i-1}))
 
-is what the stock forward computes when the LayerNorm in front has γ ⊙ ω_i and ν ⊙ ω_i, and every matrix that reads
-x_{i-1} in branch i is divided by ω_i along its inputs: the paper's fold (Appendix C) read backwards. γ, ν, W and ω_i
-are the parameters, and PyTorch's parametrizations compute the products in every forward pass. To fold is to keep them.
+is what the stock forward computes if the preceding LayerNorm has γ ⊙ ω_i and ν ⊙ ω_i, and every matrix that reads
+x_{i-1} in branch i is divided by ω_i along its inputs. This is the paper's fold (Appendix C) in reverse. γ, ν, W and
+ω_i are the parameters, and PyTorch's parametrizations compute the products in every forward pass. Folding keeps the
+products.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class InjectedConnection:
-    """The residual connection of a sub-layer of a stock model: what [`ResidualConnection`] is in an Admin model.
+    """The residual connection of a sub-layer of a stock model, like [`ResidualConnection`] in an Admin model.
 
     Attributes:
-        name: of the LayerNorm behind, below the stack, such as `layer.0.output.LayerNorm`.
-        norm, front: the LayerNorm behind, which holds ω if there is one, and the one in front, if any.
-        reads: modules and the names in them of the matrices that read the shortcut.
+        name: name of the LayerNorm after the sub-layer, below the stack, such as `layer.0.output.LayerNorm`.
+        norm, front: the LayerNorm after the sub-layer, which contains ω if there is one, and the one before, if any.
+        reads: the matrices that read the shortcut, as modules and names in them.
         ends: the matrix that ends the branch.
-        stack: the connections of the stack, in which this one's `place` is.
-        profiled, initialized: as of an [`AdminConnection`].
+        stack: the connections of the stack; this one is at `place`.
+        profiled, initialized: as in an [`AdminConnection`].
     """
 
     branch_scale = 1.0
@@ -74,7 +75,7 @@ class InjectedConnection:
 
     @property
     def is_in_chain(self) -> bool:
-        """Whether a LayerNorm precedes it, behind which the variances of branches are added up."""
+        """Whether a LayerNorm precedes it. After that LayerNorm, the variances of branches are added up."""
         return self.front is not None
 
     @property
@@ -87,7 +88,7 @@ class InjectedConnection:
 
     @property
     def output_scale(self) -> Tensor | float:
-        """What the LayerNorm's output is multiplied by for the next sub-layer's shortcut."""
+        """The factor of the LayerNorm's output in the next sub-layer's shortcut."""
         return self.following.shortcut_scale if self.following is not None else 1.0
 
     @property
@@ -167,14 +168,14 @@ class Injection(OmegaState):
         return math.prod(x.shape[1:]) if name.endswith("input_ids") else 1
 
     def _real_tokens(self, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
-        """True where a token of the stack is no padding, `(rows, length)`; None where nothing says so."""
+        """True where a token of the stack is not padding, `(rows, length)`; None if the inputs do not say it."""
         base: Any = self.base
         if stack.prefix and self.labels_are_targets and (labels := inputs.get("labels")) is not None:
             return cast(Tensor, labels.ne(-100))
         ids, pad = inputs.get(f"{stack.prefix}input_ids"), getattr(getattr(base, "config", None), "pad_token_id", None)
         mask = inputs.get(f"{stack.prefix}attention_mask")
         if mask is not None and (mask.dim() == 2 or (ids is not None and mask.shape == ids.shape)):
-            if hasattr(base, "_get_feature_vector_attention_mask"):  # of sound, where it is that of the samples
+            if hasattr(base, "_get_feature_vector_attention_mask"):  # speech models, whose mask is that of the samples
                 of_frames = base._get_feature_vector_attention_mask
                 mask = of_frames(self._length("input_values", mask), mask, **_without_adapter(of_frames))
             return cast(Tensor, mask.bool())
@@ -187,7 +188,7 @@ class Injection(OmegaState):
     # --- leaving it ---
 
     def fold(self, model: nn.Module, dtype: torch.dtype | None) -> Any:
-        """Make of `model` the stock model that computes the same. See [`reparameterize`]."""
+        """Turn `model` into the stock model that computes the same. See [`reparameterize`]."""
         check_finite(model, "The model")
         for stack, connections in self.stacks.items():
             for connection in connections:
@@ -195,7 +196,7 @@ class Injection(OmegaState):
                 check_scale(omega, f"{stack}.{connection.name}.omega", "fold an earlier checkpoint")
         remove(self.base, folds=True)
         merge_adapters(model)  # not before: a product with ω cannot be written to
-        for module in model.modules():  # of which the model is one within an adapter
+        for module in model.modules():  # with an adapter, the model is one of them
             if vars(module).pop("injection", None) is not None:
                 vars(module).pop("save_pretrained", None)  # of a model that a Trainer publishes
         folded = model.eval() if dtype is None else model.eval().to(dtype)
@@ -204,12 +205,12 @@ class Injection(OmegaState):
 
 
 def _without_adapter(of_sound: Any) -> dict[str, bool]:
-    """For functions of lengths, which may count behind an adapter that follows the stack."""
+    """For functions of lengths, which may count after an adapter that follows the stack."""
     return {"add_adapter": False} if "add_adapter" in inspect.signature(of_sound).parameters else {}
 
 
 class _Shortcut:
-    """The shortcut of one stack's sub-layer under way, as the stock model has it: ω_i ⊙ x_{i-1}."""
+    """The shortcut of one stack's current sub-layer, as in the stock model: ω_i ⊙ x_{i-1}."""
 
     def __init__(self, observe: Callable[..., None], before: bool) -> None:
         self.observe, self.before = observe, before
@@ -218,7 +219,7 @@ class _Shortcut:
     def enter(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.value = args[0] if args else kwargs["hidden_states"]
 
-    @torch.no_grad()  # which a pass that is computed again for its gradients must not notice
+    @torch.no_grad()  # gradient checkpointing, which repeats the pass, must not see this
     def join(self, connection: InjectedConnection, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.branch = args[0] - self.value
         if self.before:
@@ -246,27 +247,27 @@ def inject(
 ) -> Model:
     """Give a stock Post-LN model an ω on every shortcut that can have one, and return it.
 
-    Class, forward, configuration and tokenizer stay stock, and with ω = 1 so do its outputs, bit for bit. Weights that
-    ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm behind
-    its sub-layer; [`load_injected`] loads such a checkpoint. A first sub-layer has an ω where a LayerNorm is in front
-    of it. Hidden states between layers (`output_hidden_states`) are those of the fold: each times the next ω. A weight
-    that is a product with ω cannot be written to: [`reparameterize`] merges adapters behind the fold.
+    Class, forward, configuration and tokenizer stay stock. With ω = 1 so do its outputs, bit for bit. Weights that
+    ω is multiplied into are saved as `….parametrizations.weight.original`, and ω as `….omega` of the LayerNorm after
+    its sub-layer; [`load_injected`] loads such a checkpoint. The first sub-layer has an ω if a LayerNorm precedes it.
+    Hidden states between layers (`output_hidden_states`) are each multiplied by the next ω, as in the folded model. A
+    weight that is a product with ω cannot be written to, so [`reparameterize`] merges adapters after the fold.
 
-    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor take the model as
-    they take an [`AdminForConditionalGeneration`].
+    [`profile_residuals`], [`initialize_omega`], [`reparameterize`], the callbacks and the monitor accept the model
+    like an [`AdminForConditionalGeneration`].
 
     Args:
-        model: of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
+        model: a model of Transformers, fresh or loaded, with any head; or any module, if `stacks` describes it.
         system: `"admin"` (ω starts from a profile; in a loaded model it starts at 1, and is not profiled),
-            `"admin_uniform"` (the same number in all of a stack), or `"deepnorm"` (a constant, and branches
-            initialised as its paper has them, so that the model must be fresh).
-        output_change: of `"admin_uniform"`, how the change of the output may grow in the number of sub-layers:
+            `"admin_uniform"` (the same number in a whole stack), or `"deepnorm"` (a constant, and the initialisation
+            of the branches from its paper, so the model must be fresh).
+        output_change: for `"admin_uniform"`: how the change of the output may grow with the number of sub-layers:
             `"O(log n)"`, `"O(1)"` or `"O(n)"`, which is ω = 1.
         trained: whether the ω of `"admin_uniform"` is trained or constant.
-        stacks: the architecture of a model that is not known (see [`~admin_hf.architecture.Stack`]).
+        stacks: the architecture of a model of an unknown type (see [`~admin_hf.architecture.Stack`]).
 
     Raises:
-        ValueError: the model cannot have an ω; the message says why. Then it is as it was.
+        ValueError: the model cannot have an ω; the message says why. The model is then unchanged.
 
     Example:
 
@@ -294,12 +295,12 @@ def inject(
     found = stacks_of(model) if stacks is None else stacks
     injection = Injection(model, system, found)
     _check(model, injection)
-    is_loaded = hasattr(model, "_weight_conversions")  # which `from_pretrained` leaves
+    is_loaded = hasattr(model, "_weight_conversions")  # set by `from_pretrained`
     if system == "deepnorm" and stacks is not None:
-        raise ValueError("'deepnorm' initialises queries, keys and values apart, which `stacks=` does not name.")
+        raise ValueError("'deepnorm' initialises queries, keys and values separately, which `stacks=` does not name.")
     if system == "deepnorm" and is_loaded:
         raise ValueError(
-            "'deepnorm' initialises the branches anew, which a loaded model would lose: make a fresh one."
+            "'deepnorm' initialises the branches again, so a loaded model would lose its weights: make a fresh one."
         )
     constants = _constants(injection, output_change)
     try:
@@ -326,7 +327,7 @@ def inject(
 
 
 def _check_encoder_states(base: Any, args: tuple, inputs: dict[str, Any]) -> None:
-    """BERT leaves its encoder-attention out without these; the LayerNorm in front would hold its ω all the same."""
+    """Without these, BERT skips its encoder-attention, but the LayerNorm before it would still contain its ω."""
     if inputs.get("encoder_hidden_states") is None and len(args) < 6:
         raise ValueError(
             f"{type(base).__name__} has encoder-attention with an ω, and got no encoder_hidden_states: give them, or "
@@ -335,15 +336,15 @@ def _check_encoder_states(base: Any, args: tuple, inputs: dict[str, Any]) -> Non
 
 
 def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **options: Any) -> Any:
-    """Load a checkpoint of a model that [`inject`] has given an ω.
+    """Load a checkpoint of a model with an ω from [`inject`].
 
     Args:
         model_class: the stock class, such as `BertForMaskedLM`.
-        folder: of the checkpoint.
-        options: those of [`inject`], as they were.
+        folder: the folder of the checkpoint.
+        options: the options that [`inject`] was called with.
 
     Raises:
-        OSError, ValueError: it cannot be read, or is of another model.
+        OSError, ValueError: it cannot be read, or belongs to another model.
     """
     with explained_errors(folder):
         config: Any = model_class.config_class.from_pretrained(folder)  # type: ignore[union-attr]
@@ -354,8 +355,8 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
             weights |= load_file(file)
     try:
         result = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # of shapes
-        raise ValueError(f"{folder} holds no {model_class.__name__} with these ω: {one_line(error)}") from error
+    except RuntimeError as error:  # shapes that differ
+        raise ValueError(f"{folder} contains no {model_class.__name__} with these ω: {one_line(error)}") from error
     left_out = [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())]
     left_out += model._keys_to_ignore_on_save or ()
     missing = [name for name in result.missing_keys if not any(re.search(key, name) for key in left_out)]
@@ -364,7 +365,7 @@ def load_injected(model_class: type[PreTrainedModel], folder: str | Path, **opti
         advice = (
             "" if any(name.endswith(".omega") for name in weights) else " It has no ω: load it by from_pretrained."
         )
-        raise ValueError(f"{folder} {kind} {name}: it holds no {model_class.__name__} with these ω.{advice}")
+        raise ValueError(f"{folder} {kind} {name}: it contains no {model_class.__name__} with these ω.{advice}")
     if model.can_generate() and Path(folder, "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     for connection in model.injection.profiled_connections():
@@ -384,7 +385,7 @@ def _connections(base: nn.Module, stack: Stack) -> list[InjectedConnection]:
             for sublayer in stack.sublayers:
                 found.append(InjectedConnection(layer, sublayer, f"{stack.layers}.{number}", found, front))
     except AttributeError as error:
-        raise ValueError(f"The model gets no ω, for its {stack.name} is not as described: {error}.") from error
+        raise ValueError(f"The model gets no ω, because its {stack.name} is not as described: {error}.") from error
     return found
 
 
@@ -405,7 +406,7 @@ def _check(model: nn.Module, injection: Injection) -> None:
         for norm in (*norms, connections[0].front):
             if norm is not None and (not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None):
                 raise ValueError(
-                    f"The model gets no ω: its {stack} has {norm}, where a LayerNorm with weight and bias is needed."
+                    f"The model gets no ω: its {stack} has {norm}, expected a LayerNorm with weight and bias."
                 )
         for connection in connections:
             weights = [("weight", connection.norm)] + [(name, matrix) for matrix, name in connection.reads]
@@ -421,8 +422,8 @@ def _check(model: nn.Module, injection: Injection) -> None:
                 inputs = 0 if isinstance(matrix, Conv1D) else 1
                 if getattr(weight, "ndim", 0) != 2 or weight.shape[inputs] != width or not weight.is_floating_point():
                     raise ValueError(
-                        f"The model gets no ω: its {stack} has {matrix} in front of {connection.name}, where a matrix "
-                        f"of {width} inputs, in floating-point numbers, is needed."
+                        f"The model gets no ω: its {stack} has {matrix} before {connection.name}; expected a matrix "
+                        f"with {width} inputs, in floating-point numbers."
                     )
 
 
@@ -436,7 +437,7 @@ def _add_omega(connection: InjectedConnection, value: float, is_trained: bool) -
         scale(connection.front, norm)
         for matrix, name in connection.reads:
             scale(matrix, norm, names=(name,), divides=True, transposed=isinstance(matrix, Conv1D))
-    else:  # LN(α x + f) = LN(x + f / α), but for the ε of LN
+    else:  # LN(α x + f) = LN(x + f / α), except for the ε of LN
         scale(connection.ends, norm, divides=True)
 
 

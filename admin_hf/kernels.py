@@ -1,4 +1,4 @@
-"""The same numbers for less time: casts that are shared, dropout, and the scaled LayerNorm of a CPU."""
+"""The same numbers in less time: shared casts, dropout, and the scaled LayerNorm for a CPU."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,16 +14,16 @@ from torch.autograd.function import once_differentiable
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype in which autocast computes matrix products on a type of device, or None where it is off."""
+    """The dtype in which autocast computes matrix products on a type of device, or None if it is off."""
     # "meta" has no autocast, and asking whether it is on would raise
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to matrix products: all that read it share one cast, and one for their gradient.
+    """`x` in autocast's dtype for matrix products, which share one cast, forward and backward.
 
-    The backward pass keeps one copy of it in place of three: in bfloat16, without it, models of 6+6 layers and width
-    512 keep 6% more. On a GPU, where an update is as long as its kernels take to be launched, it also spares 66 of
+    The backward pass keeps one copy of it instead of three: in bfloat16, without it, models of 6+6 layers and width
+    512 keep 6% more. On a GPU, where the launches of kernels determine the time of an update, it also saves 66 of
     2,489 operations of a forward and backward pass. A CPU takes the same time without it.
     """
     dtype = autocast_dtype(x.device.type) if x.dtype == torch.float32 else None
@@ -39,7 +39,7 @@ class Cast(NamedTuple):
 
 
 def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
-    """[`cast_at_once`] for an Admin model that trains on a GPU under autocast, but in compiled layers, where casts
+    """[`cast_at_once`] for an Admin model that trains on a GPU under autocast, except in compiled layers, where casts
     cost little."""
     weight = model.model.encoder.layers[0].fc1.weight
     dtype = autocast_dtype(weight.device.type)
@@ -48,17 +48,17 @@ def weights_cast_at_once(model: Any) -> AbstractContextManager[None]:
         or dtype is None
         or torch.compiler.is_compiling()
         or model.model.encoder.gradient_checkpointing
-        or type(weight) is not nn.Parameter  # spread over processes, as is one of another shape
+        or type(weight) is not nn.Parameter  # sharded over processes, like one of another shape
         or weight.shape != (model.config.encoder_ffn_dim, model.config.d_model)
         or weight.dtype != torch.float32
-        or getattr(model, "_is_replica", False)  # of DataParallel, which shares what is found here
+        or getattr(model, "_is_replica", False)  # of DataParallel, which shares these places
     ):
         return nullcontext()
     return cast_at_once(kept_casts(model), dtype)
 
 
 def kept_casts(model: Any) -> list[Cast]:
-    """[`weight_casts`], found once, and again where a projection of joined weights has got an adapter or a hook."""
+    """The result of [`weight_casts`], kept, and renewed if a projection of joined weights got an adapter or a hook."""
     attentions = getattr(model, "_joined", [])
     if "_casts" not in vars(model) or not all(is_plain(linear) for x in attentions for linear in x.projections):
         model._joined = list(joined_projections(model.model))
@@ -68,7 +68,7 @@ def kept_casts(model: Any) -> list[Cast]:
 
 
 def is_plain(linear: Any) -> bool:
-    """Whether nothing but its weight and bias says what a linear layer computes: no adapter and no hook."""
+    """Whether only its weight and bias determine what a linear layer computes: no adapter and no hook."""
     hooks = linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks
     return type(linear) is nn.Linear and not any(hooks)
 
@@ -96,11 +96,11 @@ def weight_casts(model: nn.Module) -> list[Cast]:
 
 @contextmanager
 def cast_at_once(casts: list[Cast], dtype: torch.dtype) -> Iterator[None]:
-    """Let linear layers hold weights of `dtype`, made by few kernels, and so their gradients.
+    """Let linear layers use weights of `dtype`, which few kernels cast, and likewise their gradients.
 
-    Autocast would cast each weight and bias when it is used, and its gradient back: a fifth of all kernels of an
-    update of Transformer-base, which Python launches more slowly than a GPU computes them. Where weights are joined,
-    one product takes the place of two or three, forward and backward.
+    Autocast would cast each weight and bias when it is used, and its gradient back. That is a fifth of all kernels of
+    an update of Transformer-base, and Python launches them more slowly than a GPU computes them. Where weights are
+    joined, one product replaces two or three, forward and backward.
     """
     before = [cast.holder.get(cast.name) for cast in casts]
     rows = [[holder[name] for holder, name in cast.parameters] for cast in casts]
@@ -151,36 +151,36 @@ def _rows(joined: Any, sizes: Any) -> list[Tensor]:
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits for an entry in place of a draw of its own.
+    """As `torch.nn.functional.dropout`, but on a CPU with 16 random bits per entry instead of a full random number.
 
-    There a mask of `bernoulli_` takes ten times as long as its bits here (10 ms and 1 ms for 512,000 entries on one
-    thread), and a training step of a small model 1.2 times as long in float32 and 1.4 times in bfloat16, if
-    `relu_dropout` draws so too. The mask follows PyTorch's global generator, but is not the one that
+    On a CPU, a mask of `bernoulli_` takes ten times as long as these bits (10 ms and 1 ms for 512,000 entries on one
+    thread). If `relu_dropout` also used it, a training step of a small model would take 1.2 times as long in float32
+    and 1.4 times in bfloat16. The mask follows PyTorch's global generator, but is not the one that
     `torch.nn.functional.dropout` draws.
 
     Args:
         x: of any shape and floating dtype.
-        p: probability of an entry to become 0, rounded to a multiple of 2⁻¹⁶; the others are divided by 1 − p.
-        training: whether anything is dropped.
+        p: probability that an entry becomes 0, rounded to a multiple of 2⁻¹⁶; the others are divided by 1 − p.
+        training: whether entries are dropped.
     """
     if not training:
-        return x  # at once: translation calls this three times a layer for every token
+        return x  # early: translation calls this three times per layer for every token
     if not _draws_bits(x, p):
         return nn.functional.dropout(x, p=p)
     return _Dropout.apply(x, p)
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`dropout(relu(x))` that keeps one tensor for the backward pass in place of three: on a CPU, and compiled.
+    """`dropout(relu(x))` that keeps one tensor for the backward pass instead of three: on a CPU, and compiled.
 
-    Its output is positive exactly where the gradient passes, so neither the mask nor what ReLU returns is needed: in
-    float32 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model on a CPU
-    takes about the same time without it. A GPU that is not compiled for would wait for its Python.
+    Its output is positive exactly where the gradient passes, so neither the mask nor the output of ReLU is needed. In
+    float32 this saves 800 of the 2,700 MB that 4,095 tokens keep in Transformer-base. A training step of a small model
+    on a CPU takes about the same time without it. Without compilation, a GPU would wait for its Python code.
     """
     if training and _draws_bits(x, p):
         return _ReluDropout.apply(x, p)
     if training and torch.compiler.is_compiling() and 0 < p < 1:
-        # As rows, as the next product keeps it, or the compiler would keep y > 0 beside it
+        # As rows, in the form that the next product keeps, or the compiler would also keep y > 0
         return _ReluDropout.apply(x.flatten(0, -2), p).view(x.shape)
     return dropout(nn.functional.relu(x), p, training)
 
@@ -229,7 +229,7 @@ def _draw(x: Tensor) -> Tensor:
 
 def _kept(bits: Tensor, x: Tensor, p: float) -> Tensor:
     """1 for an entry of `x` to keep, 0 for one to drop."""
-    mask = torch.empty_like(x)  # where a comparison can write at once: a mask of bool would cost three passes more
+    mask = torch.empty_like(x)  # a comparison writes to it directly: a bool mask would cost three more passes
     return torch.ge(bits, round(p * 2**16) - 2**15, out=mask)
 
 
@@ -245,7 +245,7 @@ def scaled_layer_norm(
 ) -> Tensor:
     """``LN(x ⊙ ω + f)`` whose backward pass takes ω's gradient in one pass, where autograd takes three.
 
-    Under autocast it writes over the copies that casts make. Together this spares 26 to 56% of what ω adds to a
+    Under autocast it overwrites the copies that casts make. Together this saves 26 to 56% of the time that ω adds to a
     connection's forward and backward pass (two threads, widths 128 to 512).
     """
     return _ScaledLayerNorm.apply(shortcut, omega, branch, weight, bias, eps)
@@ -256,7 +256,7 @@ class _ScaledLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, shortcut: Tensor, omega: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        # under autocast f is a copy, over which the sum is written
+        # under autocast f is a copy, which the sum overwrites
         f = branch.to(torch.promote_types(branch.dtype, shortcut.dtype))
         joined = torch.addcmul(f, shortcut, omega, out=_spare(f, branch))
         output, mean, rstd = torch.native_layer_norm(joined, weight.shape, weight, bias, eps)
@@ -283,5 +283,5 @@ class _ScaledLayerNorm(torch.autograd.Function):
 
 
 def _spare(tensor: Tensor, counterpart: Tensor) -> Tensor | None:
-    """`tensor` to write a result over it; None, for a new tensor, where a cast to another dtype had nothing to do."""
+    """`tensor`, to be overwritten by a result; None (a new tensor) if the cast to another dtype did not copy it."""
     return None if tensor is counterpart else tensor

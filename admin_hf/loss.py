@@ -57,13 +57,13 @@ def _compute(
         p_y = p.gather(1, y)
         log_p = p_y.squeeze(1).to(exact).log() if selects else None
         if log_p is None or (p_y < torch.finfo(dtype).tiny).any():
-            # From the largest p of the row, for p_y may be too small for its dtype
+            # From the largest p of the row, because p_y may be too small for its dtype
             z_max, likeliest = largest or z.max(1, keepdim=True)
             log_p = z_y - (z_max.to(exact) - p.gather(1, likeliest).to(exact).log()).squeeze(1)
         nll -= torch.dot(log_p, real)
         if smoothed:
             loss += torch.dot(label_smoothing * z_y - smoothed * (h.to(exact) @ w_sum + b_sum), real)
-        # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added behind the
+        # ∂loss/∂z = softmax(z) − (1−ε)·onehot(y) − ε/(V−1), nothing for padding; the last term is added after the
         # products, where it is a vector
         dz = p.scatter_(1, y, p_y - (1 - label_smoothing))
         dz[:, pad_id] = 0
@@ -75,7 +75,7 @@ def _compute(
             grad_weight += dz.T @ h_real.to(dtype)
             if smoothed:
                 grad_weight -= smoothed * h_real.sum(0, dtype=exact)
-        del z, p, dz  # or they would be there until the next chunk has its own
+        del z, p, dz  # or they would stay until the next chunk has its own
     if needs_weight:
         grad_weight[pad_id] = 0
         grad_weight = grad_weight.to(weight.dtype)
@@ -83,7 +83,7 @@ def _compute(
 
 
 # An operator of its own, so that torch.compile does not look inside: it would unroll the loop over chunks, and compile
-# it anew for every shape of a batch
+# it again for every shape of a batch
 _loss_and_gradients = torch.library.custom_op("admin_hf::linear_cross_entropy", _compute, mutates_args=())
 
 
@@ -107,7 +107,7 @@ def _(hidden, weight, bias, labels, label_smoothing, pad_id, dtype, needs_hidden
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # of the outputs behind the loss, which nothing uses
+    ctx.set_materialize_grads(False)  # of the outputs after the loss, which nothing uses
     ctx.save_for_backward(*output[2:])
 
 
@@ -146,13 +146,13 @@ def linear_cross_entropy(
 
         loss = lse(z) − (1−ε) z_y − ε/(V−1) Σ_{v≠pad} z_v,    z = hidden · weightᵀ + bias
 
-    The logits of a whole batch never exist: they are made, used for the gradient and dropped, a chunk of rows at a
-    time. A training step of a small model (width 128, vocabulary 10,000) on a CPU takes 1.08 times as long with stock
-    logits and loss in float32, 1.15 times in bfloat16.
+    The logits of a whole batch never exist at once: one chunk of rows at a time, they are computed, used for the
+    gradient and dropped. A training step of a small model (width 128, vocabulary 10,000) on a CPU takes 1.08 times as
+    long with stock logits and loss in float32, 1.15 times in bfloat16.
 
-    Sums are in float32 (float64 if `hidden` is); products run in autocast's dtype where that is on, else in
-    `hidden`'s. The padding entry gets no share of the smoothing and its row of `weight` no gradient, so a zero row
-    stays exactly zero.
+    Sums are in float32 (float64 if `hidden` is). Products run in autocast's dtype if autocast is on, else in the dtype
+    of `hidden`. The padding token gets no share of the smoothing, and its row of `weight` gets no gradient, so a zero
+    row stays exactly zero.
 
     Args:
         hidden: decoder output, `(batch_size, target_length, d_model)`.
@@ -161,14 +161,14 @@ def linear_cross_entropy(
         labels: target ids, `(batch_size, target_length)`, −100 where there is none.
         pad_token_id: id of the padding entry.
         label_smoothing: ε, in [0, 1).
-        num_items_in_batch: what the summed loss is divided by, for gradient accumulation and several processes, which
-            average over all targets of an update; by default the targets of this batch.
+        num_items_in_batch: the divisor of the summed loss. With gradient accumulation and several processes, it is the
+            number of all targets of an update; default: the targets of this batch.
 
     Returns:
         The loss and, without smoothing and without a gradient, the negative log-likelihood: scalars.
 
     Raises:
-        RuntimeError: a second derivative is asked for, in the backward pass.
+        RuntimeError: a second derivative is requested, in the backward pass.
     """
     if num_items_in_batch is None:
         num_items_in_batch = labels.ne(-100).sum().clamp(min=1)
@@ -176,7 +176,7 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = autocast_dtype(device) or hidden.dtype
     needs = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    with torch.autocast(device, enabled=False):  # or it would compute sums in `dtype` too
+    with torch.autocast(device, enabled=False):  # otherwise it would also compute sums in `dtype`
         compute = _loss_and_gradients if torch.compiler.is_compiling() else _Eager.apply
         inputs = (hidden, weight, bias, labels, label_smoothing, pad_token_id, dtype, *needs, device == "cpu")
         loss, nll, *_ = compute(*inputs)
@@ -190,7 +190,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What [`linear_cross_entropy`] computes, from logits: for an output layer that is more than its weight.
+    """The loss of [`linear_cross_entropy`], computed from logits: for an output layer that is more than its weight.
 
     Args:
         logits: `(batch_size, target_length, vocab_size)`.

@@ -1,4 +1,4 @@
-"""Admin Transformers: Marian with other residual connections. What is not written here is Marian's."""
+"""Admin Transformers: Marian with other residual connections. Everything that is not written here is Marian's."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +93,7 @@ class _ResidualLayer(nn.Module):
     def residual(
         self, connection: Any, x: Tensor, branch: Callable[[Tensor], Tensor], layer_input: Tensor | None = None
     ) -> Tensor:
-        # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout behind the branch is part of f_i
+        # x_i = f_LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1})); the dropout after the branch is part of f_i
         f = branch(cast_once(connection.branch_input(x)))
         shortcut = x + layer_input if layer_input is not None and connection.adds_layer_input else x
         return connection(shortcut, dropout(f, self.dropout, self.training))
@@ -139,7 +139,7 @@ class AdminDecoderLayer(_ResidualLayer, MarianDecoderLayer):
         use_cache: bool | None = True,
         **kwargs: Any,
     ) -> Tensor:
-        """Transform `hidden_states`, `(batch_size, target_length, d_model)`; `kwargs` is what attention takes."""
+        """Transform `hidden_states`, `(batch_size, target_length, d_model)`; `kwargs` are passed to attention."""
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, attention_mask=attention_mask, **kwargs)[0]
@@ -182,7 +182,7 @@ def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
     if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocab_size):
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ValueError(
-            f"{name} holds the id {int(wrong)}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
+            f"{name} contains the id {int(wrong)}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
             "tokenizer and model do not belong together."
         )
 
@@ -218,7 +218,7 @@ class _StackMixin(AdminPreTrainedModel):
         return outputs
 
 
-# Differences to MarianEncoder: residual connections, a module behind the stack, and inputs_embeds that are scaled as
+# Differences to MarianEncoder: residual connections, a module after the stack, and inputs_embeds that are scaled as
 # the embeddings of input_ids are, so that both mean the same (MarianDecoder does that already).
 class AdminEncoder(_StackMixin, MarianEncoder):
     def __init__(self, config: AdminConfig) -> None:
@@ -234,7 +234,7 @@ class AdminEncoder(_StackMixin, MarianEncoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """Encode `input_ids`, `(batch_size, source_length)`, of which `attention_mask` is 1 where not padding."""
+        """Encode `input_ids`, `(batch_size, source_length)`, where `attention_mask` is 1 except at padding."""
         self._check_input("input", input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -260,10 +260,10 @@ class AdminDecoder(_StackMixin, MarianDecoder):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Decode `input_ids`, `(batch_size, target_length)`, which follow what the cache in `kwargs` holds."""
+        """Decode `input_ids`, `(batch_size, target_length)`, which follow the positions in the cache of `kwargs`."""
         cache = given_cache(kwargs)
         past = cache.get_seq_length() if cache is not None else 0
-        # A static cache says its length in a tensor, which a GPU would have to wait for
+        # A static cache has its length in a tensor; to read it, the GPU would have to wait
         if isinstance(past, Tensor):
             past = int(past) if past.device.type == "cpu" and not torch.compiler.is_compiling() else 0
         self._check_input("decoder_input", input_ids, inputs_embeds, past)
@@ -291,7 +291,7 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
         self.encoder = AdminEncoder(config)
         self.decoder = AdminDecoder(config)
         if any(profiled_connections(self)):
-            self.omega_profiled = nn.Buffer(torch.zeros(()))  # 1 once a profile says where ω starts
+            self.omega_profiled = nn.Buffer(torch.zeros(()))  # 1 once a profile has set ω
         self.post_init()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -307,7 +307,7 @@ class AdminModel(AdminPreTrainedModel, MarianModel):
 
 @dataclass
 class AdminSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """What a model in train mode returns: `loss` is smoothed, `logits` is None.
+    """The output of a model in train mode: `loss` is smoothed, `logits` is None.
 
     Attributes:
         nll_loss: the loss without label smoothing, a scalar without a gradient.
@@ -317,10 +317,10 @@ class AdminSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
-    """An Admin Transformer for translation, to be used as any sequence-to-sequence model of Transformers.
+    """An Admin Transformer for translation, used like any sequence-to-sequence model of Transformers.
 
-    A new model has ω = 1, which is plain Post-LN: profile it before training, by [`AdminProfilingCallback`] in a
-    Trainer or by hand.
+    A new model has ω = 1, which is plain Post-LN. Profile it before training, with [`AdminProfilingCallback`] in a
+    Trainer, or with [`profile_residuals`] and [`initialize_omega`].
 
     Example:
 
@@ -370,7 +370,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         rows = self.model.decoder.embed_tokens.weight.shape[0]
         if self.lm_head.weight.shape[0] != rows:
             self.lm_head = self._get_resized_lm_head(self.lm_head, rows)
-        # The output layer says its size, which `pad_to_multiple_of` may have rounded up
+        # The output layer has the new size, which `pad_to_multiple_of` may have rounded up
         old = self.final_logits_bias
         new = old.new_zeros(1, self.lm_head.weight.shape[0])
         kept = min(old.shape[1], new.shape[1])
@@ -397,8 +397,8 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
         padding_idx = getattr(self.get_input_embeddings(), "padding_idx", None)
         if padding_idx not in (None, padding_id):
             raise ValueError(
-                f"config.pad_token_id is {padding_id} now, but the model was made with {padding_idx}, which it "
-                f"takes for padding and never predicts. {MENDED}"
+                f"config.pad_token_id is {padding_id} now, but the model was made with {padding_idx}, which it treats "
+                f"as padding and never predicts. {MENDED}"
             )
         self.warn_unprofiled()
 
@@ -419,21 +419,21 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
     ) -> Seq2SeqLMOutput:
         """As [`~transformers.MarianMTModel`], with another loss.
 
-        The loss is averaged over targets, or divided by `num_items_in_batch` where given. In train mode it is smoothed
+        The loss is averaged over targets, or divided by `num_items_in_batch` if given. In train mode it is smoothed
         by `config.label_smoothing` and computed without the full logits, so `logits` is None.
 
         Args:
             input_ids: source ids, `(batch_size, source_length)`.
             attention_mask: 1 for source tokens and 0 for padding, of the same shape.
-            labels: target ids, `(batch_size, target_length)`, −100 at padding; they also are the decoder's input,
-                shifted right by one, unless `decoder_input_ids` is given.
+            labels: target ids, `(batch_size, target_length)`, −100 at padding. Shifted right by one, they are also the
+                decoder's input, unless `decoder_input_ids` is given.
             kwargs: `num_items_in_batch`, the number of targets in the whole update, as Trainer passes it; the cache;
-                and what attention takes.
+                and arguments of attention.
 
         Raises:
-            ValueError: an id outside the vocabulary (looked for on the CPU only), a sequence longer than
-                `config.max_position_embeddings`; or, in training, labels that hold the padding id, or sources padded
-                on the left (on a GPU looked for in the first pass only).
+            ValueError: an id is outside the vocabulary (checked on the CPU only), or a sequence is longer than
+                `config.max_position_embeddings`; or, in training, labels contain the padding id, or sources are
+                padded on the left (on a GPU checked in the first pass only).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         padding_id: Any = self.config.pad_token_id
@@ -470,7 +470,7 @@ class AdminForConditionalGeneration(AdminPreTrainedModel, MarianMTModel):
 
         outputs = super().forward(**inputs)
         if torch.is_grad_enabled():
-            # Under a loss of the caller's the output layer's padding row gets no gradient either, and stays zero
+            # With a loss of the caller, too, the output layer's padding row gets no gradient, and stays zero
             is_pad = torch.arange(outputs.logits.shape[-1], device=outputs.logits.device).eq(padding_id)
             outputs.logits = torch.where(is_pad, outputs.logits.detach(), outputs.logits)
         if labels is None:

@@ -1,4 +1,4 @@
-"""What residual connections do while a model trains: the range of ω, and how large branches are beside shortcuts."""
+"""Measures residual connections during training: the range of ω, and the size of branches relative to shortcuts."""
 
 import math
 from contextlib import ExitStack
@@ -16,10 +16,10 @@ from .observation import Places, connections_of, observed_connections, stack_inp
 class ResidualMonitor:
     """Measures the residual connections of a model from outside, in passes that it makes anyway.
 
-    A sub-layer whose branch grows beside its shortcut, or whose ω runs away, is seen here before the loss shows it.
+    If a branch grows faster than its shortcut, or an ω becomes very large, it shows here before it shows in the loss.
 
     Args:
-        model: the model, also within the wrappers of processes or of PEFT.
+        model: the model; it may be inside wrappers of distributed training or of PEFT.
 
     Example:
 
@@ -50,11 +50,11 @@ class ResidualMonitor:
         self._hooks.callback(self.model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
 
     def metrics(self) -> dict[str, float]:
-        """Return `{encoder,decoder}_omega_{min,max}`, now, and `{encoder,decoder}_variance_ratio_{min,max}`.
+        """Return the present `{encoder,decoder}_omega_{min,max}`, and `{encoder,decoder}_variance_ratio_{min,max}`.
 
-        The latter are the smallest and largest Var[f_i] / Var[ω_i ⊙ x_{i-1}] of the stack's sub-layers at real tokens,
-        in the pass that was watched since this was asked last; there are none without one. A stack without ω has no
-        range of ω.
+        The latter are the smallest and largest Var[f_i] / Var[ω_i ⊙ x_{i-1}] of the stack's sub-layers at real tokens.
+        They are of the pass that was watched since the last call, and missing if there was none. A stack without ω has
+        no range of ω.
         """
         values: dict[str, Tensor] = {}
         measured, self._ratios = self._ratios, {}
@@ -85,5 +85,5 @@ def _observe(ratios: list[Tensor], tokens: Places, name: str, connection: Any, a
 
 
 def perplexity(nll: float) -> float:
-    """The exponential of a negative log-likelihood, and a finite number for any."""
+    """The exponential of a negative log-likelihood; always a finite number."""
     return math.exp(min(nll, 700))

@@ -1,4 +1,4 @@
-"""Looking at a model from outside, while it runs: hooks on its residual connections, at the tokens that are real."""
+"""Observes a running model from outside: hooks on its residual connections, at the real tokens."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,12 +20,12 @@ Places = tuple[Tensor, ...] | None
 def observed(
     modules: Iterable[tuple[str, nn.Module]], observe: Callable[..., None], before: bool = False
 ) -> ExitStack:
-    """Watch modules in forward passes, until what is returned is left as a context or closed.
+    """Watch modules in forward passes, until the returned context is left or closed.
 
     Args:
         modules: names and modules, such as [`residual_connections`] of a stack.
         observe: called with a module's name, the module, its positional inputs as a tuple and its output.
-        before: call it before the module computes, and so without an output.
+        before: call it before the module computes, without an output.
     """
     hooks = ExitStack()
     for name, module in modules:
@@ -37,7 +37,7 @@ def observed(
 def connections_of(model: nn.Module) -> dict[str, list[tuple[str, Any]]]:
     """The residual connections of each stack with their names below it, in execution order.
 
-    Of an Admin model they are modules, of one with an injected ω [`~admin_hf.injection.InjectedConnection`]s.
+    In an Admin model they are modules; with an injected ω they are [`~admin_hf.injection.InjectedConnection`]s.
     """
     if (injection := getattr(model, "injection", None)) is not None:
         return {name: [(each.name, each) for each in stack] for name, stack in injection.stacks.items()}
@@ -50,8 +50,8 @@ def observed_connections(
     """As [`observed`] of the residual connections, whose inputs are x_{i-1} and f_i(x_{i-1}), before they are scaled.
 
     Args:
-        observers: by the name of the stack. The output that one is called with is x_i times the connection's
-            `output_scale`, which only an injected ω makes something else than 1.
+        observers: by the name of the stack. They are called with x_i times the connection's `output_scale` as the
+            output; this factor is 1 except with an injected ω.
     """
     if (injection := getattr(model, "injection", None)) is not None:
         return injection.observed(observers, before)
@@ -62,7 +62,7 @@ def observed_connections(
 
 
 def run_stacks(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Run all stacks of a model on what [`stack_inputs`] returned."""
+    """Run all stacks of a model on the result of [`stack_inputs`]."""
     if getattr(model, "injection", None) is not None:
         model(**inputs)
     else:
@@ -75,11 +75,11 @@ def at(x: Tensor, tokens: Places) -> Tensor:
 
 
 def variance(x: Tensor, tokens: Places, scale: Tensor | float = 1.0) -> Tensor:
-    """Population variance of `scale · x` over all entries of the real tokens as one pool, in float32.
+    """Population variance of `scale · x` over all entries of all real tokens, in float32.
 
     Args:
         x: `(rows, length, d_model)`.
-        tokens: of [`stack_inputs`].
+        tokens: the places from [`stack_inputs`].
         scale: a number, or of shape `(1,)` or `(d_model,)`.
     """
     return (at(x, tokens).float() * scale).var(correction=0)
@@ -88,17 +88,18 @@ def variance(x: Tensor, tokens: Places, scale: Tensor | float = 1.0) -> Tensor:
 def stack_inputs(
     model: Any, batch: Mapping[str, Any], max_tokens: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Places]]:
-    """What the base model takes of a batch, which computes no logits and no loss, and where tokens are real.
+    """The inputs of the base model (which computes no logits and no loss) in a batch, and the places of real tokens.
 
     Args:
         model: the bare model; tensors are moved to its device.
-        batch: what its forward takes. Padding is where `attention_mask` is 0 for the encoder (else where the ids are
-            padding), and for the decoder where `labels` are −100, else where `decoder_attention_mask` is 0, else where
-            the ids after the first are padding. A row without labels only fills up a batch.
-        max_tokens: rows times the longer side, above which only the first rows are taken.
+        batch: the arguments of its forward. In the encoder, padding is where `attention_mask` is 0, or without it,
+            where the ids are padding. In the decoder, it is where `labels` are −100; without labels, where
+            `decoder_attention_mask` is 0; without both, where the ids after the first are padding. A row without
+            labels only fills up a batch.
+        max_tokens: limit of rows times the longer side; of a larger batch, only the first rows are used.
 
     Returns:
-        The inputs, and by stack the places of its real tokens.
+        The inputs, and the places of the real tokens by stack.
 
     Raises:
         ValueError: the batch lacks the input of a stack.
@@ -130,7 +131,7 @@ def stack_inputs(
 
 
 def _real_tokens(stack: Stack, inputs: dict[str, Tensor], targets: Tensor | None, padding_id: int) -> Tensor:
-    """True where a token of the stack is no padding, `(rows, length)`; nowhere in a row that only fills up a batch."""
+    """True where a token of the stack is not padding, `(rows, length)`; never in a row that only fills up a batch."""
     if stack.prefix and targets is not None:
         return targets
     if (mask := inputs.get(f"{stack.prefix}attention_mask")) is not None:
@@ -147,7 +148,7 @@ def _real_tokens(stack: Stack, inputs: dict[str, Tensor], targets: Tensor | None
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in train or evaluation mode as before."""
+    """A context that restores the mode (train or evaluation) of every module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

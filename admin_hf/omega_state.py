@@ -1,4 +1,4 @@
-"""What is known of a model's ω: whether it was measured or loaded, and whether the model was profiled."""
+"""The state of a model's ω: whether it was measured or loaded, and whether the model was profiled."""
 
 from collections.abc import Iterable
 from typing import Any, cast
@@ -28,9 +28,9 @@ class OmegaState:
     def is_profiled(self) -> bool:
         """Whether a profile was written into ω: measured on a batch, or read from a file.
 
-        It is saved with the weights, as the buffer `omega_profiled`. False for a model that began with ω = 1 (a stock
-        Marian that is gone on from, or an Admin model that was trained without a profile), whatever became of its ω,
-        and for one that has no ω to profile.
+        It is saved with the weights, as the buffer `omega_profiled`. It is False for a model that started with ω = 1
+        (a stock Marian, or an Admin model that was trained without a profile), whatever its ω is now. It is also False
+        for a model without an ω to profile.
         """
         return self._profiled_flag is not None and bool(self._profiled_flag)
 
@@ -41,32 +41,32 @@ class OmegaState:
 
     @property
     def omega_initialized(self) -> bool:
-        """Whether ω was measured or loaded. False after construction; true where no ω of the model is profiled.
+        """Whether ω was measured or loaded. False after construction; True if the model has no ω to profile.
 
-        An entry other than 1 was measured or loaded somehow, by `load_state_dict` too.
+        An entry other than 1 counts as measured or loaded, for example by `load_state_dict`.
         """
         return all(c.initialized or bool((c.omega != 1).any()) for c in self.profiled_connections())
 
     def warn_unprofiled(self) -> None:
-        """Say, once, that the model trains without a profile, if it has an ω that should have had one."""
+        """Warn, once, that the model trains without a profile, if it has an ω that should be profiled."""
         omegas = [connection.omega for connection in self.profiled_connections()]
         if self._said_unprofiled or not omegas or self.is_profiled:
             return
         self._said_unprofiled = True
         if not self.omega_initialized:
             logger.warning(
-                "The model was not profiled: it trains with every ω at 1, as plain Post-LN and not as Admin. Add "
+                "The model was not profiled: it trains with every ω at 1, as plain Post-LN instead of Admin. Add "
                 "AdminProfilingCallback() to the Trainer, or call initialize_omega(model, profile_residuals(model, "
                 "batch)) before the first update."
             )
         elif all(bool((omega == 1).all()) for omega in omegas):
-            logger.warning("The model was never profiled: it goes on with every ω at 1, as plain Post-LN.")
+            logger.warning("The model was never profiled: training continues with every ω at 1, as plain Post-LN.")
         else:
-            logger.warning("The model was never profiled: it goes on with the ω that it has, not as Admin.")
+            logger.warning("The model was never profiled: training continues with its present ω, not as Admin.")
 
 
 def omega_state(model: Any) -> OmegaState:
-    """Who knows the state of a model's ω: an Admin model itself, or the injection of a stock model.
+    """The object that knows the state of a model's ω: an Admin model itself, or the injection of a stock model.
 
     Raises:
         ValueError: the model has no ω.
@@ -74,8 +74,8 @@ def omega_state(model: Any) -> OmegaState:
     state = getattr(model, "injection", None) or model
     if not hasattr(state, "omega_initialized"):  # which an adapter around an Admin model has, too
         raise ValueError(
-            f"{type(model).__name__} is no Admin model, so it has no ω: load it by "
-            "`AdminForConditionalGeneration.from_pretrained`, give it an ω by `inject`, or leave the callback out."
+            f"{type(model).__name__} is not an Admin model, so it has no ω: load it with "
+            "`AdminForConditionalGeneration.from_pretrained`, give it an ω with `inject`, or leave the callback out."
         )
     return cast(OmegaState, state)
 

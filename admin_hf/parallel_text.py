@@ -1,4 +1,4 @@
-"""Parallel text in any of its forms: every line is one pair, and every complaint names file and line."""
+"""Reads parallel text in all its forms: every line is one pair, and every error names file and line."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ _QUOTES = (
 
 
 class Pair(NamedTuple):
-    """A source and its translation; None where a table has none."""
+    """A source and its translation; None if a table lacks it."""
 
     line: int
     source: str | None
@@ -31,25 +31,25 @@ class Pair(NamedTuple):
 
 
 def is_blank(text: str | None) -> bool:
-    """Whether there is nothing to translate: no text, or white space and characters without width alone."""
+    """Whether there is nothing to translate: no text, or only white space and characters without width."""
     return text is None or _INVISIBLE.fullmatch(text) is not None
 
 
 def as_written(text: str) -> str:
-    """The text as translations are written and scored: a space for whatever any program takes for a line's end."""
+    """The text in the form in which translations are written and scored: every kind of line end becomes a space."""
     return " ".join(text.splitlines()).strip(" ")
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name of a file is that of a table, which holds both sides."""
+    """Whether the name of a file is that of a table, which contains both sides."""
     return path.suffix.lower() in TABLE_FORMATS
 
 
 def find_files(file: str, languages: Sequence[str], source_only: bool = False) -> list[Path]:
-    """The files that a name means: one table, a source and a target file, or source text alone.
+    """The files that a name means: one table, a source and a target file, or only source text.
 
     Args:
-        file: a table, or the prefix of text files that end in the languages; with `source_only`, a text file as well.
+        file: a table, or the prefix of text files that end in the languages; with `source_only`, also a text file.
         languages: of source and target.
         source_only: whether the target may be missing.
     """
@@ -75,8 +75,8 @@ def read_pairs(paths: Sequence[Path], languages: Sequence[str], source_only: boo
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: what is not UTF-8 or no table, or has no such languages, or no line for each of the other side;
-            with file and line.
+        ValueError: a file is not UTF-8 or not a table, has no such languages, or lacks lines of the other side. The
+            message names file and line.
     """
     if not is_table(paths[0]):
         sides = [read_lines(path) for path in paths]
@@ -99,28 +99,28 @@ def _text(value: Any, path: Path, line: int, language: str) -> str | None:
         raise ValueError(f"{path}, line {line}: {language!r} is {repr(value)[:80]}; expected text.")
     if value is not None and (half := re.search("[\ud800-\udfff]", value)):
         raise ValueError(
-            f"{path}, line {line}: {language!r} holds \\u{ord(half[0]):04x}, half of a surrogate pair, which is no "
-            "character."
+            f"{path}, line {line}: {language!r} contains \\u{ord(half[0]):04x}, half of a surrogate pair, which is "
+            "not a character."
         )
     return value
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, without what ends them.
+    """The lines of a text file, without their line ends.
 
     Raises:
-        OSError, ValueError: as `decoded_lines`, or there is no such file.
+        OSError, ValueError: as in `decoded_lines`, or there is no such file.
     """
     with path.open("rb") as file:
         yield from decoded_lines(file, path)
 
 
 def decoded_lines(lines: Iterable[bytes], name: object) -> Iterator[str]:
-    """Lines of a file in UTF-8 as text, without what ends them and without the byte order mark of the first.
+    """Lines of a file in UTF-8 as text, without line ends and without a byte order mark.
 
     Args:
-        lines: a file that is open for reading bytes, of which only a line feed ends a line.
-        name: of the file, for people.
+        lines: a file that is open for reading bytes; only a line feed ends a line.
+        name: readable name of the file.
 
     Raises:
         ValueError: a line is not UTF-8.
@@ -180,9 +180,9 @@ def _tsv_cells(text: str, path: Path, line: int) -> list[str]:
 
 
 def _csv_cells(text: str, path: Path, line: int) -> list[str]:
-    # A line at a time: a stray quote would take the rows up to the next one for one cell
+    # One line at a time: otherwise a stray quote would make one cell of all rows up to the next quote
     if "\r" in text:
-        raise ValueError(f"{path}, line {line}, cannot be read as CSV: it has a carriage return within.")
+        raise ValueError(f"{path}, line {line}, cannot be read as CSV: it contains a carriage return.")
     try:
         return next(csv.reader([text], strict=True), [])
     except csv.Error as error:
@@ -246,7 +246,7 @@ def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     if not text.startswith("]", place):
         raise _json_error(path, line, "expected ',' or ']'")
     if _end_of_space(text, place + 1) < len(text):
-        raise _json_error(path, line, "there is more behind the array")
+        raise _json_error(path, line, "there is more after the array")
 
 
 def _json_value(text: str, begin: int, path: Path, line: int) -> tuple[Any, int]:
@@ -254,7 +254,7 @@ def _json_value(text: str, begin: int, path: Path, line: int) -> tuple[Any, int]
         return _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
         raise _json_error(path, line + text.count("\n", begin, error.pos), error.msg) from error
-    except (ValueError, RecursionError) as error:  # of a number with thousands of digits, of brackets as deep
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or brackets thousands deep
         raise _json_error(path, line, str(error)) from error
 
 

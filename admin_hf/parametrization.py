@@ -10,14 +10,14 @@ from torch.nn.utils import parametrize
 
 
 class Product(Tensor):
-    """A weight that is computed. What is written to it would be lost, so that all that writes raises an error."""
+    """A computed weight. Anything written to it would be lost, so writing raises an error."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            "This weight is the product of a parameter and ω, and what is written to it would be lost: write to "
-            "`parametrizations.weight.original`; or call `reparameterize` first, as before adapters are merged."
+            "This weight is the product of a parameter and ω, so anything written to it would be lost: write to "
+            "`parametrizations.weight.original`; or call `reparameterize` first, for example to merge adapters."
         )
 
     @property
@@ -38,7 +38,7 @@ class Scaled(nn.Module):
     """A parametrization: a weight or bias times ω, or divided by it along the inputs of a matrix.
 
     Args:
-        norm: the LayerNorm behind the sub-layer, which holds ω.
+        norm: the LayerNorm after the sub-layer, which contains ω.
         divides: whether the weight is divided.
         transposed: whether the inputs are the rows of the matrix, as in a `Conv1D`.
     """
@@ -57,14 +57,14 @@ class Scaled(nn.Module):
 
 
 def scale(module: Any, norm: nn.Module, names: Sequence[str] = ("weight", "bias"), **how: bool) -> None:
-    """Make products with the ω of a LayerNorm of a module's weights; `how` as for [`Scaled`]."""
+    """Turn a module's weights into products with the ω of a LayerNorm; `how` as in [`Scaled`]."""
     for name in names:
         if getattr(module, name) is not None:
             parametrize.register_parametrization(module, name, Scaled(norm, **how))
 
 
 def original(module: Any, name: str) -> Tensor:
-    """The parameter behind a weight."""
+    """The parameter from which a weight is computed."""
     is_scaled = parametrize.is_parametrized(module, name)
     value: Tensor = module.parametrizations[name].original if is_scaled else getattr(module, name)
     return value
@@ -72,13 +72,13 @@ def original(module: Any, name: str) -> Tensor:
 
 @torch.no_grad()
 def remove(base: nn.Module, folds: bool) -> None:
-    """Take all ω out of a model: products in place of the weights, computed in float64, or the weights as they are."""
+    """Remove all ω from a model: keep the products, computed in float64, or the original weights."""
     for module in base.modules():
         for name in [*getattr(module, "parametrizations", ())]:
             scaled: Any = module.parametrizations[name]  # type: ignore[index]
-            if not isinstance(scaled[0], Scaled):  # a weight norm of the model's own
+            if not isinstance(scaled[0], Scaled):  # a weight norm that belongs to the model
                 continue
-            # PyTorch takes properties from the class, which the model has that this one is a copy of
+            # PyTorch removes properties from the class, which the original of this copy still uses
             kind = type(module)
             module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             value = scaled.original.to("cpu", torch.float64) if folds else scaled.original
@@ -86,7 +86,7 @@ def remove(base: nn.Module, folds: bool) -> None:
                 value = product(value)
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             getattr(module, name).copy_(value)
-    for module in base.modules():  # of which some may be an adapter's copies
+    for module in base.modules():  # some of them may be an adapter's copies
         for name in ("omega", "omega_profiled"):
             if name in module._parameters or name in module._buffers:
                 delattr(module, name)

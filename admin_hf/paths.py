@@ -1,4 +1,4 @@
-"""What may be published of a path or a name: no folder of the machine that it is of."""
+"""The part of a path or a name that may be published: no folder of the machine."""
 
 import os
 import re
@@ -11,15 +11,15 @@ _TEXTS = ("source_prefix", "optim_target_modules")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be one on the Hub, `user/name` or `name`, and nothing that lies here."""
+    """Whether a name can only be one on the Hub, `user/name` or `name`, and is not a local file."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not os.path.exists(name)
 
 
 def published(value: Any, name: str = "") -> Any:
-    """A value of an argument as it may be published: of a path, also within a list or dict, the last part.
+    """The publishable form of an argument's value: of a path, also in a list or dict, only the last part.
 
     Args:
-        name: of the argument, for some hold text.
+        name: name of the argument, because some arguments are text.
 
     Example:
 

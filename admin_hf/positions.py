@@ -1,7 +1,7 @@
 """Position tables that a model cannot compute again, such as fairseq's: they are saved with its weights.
 
-Marian's loader takes a table from a file, but `save_pretrained` leaves every table out, since the standard one,
-sinusoids counted from 0, is made anew. Another one would be lost without a word.
+Marian's loader reads a table from a file. But `save_pretrained` leaves out every table, since the standard one,
+sinusoids counted from 0, is computed again. Another table would be lost without a warning.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,15 +26,15 @@ def position_tables(model: torch.nn.Module) -> Iterator[tuple[str, MarianSinusoi
 
 @lru_cache(maxsize=4)
 def standard_table(length: int, width: int) -> Tensor:
-    """The table that Marian makes for itself, `(length, width)` in float32."""
-    with torch.device("meta"):  # where a constructor draws no random numbers
+    """The table that Marian computes, `(length, width)` in float32."""
+    with torch.device("meta"):  # a constructor draws no random numbers there
         module = MarianSinusoidalPositionalEmbedding(length, width)
     with torch.device("cpu"):
         return cast(Tensor, module.create_weight()).float()
 
 
 def is_standard(table: Tensor) -> bool:
-    """Whether a table, `(length, width)`, is the standard one, at most rounded to half precision."""
+    """Whether a table, `(length, width)`, is the standard one, possibly rounded to half precision."""
     standard, table = standard_table(*table.shape), table.detach().cpu().double()
     return any(table.allclose(standard.to(dtype).double(), rtol=0, atol=1e-6) for dtype in _DTYPES)
 
@@ -42,12 +42,12 @@ def is_standard(table: Tensor) -> bool:
 def save_own_tables(model: Any, weights: Mapping[str, Tensor] | None = None) -> None:
     """Let `save_pretrained` of this model write its position tables, unless they are standard.
 
-    Call it whenever the tables may have changed. A stock class knows nothing of it: a model that it loads from the
-    folder has the tables, and loses them when it is saved again.
+    Call it whenever the tables may have changed. Stock classes do not do this: a model that they load from the folder
+    has the tables, but loses them when it is saved again.
 
     Args:
-        model: of any class; one without such tables is left as it is.
-        weights: the model's state dict, where its own weights are spread over processes.
+        model: a model of any class; one without such tables is not changed.
+        weights: the model's state dict, if its own weights are sharded over processes.
     """
     tables = {f"{name}.weight": module.weight for name, module in position_tables(model)}
     if weights is not None:

@@ -1,4 +1,4 @@
-"""What all Admin models share beside the network: initialisation, loading, and what is known of their ω."""
+"""The base of all Admin models, apart from the network: initialisation, loading, and the state of ω."""
 
 import os
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?shared\.weight$"]
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """The attention that is asked for, or the models' own."""
+        """The requested attention, or the models' own."""
         return super().get_correct_attn_implementation(requested_attention or ADMIN_ATTENTION, is_init_check)
 
     @torch.no_grad()
@@ -86,7 +86,8 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
             loading_info.missing_keys = set()
             self._said_unprofiled = True
             logger.warning(
-                "The checkpoint has no shortcut scales: it is plain Post-LN, and training goes on from it with ω = 1."
+                "The checkpoint has no shortcut scales: it is plain Post-LN, and training continues from it with ω = "
+                "1."
             )
         for name, connection in profiled.items():
             connection.initialized = name not in loading_info.missing_keys
@@ -96,7 +97,7 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
             table.weight.requires_grad_(False)
 
     def complete_generation_config(self) -> None:
-        """Let `generate` go on to the end of a sentence: where nothing is said, Transformers cuts at 20 tokens."""
+        """Let `generate` continue to the end of a sentence: by default, Transformers cuts at 20 tokens."""
         if self.can_generate() and self.generation_config.max_length is None:
             self.generation_config.max_length = self.config.max_position_embeddings
 
@@ -121,15 +122,15 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load an Admin checkpoint, or a Marian one, such as a vanilla model, which goes on with ω = 1.
+        """Load an Admin checkpoint, or one of Marian, such as a vanilla model, whose ω then is 1.
 
-        As [`~transformers.PreTrainedModel.from_pretrained`], but for what it does with a checkpoint that cannot be
-        used: pickles are refused unless `use_safetensors=False`, and what is damaged gets one sentence.
+        As [`~transformers.PreTrainedModel.from_pretrained`], except for checkpoints that cannot be used: pickles are
+        refused unless `use_safetensors=False`, and a damaged checkpoint raises an error of one sentence.
 
         Raises:
-            OSError: no weights, or weights that are truncated, damaged or pickled.
-            ValueError: a config.json of another model or with wrong values, or NaN or infinite weights.
-            RuntimeError: weights of other shapes than config.json says.
+            OSError: there are no weights, or they are truncated, damaged or pickled.
+            ValueError: config.json belongs to another model or has wrong values, or weights are NaN or infinite.
+            RuntimeError: weights do not have the shapes of config.json.
         """
         source = pretrained_model_name_or_path
         with explained_errors(source):
@@ -149,17 +150,17 @@ class AdminPreTrainedModel(OmegaState, PublishableModel, MarianPreTrainedModel):
                 f"{tuple(expected)}{_and_others(info['mismatched_keys'])}."
             )
         for name in odd.keys() - set(info["unexpected_keys"]):
-            raise OSError(f"{source} holds {name} as {odd[name]}; expected a floating-point tensor.")
+            raise OSError(f"{source} contains {name} as {odd[name]}; expected a floating-point tensor.")
         check_finite(model, f"The checkpoint {source}")
         model.complete_generation_config()
         return (model, info) if output_loading_info else model
 
 
 def load_complete(model_class: type[AdminPreTrainedModel], source: str | os.PathLike, config: AdminConfig) -> Any:
-    """Load a model whose checkpoint holds all of its weights, and no others.
+    """Load a model whose checkpoint has all of its weights, and no others.
 
     Raises:
-        OSError, ValueError, RuntimeError: as `from_pretrained`, or weights are missing or too many.
+        OSError, ValueError, RuntimeError: as `from_pretrained`; also if weights are missing or unexpected.
     """
     model, info = model_class.from_pretrained(source, config=config, output_loading_info=True)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:

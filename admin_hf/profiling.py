@@ -4,10 +4,10 @@ Section 4.3 of the paper: run the freshly initialised model on one batch, record
 
     ω_i = sqrt(Σ_{j<i} Var[f_j])
 
-in all entries. Each stack has a chain of its own; its first sub-layer has no ω (see [`~admin_hf.residual.Admin`]), and
-stacks of other systems are measured as they are. Two things are the authors' code's, for the paper measures with ω = 1
-and does not mention the embedding: j = 0 is the stack's embedding, and ω is applied in the very pass that measures it,
-so that the chain is consistent with itself. Unlike there, padding is left out of the variances.
+in all entries. Each stack has a sum of its own. Its first sub-layer has no ω (see [`~admin_hf.residual.Admin`]), and
+stacks of other systems are measured without changes. Two things follow the authors' code. j = 0 is the stack's
+embedding, which the paper does not mention. And ω is applied in the same pass that measures it, where the paper
+measures with ω = 1. Unlike in that code, padding is left out of the variances.
 """
 
 import contextlib
@@ -44,15 +44,15 @@ MAX_PROFILE_TOKENS = 8192
 
 @dataclass
 class StackProfile:
-    """What profiling measured in one stack, a list entry for each sub-layer in execution order.
+    """The profile of one stack: lists with one entry per sub-layer, in execution order.
 
     Attributes:
         names: the residual connections' names below the stack, such as `layers.0.self_attn_layer_norm`.
-        branch_variances: Var[f_i], the variance of all entries of the branch output at real tokens, as one pool.
+        branch_variances: Var[f_i], the variance over all entries of the branch output at real tokens.
         shortcut_variances: Var[x_{i-1}] of the same tokens, before ω: the variance of the embeddings for the first
-            sub-layer, and 1 for the others, behind a LayerNorm.
-        omega: the shortcut scales ω_i that are to be written, or the mean of those that are not profiled; 1 where a
-            sub-layer has none.
+            sub-layer, and 1 for the others, which follow a LayerNorm.
+        omega: the shortcut scales ω_i to write, or the mean of those that are not profiled; 1 for a sub-layer without
+            an ω.
     """
 
     names: list[str] = field(default_factory=list)
@@ -61,10 +61,10 @@ class StackProfile:
     omega: list[float] = field(default_factory=list)
 
     def next_omega(self, first: int = 0) -> float:
-        """ω_i = sqrt(Var[x_0] + Σ_{0<j<i} Var[f_j]) of the sub-layer behind those profiled so far.
+        """ω_i = sqrt(Var[x_0] + Σ_{0<j<i} Var[f_j]) of the sub-layer that follows those profiled so far.
 
         Args:
-            first: the sub-layer, counted from 0, at whose shortcut the chain starts.
+            first: the sub-layer, counted from 0, at whose shortcut the sum starts.
         """
         return (self.shortcut_variances[first] + sum(self.branch_variances[first:])) ** 0.5
 
@@ -88,7 +88,7 @@ class ResidualProfile:
         return self.stacks["decoder"]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the profile as JSON, whole or not at all."""
+        """Write the profile as JSON, completely or not at all."""
         write_whole(path, json.dumps(asdict(self)["stacks"], indent=1) + "\n")
 
     @classmethod
@@ -112,12 +112,13 @@ class ResidualProfile:
         for name, stack in profile.stacks.items():
             if not _is_sound(stack):
                 raise ValueError(
-                    f"{path} is damaged: its {name} must hold lists of names and of numbers, all as long."
+                    f"{path} is damaged: its {name} must contain lists of names and of numbers, all of the same "
+                    "length."
                 )
         return profile
 
     def table(self, rows: int = 6) -> str:
-        """A short table of ω for people: at most `rows` sub-layers of each stack, first and last among them."""
+        """A short, readable table of ω: at most `rows` sub-layers of each stack, including the first and the last."""
         lines = [f"{'sub-layer':<46}{'Var[f]':>10}{'ω':>10}"]
         for name, stack in self.stacks.items():
             count = len(stack.names)
@@ -143,16 +144,16 @@ def _is_sound(stack: StackProfile) -> bool:
 def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
     """Measure the branch variances of `model` on one batch, and the ω that follow from them.
 
-    One forward pass in train mode (dropout is part of a branch) without gradients. Weights, buffers, modes and random
-    states are left as they were: nothing is initialised until [`initialize_omega`] is called.
+    It is one forward pass in train mode (dropout is part of a branch) without gradients. It does not change weights,
+    buffers, modes and random states: nothing is initialised until [`initialize_omega`] is called.
 
     Args:
-        model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, of any residual systems; or
-            a model that [`inject`] has given an ω; also within the wrappers of processes or of PEFT. With an injected
-            ω, the chain of variances starts behind the stack's first LayerNorm, so that no ω starts below 1, but for
-            the LayerNorm's ε.
-        batch: what the model's forward takes, as tensors; moved to the model's device. Of a batch of more than 8,192
-            tokens (rows times the longer side) the first rows are used. Padding is left out, as
+        model: an [`AdminModel`] or [`AdminForConditionalGeneration`], freshly initialised, with any residual systems;
+            or a model with an ω from [`inject`]. It may be inside wrappers of distributed training or of PEFT. With an
+            injected ω, the sum of variances starts after the stack's first LayerNorm. So no ω starts below 1, except
+            for the LayerNorm's ε.
+        batch: the arguments of the model's forward, as tensors; they are moved to the model's device. If a batch has
+            more than 8,192 tokens (rows times the longer side), only its first rows are used. Padding is left out, as
             [`~admin_hf.observation.stack_inputs`] finds it.
 
     Returns:
@@ -194,7 +195,7 @@ def profile_residuals(model: Any, batch: Mapping[str, Any]) -> ResidualProfile:
         for name, _ in connections[which]:
             if name not in measured.names:
                 raise ValueError(
-                    f"{which}.{name} took no part in the pass, for an adapter stands in for it (modules_to_save of "
+                    f"{which}.{name} took no part in the pass, because an adapter replaces it (modules_to_save of "
                     "PEFT): call `initialize_omega(model, profile_residuals(model, batch))` before `get_peft_model`."
                 )
     return profile
@@ -204,7 +205,7 @@ def initialize_omega(model: Any, profile: ResidualProfile) -> None:
     """Write the profile's ω into all entries of the model's shortcut scales; nothing else changes.
 
     Raises:
-        ValueError: the profile was made for another model (other sub-layers), or an ω in it is not finite and
+        ValueError: the profile belongs to another model (other sub-layers), or an ω in it is not finite and
             positive. Then nothing is written.
     """
     model = bare_model(model)
@@ -275,7 +276,7 @@ def _observe(
 
 def _variance(x: Tensor, tokens: Places, name: str) -> float:
     if tokens is not None and not len(tokens[0]):
-        raise ValueError("The batch holds padding only on one side: there is nothing to profile.")
+        raise ValueError("The batch has only padding on one side: there is nothing to profile.")
     value = float(variance(x, tokens))
     if not value < float("inf"):
         raise ValueError(f"The variance at {name} is {value}: the batch or the model's weights are not finite.")

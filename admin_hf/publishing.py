@@ -1,4 +1,4 @@
-"""Publishing: what of a model is written where, with its ω or as the vanilla model that needs no code of ours."""
+"""Publishing: saves and uploads a model, with its ω or as the vanilla model, which needs no code of this project."""
 
 import copy
 import os
@@ -31,16 +31,16 @@ def write_vanilla(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Write what [`reparameterize`] makes of a model, and its tokenizer, in place of the model in a folder.
+    """Write the vanilla model of [`reparameterize`], and its tokenizer, and replace the model in a folder.
 
-    It is folded and verified before anything is written, and takes its place only when it is complete.
+    It is folded and verified before anything is written, and replaces the old one only when it is complete.
 
     Returns:
         The vanilla model.
 
     Raises:
         ValueError: as [`reparameterize`].
-        OSError: it cannot be written; the folder is as it was.
+        OSError: it cannot be written; the folder is unchanged.
     """
     vanilla = fold(model, dtype, tokenizer)
     with replaced_model(folder) as staging:
@@ -52,13 +52,13 @@ def write_vanilla(
 
 @dataclass(frozen=True)
 class Publication:
-    """The choice that a folder gets the vanilla model of a model that is saved to it, whoever saves it.
+    """The choice that a model saved to this folder is saved as its vanilla model, by any caller.
 
-    A Trainer calls `save_pretrained(folder)` alike for its checkpoints and for the folder that it uploads.
+    A Trainer calls `save_pretrained(folder)` in the same way for its checkpoints and for the folder that it uploads.
 
     Attributes:
-        folder: as an absolute path.
-        tokenizer: whose entries the vanilla model is fitted to.
+        folder: an absolute path.
+        tokenizer: the vanilla model is fitted to its entries.
     """
 
     folder: Path
@@ -72,12 +72,12 @@ def _vanilla_or_none(make: Callable[[], Any], directory: str | os.PathLike) -> A
     try:
         return make()
     except ValueError as error:
-        logger.error(f"{directory} gets the model with ω, for it cannot be folded: {error}")
+        logger.error(f"{directory} gets the model with ω, because it cannot be folded: {error}")
         return None
 
 
 def publish(model: Any, publication: Publication) -> None:
-    """Make a choice for a model: an Admin model, a stock one that [`inject`] has given an ω, or PEFT's around one."""
+    """Make this choice for an Admin model, a stock model with an ω from [`inject`], or a PEFT model around one."""
     if isinstance(model, PublishableModel):
         model.publication = publication
     else:
@@ -101,12 +101,12 @@ def push(
 ) -> str:
     """Upload a model as [`~transformers.PreTrainedModel.push_to_hub`] does, with a card.
 
-    A card that was written by hand there stays; weights and adapters of an earlier model do not.
+    A card that was written by hand is kept; weights and adapters of an earlier model are removed.
 
     Args:
-        model: as it shall be loaded.
-        card: what is known of it.
-        tokenizer: to be uploaded with it.
+        model: the model in the form in which it will be loaded.
+        card: its model card.
+        tokenizer: uploaded with it.
     """
     api = hf_api()
     repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -167,10 +167,10 @@ class _SavePublished:
 
 
 class PublishableModel(PreTrainedModel):
-    """A model that is saved with its ω, and published without.
+    """A model that is saved with its ω, and published without it.
 
     Attributes:
-        publication: which folder gets the vanilla model, if any ([`AdminPublishingCallback`] says so).
+        publication: the folder that gets the vanilla model, if any ([`AdminPublishingCallback`] sets it).
     """
 
     publication: Publication | None = None
@@ -186,14 +186,15 @@ class PublishableModel(PreTrainedModel):
         reparameterize: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model to a folder: with ω, to train on, or as the vanilla checkpoint that needs none of this code.
+        """Save the model to a folder: with ω, for further training, or as the vanilla model, which needs no code of
+        ours.
 
-        As [`~transformers.PreTrainedModel.save_pretrained`], and with `push_to_hub=True` as [`push_to_hub`] after it.
+        As [`~transformers.PreTrainedModel.save_pretrained`], and with `push_to_hub=True` also as [`push_to_hub`].
 
         Args:
-            reparameterize: save what [`reparameterize`] makes of the model. It is folded and verified before anything
-                is written, and takes the place of what the folder holds only when it is complete. Where unset, a
-                folder gets the model with ω (unless it is that of `publication`), and the Hub the vanilla one.
+            reparameterize: save the vanilla model of [`reparameterize`]. It is folded and verified before anything is
+                written, and replaces the model in the folder only when it is complete. By default, a folder gets the
+                model with ω (unless it is that of `publication`), and the Hub gets the vanilla model.
 
         Raises:
             ValueError: the model cannot be folded (see [`reparameterize`]).
@@ -210,7 +211,7 @@ class PublishableModel(PreTrainedModel):
             with replaced_model(save_directory) as folder:
                 vanilla.save_pretrained(folder, **kwargs)
         elif is_main_process or not reparameterize:
-            if state_dict is not None:  # gathered from shards, where tied weights are copies that would be saved twice
+            if state_dict is not None:  # gathered from shards: tied weights are copies there, and would be saved twice
                 state_dict = {name: x for name, x in state_dict.items() if name not in self.all_tied_weights_keys}
             save_own_tables(self, state_dict)
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
@@ -230,14 +231,14 @@ class PublishableModel(PreTrainedModel):
         card_data: ModelCardData | None = None,
         **kwargs: Any,
     ) -> str:
-        """Upload the model to the Hub, as the vanilla checkpoint that loads without this code.
+        """Upload the model to the Hub, as the vanilla model, which loads without this code.
 
         Args:
-            repo_id: the repository, such as `"me/en-de"`; made if there is none.
-            reparameterize: set to False to upload the model with its ω. It needs `admin_hf` to be loaded then, or its
-                code beside it: call `register_for_auto_class` first.
-            card_data: what only you know, for the model card: license, languages, data sets, scores … A card that was
-                written by hand stays as it is.
+            repo_id: the repository, such as `"me/en-de"`; it is made if it does not exist.
+            reparameterize: set to False to upload the model with its ω. To load it, `admin_hf` must then be installed,
+                or its code must be uploaded with it: call `register_for_auto_class` first.
+            card_data: information for the model card that only you have: license, languages, data sets, scores … A
+                card that was written by hand is kept.
             kwargs: as [`~transformers.PreTrainedModel.push_to_hub`].
 
         Returns:
@@ -246,13 +247,13 @@ class PublishableModel(PreTrainedModel):
         Raises:
             ValueError: the model cannot be folded (see [`reparameterize`]); nothing was uploaded.
         """
-        if not reparameterize and getattr(self, "peft_config", None):  # an adapter, which Transformers pushes alone
+        if not reparameterize and getattr(self, "peft_config", None):  # Transformers would push only the adapter
             return cast(Any, super()).push_to_hub(repo_id, **kwargs)
         return push(self._vanilla() if reparameterize else self, repo_id, Card.of(self, card_data), **kwargs)
 
     def _vanilla(self, state_dict: dict[str, Tensor] | None = None) -> Any:
         model: Any = self
-        if state_dict is not None:  # of a model whose weights are spread over processes
+        if state_dict is not None:  # of a model whose weights are sharded over processes
             model = cast(Any, type(self)(copy.deepcopy(self.config))).to(self.dtype)
             model.load_state_dict(state_dict)
             model.generation_config = self.generation_config
@@ -260,14 +261,14 @@ class PublishableModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type | None = None) -> None:
-        """Let `save_pretrained` put the code of the model beside its weights.
+        """Let `save_pretrained` save the code of the model with its weights.
 
-        Such a folder is loaded by `AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)` where
-        `admin_hf` is not installed.
+        `AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)` then loads it where `admin_hf` is not
+        installed.
 
         Args:
-            auto_class: the class that loads it, where another than `AutoModelForSeq2SeqLM` (for
-                [`AdminForConditionalGeneration`]) or `AutoModel` (for [`AdminModel`]) is wanted.
+            auto_class: the class that loads it; default: `AutoModelForSeq2SeqLM` (for
+                [`AdminForConditionalGeneration`]) or `AutoModel` (for [`AdminModel`]).
         """
         cast(Any, cls.config_class).register_for_auto_class()
         super().register_for_auto_class(auto_class or cls._default_auto_class)

@@ -1,8 +1,8 @@
-"""Folding a trained model into the vanilla Transformer that it is equal to (Appendix C of the paper).
+"""Folds a trained model into the equivalent vanilla Transformer (Appendix C of the paper).
 
 Scales on the shortcut and on the branch of a Post-LN connection, ``x_i = LN(s_i ⊙ x_{i-1} + r_i ⊙ f_i(x_{i-1}))``,
-are only another way to write weights: s_i goes into the LayerNorm before and, as its inverse, into the projections
-that read it; r_i goes into the projection that ends the branch. What is left is stock Marian.
+are only another way to write weights. s_i goes into the LayerNorm before and, as its inverse, into the projections
+that read it. r_i goes into the projection that ends the branch. The result is stock Marian.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .verification import verify
 from .vocabulary import fit_vocabulary
 
 
-# Nearer to zero, 1/ω does not fit half precision, and ruins the scales of a quantised matrix long before.
+# Closer to zero, 1/ω does not fit half precision, and already earlier it ruins the scales of a quantised matrix.
 MIN_SCALE = 1e-4
 
 # Largest difference between logits of model and vanilla model, as a share of the largest, by the latter's dtype. Both
@@ -36,10 +36,10 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 def stock_architecture(model: PreTrainedModel) -> Architecture:
-    """Return the architecture of Transformers that can hold this model's function.
+    """Return the architecture of Transformers that computes the same function as this model.
 
     Raises:
-        ValueError: there is none: Post-LN is mixed with Pre-LN, or a connection is of neither family.
+        ValueError: there is none, because Post-LN is mixed with Pre-LN or a connection belongs to neither.
     """
     connections = [module for module in model.modules() if isinstance(module, ResidualConnection)]
     if all(isinstance(each, PostLNConnection) and not each.adds_layer_input for each in connections):
@@ -47,7 +47,7 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
     if all(isinstance(connection, PreLNConnection) for connection in connections):
         if (model.config.decoder_vocab_size or model.config.vocab_size) != model.config.vocab_size:
             raise ValueError(
-                "Transformers' Pre-LN model (Pegasus) has one vocabulary, this model one for each side. "
+                "Transformers' Pre-LN model (Pegasus) has one vocabulary, but this model has one for each side. "
                 + _UNFOLDED.format(name=type(model).__name__)
             )
         return PEGASUS
@@ -59,7 +59,7 @@ def stock_architecture(model: PreTrainedModel) -> Architecture:
 
 
 _UNFOLDED = (
-    "It can be published as it is, with its code: `{name}.register_for_auto_class()`, then `save_pretrained(folder)` "
+    "It can be published unfolded, with its code: `{name}.register_for_auto_class()`, then `save_pretrained(folder)` "
     "or `push_to_hub(repo_id, reparameterize=False)`."
 )
 
@@ -68,20 +68,20 @@ _UNFOLDED = (
 def reparameterize(
     model: PreTrainedModel, dtype: torch.dtype | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Return the vanilla model: a stock Transformers model that computes what `model` does, with no shortcut scale.
+    """Return the vanilla model: a stock Transformers model that computes the same as `model`, without shortcut scales.
 
-    Folded in float64, rounded once, and verified: on random batches (with padding, and with a row of the greatest
-    length, up to 1,024) the logits of both are compared in float64, and the tokens of greedy decoding wherever no tie
-    explains a difference. For half precision the fold is verified twice, before it is rounded that far and after.
-    The given model and all random states are left as they were.
+    The fold is computed in float64, rounded once, and verified. On random batches (with padding, and with a row of the
+    greatest length, up to 1,024) the logits of both models are compared in float64. So are the tokens of greedy
+    decoding, wherever no tie explains a difference. For half precision the fold is verified before and after rounding.
+    The given model and all random states are not changed.
 
     Args:
         model: an [`AdminForConditionalGeneration`] or [`AdminModel`] whose stacks are all Post-LN (`admin`, `post_ln`,
             and any connection that differs only in its `shortcut_scale` and `branch_scale`) or both `pre_ln`; or a
-            stock model that [`inject`] has given an ω, of which a copy without it is returned, of the same class.
-            That computes the same by construction, so that nothing is verified but that its weights are finite.
-        dtype: floating-point type of the result; the model's own where unset.
-        tokenizer: the result gets the embeddings that converters expect beside it (see [`fit_vocabulary`]).
+            stock model with an ω from [`inject`]. Of the latter, a copy of the same class without ω is returned. It
+            computes the same by construction, so only its weights are checked to be finite.
+        dtype: floating-point type of the result; default: the model's own.
+        tokenizer: if given, the result has the embeddings that converters expect for it (see [`fit_vocabulary`]).
 
     Returns:
         A `MarianMTModel` or `MarianModel` for the Post-LN family, a `PegasusForConditionalGeneration` or
@@ -89,9 +89,9 @@ def reparameterize(
 
     Raises:
         ValueError: no stock architecture computes the model; a weight is not finite, or overflows `dtype`; a shortcut
-            scale has an entry within 1e-4 of zero; or what comes out differs from the model by more than the tolerance
-            for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The parameter is
-            named, or the first sub-layer that differs. Or the model was not made for `tokenizer`
+            scale has an entry within 1e-4 of zero; or the result differs from the model by more than the tolerance
+            for `dtype` (1e-4 of the largest logit in float32, 1e-2 in float16, 1e-1 in bfloat16). The message names
+            the parameter, or the first sub-layer that differs. Also if the model was not made for `tokenizer`
             (see [`check_tokenizer`]).
 
     Example:
@@ -111,7 +111,7 @@ def reparameterize(
         raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, TOLERANCES))}.")
     if not hasattr(model, "injection") and any("injection" in vars(module) for module in model.modules()):
         raise ValueError(
-            f"The ω of {type(model).__name__} is that of a part of it: fold the part, or inject the whole."
+            f"The ω of {type(model).__name__} belongs to a part of it: fold that part, or inject the whole model."
         )
     if hasattr(model, "injection"):
         model = _bare_copy(model)
@@ -142,16 +142,16 @@ def _exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     original = _bare_copy(model)
     original.cpu().double().eval()
     for _, table in position_tables(original):
-        if is_standard(table.weight):  # at most rounded, which the vanilla model's own is not
+        if is_standard(table.weight):  # possibly rounded, which the vanilla model's own is not
             table.weight.data = standard_table(*table.weight.shape).double()
-    original.set_attn_implementation("sdpa")  # flash attention knows no float64
+    original.set_attn_implementation("sdpa")  # flash attention has no float64
     return original
 
 
 def _bare_copy(model: PreTrainedModel) -> Any:
     """The model without hooks and autocast."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    # A copy made already, for deepcopy: hooks are their owners', who may not bear copying
+    # The memo of deepcopy: hooks belong to their owners, who may not support copying
     memo: dict[int, Any] = {id(getattr(module, kind)): OrderedDict() for module in model.modules() for kind in hooks}
     return extract_model_from_parallel(copy.deepcopy(model, memo), keep_fp32_wrapper=False)
 
@@ -196,8 +196,8 @@ def folded_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of `model` under Marian's names, with all scales folded into them, in the model's dtype.
 
     Raises:
-        ValueError: a scale has an entry that is too near to zero, or the first shortcut of a stack, before which
-            there is no LayerNorm, is scaled by a vector.
+        ValueError: a scale has an entry that is too close to zero, or the first shortcut of a stack, which no
+            LayerNorm precedes, is scaled by a vector.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -236,9 +236,9 @@ def _fold(
         if bool((s != s[0]).any()):
             raise ValueError(
                 f"{name} scales the first shortcut of the stack by a vector, and no LayerNorm precedes it into which "
-                "that could be folded: use a number there."
+                "the vector could be folded: use a single number there."
             )
-        s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), but for the ε of LN
+        s, r = torch.ones_like(s), r / s  # LN(s x + r f) = LN(x + r/s f), except for the ε of LN
     else:
         weights[f"{before}.weight"] *= s  # γ ← γ s
         weights[f"{before}.bias"] *= s  # ν ← ν s
@@ -253,7 +253,7 @@ def _fold_pre_ln(
     """Fold the scales s, r and n of ``x_i = s x_{i-1} + r ⊙ f(n LN(x_{i-1}))`` into the weights around it.
 
     With c_i = s_i c_{i-1}, y_i = x_i / c_i is the plain chain of branches r_i / c_i ⊙ f_i. A LayerNorm normalises x_i
-    to what it makes of y_i, times the sign of c_i, but for its ε.
+    to what it makes of y_i, times the sign of c_i, except for its ε.
 
     Args:
         total: c_{i-1}.
@@ -280,16 +280,16 @@ def _scale(connection: Any, attribute: str, name: str) -> Tensor:
     scale = torch.as_tensor(value, dtype=torch.float64, device=connection.weight.device).reshape(-1)
     if attribute == "shortcut_scale":
         parameter = next((n for n, p in connection.named_parameters() if p is value), attribute)
-        check_scale(scale, f"{name}.{parameter}", "export an earlier checkpoint, or the model as it is")
+        check_scale(scale, f"{name}.{parameter}", "export an earlier checkpoint, or publish the model with its ω")
     return scale
 
 
 def check_scale(scale: Tensor, name: str, advice: str) -> None:
-    """Raise a ValueError for a shortcut scale, `(n,)`, with an entry that is too near to zero to be folded."""
+    """Raise a ValueError for a shortcut scale, `(n,)`, with an entry that is too close to zero to be folded."""
     if bool((scale.abs() < MIN_SCALE).any()):
         index = int(scale.abs().argmin())
         raise ValueError(
-            f"{name} has the entry {float(scale[index]):.3g} at {index}, too near to zero to be folded (|entry| must "
+            f"{name} has the entry {float(scale[index]):.3g} at {index}, too close to zero to be folded (|entry| must "
             f"be at least {MIN_SCALE:g}): {advice}."
         )
 

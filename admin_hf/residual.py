@@ -1,6 +1,6 @@
-"""Residual systems: what makes a Transformer Post-LN, Pre-LN, Admin, DeepNorm, ReZero or one of others.
+"""Residual systems: Post-LN, Pre-LN, Admin, DeepNorm, ReZero and others.
 
-A Transformer stack is a chain of residual connections, one for each sub-layer (self-attention, encoder-attention,
+A Transformer stack is a chain of residual connections, one per sub-layer (self-attention, encoder-attention,
 feed-forward) with its branch ``f_i``:
 
     Post-LN   x_i = LN(x_{i-1} + f_i(x_{i-1}))
@@ -8,17 +8,17 @@ feed-forward) with its branch ``f_i``:
     Admin     x_i = LN(x_{i-1} ⊙ ω_i + f_i(x_{i-1}))          (Liu et al., EMNLP 2020)
 
 A **connection** is the module that joins shortcut and branch of one sub-layer (`connections.py`). A **system** is the
-plan behind a name such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, what
+plan for a name such as ``"admin"``: which connection each sub-layer gets, how branch weights are initialised, what
 follows the stack, and whether the output layer is tied. Layers and stacks never ask which system they run.
 
-docs/systems.md has a table of all systems. One of your own is a class and a line, and no edit of the model:
+docs/systems.md has a table of all systems. Your own system needs a class and one line, and no change to the model:
 
 ```python
 >>> from admin_hf import AdminConfig, AdminForConditionalGeneration
 >>> from admin_hf.residual import SYSTEMS, PostLNConnection, ResidualSystem
 
 >>> class HalfBranchConnection(PostLNConnection):
-...     branch_scale = 0.5  # what `reparameterize` folds away
+...     branch_scale = 0.5  # `reparameterize` folds it into the weights
 ...
 ...     def forward(self, shortcut, branch):
 ...         return super().forward(shortcut, self.branch_scale * branch)
@@ -76,8 +76,8 @@ Initializer = Callable[[Tensor], Any]
 class ResidualSystem:
     """The plan of one stack: its connections, the initialisation of its branches, and what follows it.
 
-    This class is plain Post-LN with the standard initialisation; a subclass writes only what it changes. It refuses a
-    configuration that it cannot work with in its constructor, by a ValueError.
+    This class is plain Post-LN with the standard initialisation; a subclass contains only its changes. If it cannot
+    work with a configuration, its constructor raises a ValueError.
 
     Args:
         config: the model's configuration.
@@ -117,21 +117,21 @@ class ResidualSystem:
                 module.initializer = self.initializers[name.rpartition(".")[2]]  # type: ignore[assignment]
 
     def after_stack(self) -> nn.Module:
-        """Return the module behind the last sub-layer, saved as the stack's `layer_norm`."""
+        """Return the module after the last sub-layer, saved as the stack's `layer_norm`."""
         return nn.Identity()
 
     @property
     def ties_output(self) -> bool:
-        """Whether the output layer is the decoder's embedding matrix (where the configuration ties them)."""
+        """Whether the output layer is the decoder's embedding matrix (if the configuration ties them)."""
         return "lm_head" not in self.initializers
 
 
 class PostLN(ResidualSystem):
-    """The original Transformer: diverges when it is deep, but reaches the best quality where it trains."""
+    """The original Transformer: a deep one diverges; one that trains reaches the best quality."""
 
 
 class PreLN(ResidualSystem):
-    """Pre-LN: stable when deep, weaker in the end; one LayerNorm follows the stack."""
+    """Pre-LN: stable when deep, lower quality at the end; one LayerNorm follows the stack."""
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         return PreLNConnection(self.config.d_model)
@@ -149,13 +149,13 @@ OUTPUT_CHANGES: dict[str, Callable[[int], float]] = {
 
 
 class Admin(ResidualSystem):
-    """Post-LN with a profiled shortcut scale ω on every sub-layer but the first of the stack.
+    """Post-LN with a profiled shortcut scale ω on every sub-layer except the first of the stack.
 
-    No LayerNorm precedes the first sub-layer into which a trained ω_1 could be folded. The authors' code starts ω_1 at
-    1 and trains it; the paper does not say what it starts at.
+    The first sub-layer follows no LayerNorm into which a trained ω_1 could be folded. The authors' code starts ω_1 at
+    1 and trains it; the paper does not mention its start.
     """
 
-    # What ω starts at where no profile is needed
+    # The starting value of ω for systems that need no profile
     omega: float | None = None
 
     def connection(self, sublayer_idx: int) -> nn.Module:
@@ -166,7 +166,7 @@ class Admin(ResidualSystem):
 class AdminUniform(Admin):
     """Admin without profiling: one ω for a stack of n sub-layers, sqrt((n + 1) / ln(n + 1) − 1), then trained.
 
-    From the authors' package admin-torch, as its variants below are.
+    From the authors' package admin-torch, like its variants below.
     """
 
     omega: float
@@ -184,13 +184,13 @@ class AdminUniformO1(AdminUniform):
 
 
 class AdminUniformOn(AdminUniform):
-    """As `admin_uniform`, with 1: an output change of O(n), as Post-LN's, but ω is trained."""
+    """As `admin_uniform`, with 1: an output change of O(n), as in Post-LN, but ω is trained."""
 
     output_change = "O(n)"
 
 
 class AdminConstant(AdminUniform):
-    """As `admin_uniform`, with an ω that is not trained."""
+    """As `admin_uniform`, but ω is not trained."""
 
     def connection(self, sublayer_idx: int) -> nn.Module:
         d_model = self.config.d_model
@@ -234,7 +234,7 @@ def deepnorm_constants(n: int, m: int = 0) -> dict[str, tuple[float, float]]:
 
 
 class ReZero(ResidualSystem):
-    """No LayerNorm; every layer has one branch scale α, 0 at the start (Bachlechner et al., 2020).
+    """No LayerNorm; every layer has one branch scale α that starts at 0 (Bachlechner et al., 2020).
 
     So a stack starts as the identity.
     """
@@ -348,7 +348,7 @@ class B2T(ResidualSystem):
 
 
 class Keel(ResidualSystem):
-    """Post-LN with a shortcut times α and a LayerNorm in front of each branch (Chen and Wei, 2026, arXiv:2601.19895).
+    """Post-LN with a shortcut times α and a LayerNorm before each branch (Chen and Wei, 2026, arXiv:2601.19895).
 
     α is the number of sub-layers of the stack.
     """
@@ -415,7 +415,7 @@ def residual_system(config: MarianConfig, stack: str) -> ResidualSystem:
     """Return the system that the configuration chooses for a stack, `"encoder"` or `"decoder"`.
 
     Raises:
-        ValueError: there is none of that name, or it cannot work with the rest of the configuration.
+        ValueError: there is no system of that name, or it cannot work with the rest of the configuration.
     """
     field = f"{stack}_residual"
     if (name := getattr(config, field)) not in SYSTEMS:

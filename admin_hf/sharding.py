@@ -1,4 +1,4 @@
-"""Weights that are spread over processes: whether they will be, and a model that FSDP can spread."""
+"""Sharded weights: whether training will shard them, and a model that FSDP can shard."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from .pretrained import AdminPreTrainedModel
 
 
 def sharding(args: TrainingArguments) -> str | None:
-    """What spreads the model's weights over the processes when training begins: "FSDP", "DeepSpeed" or None.
+    """What shards the model's weights over the processes when training begins: "FSDP", "DeepSpeed" or None.
 
-    It is asked for by a training argument or by `accelerate launch`.
+    A training argument or `accelerate launch` chooses it.
     """
     for kind, argument in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
         launched = parse_flag_from_env(f"ACCELERATE_USE_{kind.upper()}")
@@ -23,10 +23,10 @@ def sharding(args: TrainingArguments) -> str | None:
 
 
 def make_embedding_one_module(model: AdminPreTrainedModel) -> None:
-    """Hold the embedding in one module, under one name, where Marian has three modules that share its weight.
+    """Keep the embedding in one module, under one name. Marian has three modules that share its weight.
 
-    accelerate shards the one it knows of, and PyTorch then refuses the others. Nor does a checkpoint of FSDP2 load
-    again in which the weight of one module has several names.
+    accelerate shards only one of them, and PyTorch then refuses the others. Also, a checkpoint of FSDP2 cannot be
+    loaded again if the weight of one module has several names.
     """
     base: Any = model.base_model
     if hasattr(model, "injection") or not base.config.share_encoder_decoder_embeddings:

@@ -1,8 +1,8 @@
 """Attention over short rows on a GPU: each sentence and head is one block of a kernel, forward and backward.
 
-The fused kernels of PyTorch work on tiles of 64 or 128 positions, of which a sentence of 25 tokens fills little; on an
-H200 they take a fifth of a compiled update of Transformer-base. Here nothing is tiled: a block holds all products of a
-sentence and a head, draws its dropout as it goes, and draws it again in the backward pass.
+The fused kernels of PyTorch work on tiles of 64 or 128 positions. A sentence of 25 tokens fills little of one. On an
+H200 they take a fifth of a compiled update of Transformer-base. Here nothing is tiled: a block computes all products
+of a sentence and a head. It draws its dropout on the way, and draws it again in the backward pass.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -21,12 +21,12 @@ except ImportError:  # it comes with PyTorch for a GPU
     triton = None
 
 LONGEST = 128  # positions of a row
-HEAD_SIZES = (16, 32, 64)  # with which a block fits the shared memory of compute capability 8.0 and newer
+HEAD_SIZES = (16, 32, 64)  # a block then fits the shared memory of compute capability 8.0 and newer
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 def fits(query: Tensor, key: Tensor) -> bool:
-    """Whether [`short_attention`] can take these, `(batch_size, heads, length, head_size)`."""
+    """Whether [`short_attention`] accepts these, `(batch_size, heads, length, head_size)`."""
     return (
         triton is not None
         and query.dtype in DTYPES
@@ -39,19 +39,19 @@ def fits(query: Tensor, key: Tensor) -> bool:
 def short_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
 ) -> Tensor:
-    """``dropout(softmax(q kᵀ · scaling + mask)) v``, where [`fits`] says so.
+    """``dropout(softmax(q kᵀ · scaling + mask)) v``, for inputs that [`fits`] accepts.
 
     Args:
         query: `(batch_size, heads, target_length, head_size)`, float16 or bfloat16.
         key, value: `(batch_size, heads, source_length, head_size)`, of the same dtype.
-        mask: what is added to the products, `(batch_size, 1, target_length, source_length)`.
-        scaling: what the products are multiplied by.
-        dropout: probability of a weight to become 0; the others are divided by 1 − dropout.
+        mask: added to the products, `(batch_size, 1, target_length, source_length)`.
+        scaling: factor of the products.
+        dropout: probability that a weight becomes 0; the others are divided by 1 − dropout.
 
     Returns:
         `(batch_size, target_length, heads, head_size)`.
     """
-    # An input, so that the operator computes the same when it is computed again
+    # The seed is an input, so that the operator gives the same result when it is computed again
     seed = torch.randint(2**31 - 1, (1,), device=query.device)
     if mask is None:
         mask = query.new_zeros(1, 1, 1, 1)
@@ -147,7 +147,7 @@ if triton is not None:
 
     @triton.jit
     def _load(x, batch, head, stride_b, stride_h, stride_l, length, L: tl.constexpr, D: tl.constexpr):
-        """The rows of a sentence and head, `(L, D)`, 0 behind `length`."""
+        """The rows of a sentence and head, `(L, D)`, 0 from `length` on."""
         rows, columns = tl.arange(0, L)[:, None], tl.arange(0, D)[None, :]
         start = x + batch.to(tl.int64) * stride_b + head * stride_h
         return tl.load(start + rows * stride_l + columns, mask=rows < length, other=0.0)

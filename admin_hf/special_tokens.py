@@ -1,4 +1,4 @@
-"""What a model takes from its tokenizer: the ids of padding and sentence end, and how batches are padded."""
+"""The ids of padding and sentence end that a model takes from its tokenizer, and checks of tokenizer and batch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -44,24 +44,25 @@ def required_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The embeddings that a tokenizer needs: one for each id up to its greatest."""
+    """The number of embeddings that a tokenizer needs: one for each id up to its greatest."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer whose special tokens are others than those that the model was made with.
+    """Refuse a tokenizer with other special tokens than those that the model was made with.
 
-    A model of other ids trains without an error, but on real words: it never predicts one of them, or starts from it.
-    Looked at is what the model really does: which tokens it bans, which embedding is padding's, what generation starts
-    from and ends with. Trainer overwrites ids of the configuration with the tokenizer's, which changes none of this.
+    A model with other ids trains without an error, but treats a real word as a special token: it never predicts it, or
+    starts from it. This checks what the model really does: which tokens it bans, which embedding is that of padding,
+    and which tokens generation starts from and ends with. Trainer overwrites ids of the configuration with those of
+    the tokenizer, which changes none of this.
 
     Args:
-        model: an Admin model, or a stock model of Marian's or Pegasus's kind.
-        tokenizer: that its sentences are encoded with.
+        model: an Admin model, or a stock model with Marian's or Pegasus's architecture.
+        tokenizer: the tokenizer that encodes the sentences of the model.
 
     Raises:
-        ValueError: the tokenizer has no padding or end-of-sentence token, or has more entries than the model, or ids
-            disagree. Each one is named.
+        ValueError: the tokenizer has no padding or end-of-sentence token, or more entries than the model, or ids
+            differ. The message names each one.
 
     Example:
 
@@ -89,7 +90,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     banned = [] if bias is None or bias.device.type == "meta" else (bias[0] < BANNED).nonzero().flatten().tolist()
     padding_idx = getattr(embedding, "padding_idx", None)
     padding = ids("pad_token_id") | ({padding_idx} if isinstance(padding_idx, int) else set())
-    # What the model does, the ids it does it with, and those that it should do it with
+    # An action of the model, the ids that it uses, and the ids that it should use
     checks: list[tuple[str, set[int], set[int], int]] = [
         ("pads with", padding, {pad}, pad),
         ("never predicts", {i for i in banned if i < entries}, {pad}, pad),
@@ -98,7 +99,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         ("starts decoding from", ids("decoder_start_token_id"), _own(tokenizer, _STARTS) | others, pad),
     ]
     wrong = [
-        f"it {what} {_named(i, tokenizer)} in place of {_named(expected, tokenizer)}"
+        f"it {what} {_named(i, tokenizer)} instead of {_named(expected, tokenizer)}"
         for what, found, allowed, expected in checks
         for i in sorted(found)
         if i not in allowed
@@ -117,19 +118,19 @@ def _named(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_padding(batch: Mapping[str, Any], pad_token_id: int) -> None:
-    """Refuse a batch whose padding would be learnt from: labels that hold the padding id, sources padded on the left.
+    """Refuse a batch with wrong padding: labels that contain the padding id, or sources padded on the left.
 
     Args:
-        batch: what the model's forward takes, as tensors; entries may be missing or None.
+        batch: the arguments of the model's forward, as tensors; entries may be missing or None.
 
     Raises:
-        ValueError: with what to do.
+        ValueError: the padding is wrong; the message says what to do.
     """
     labels, mask, ids = batch.get("labels"), batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(labels, Tensor) and (count := int((labels == pad_token_id).sum())):
         raise ValueError(
-            f"labels hold the padding id {pad_token_id} ({count} of {labels.numel()} entries): the loss would count "
-            "padding as words, which this model never predicts. Pad labels with −100, as "
+            f"labels contain the padding id {pad_token_id} ({count} of {labels.numel()} entries): the loss would "
+            "count padding as words, which this model never predicts. Pad labels with −100, as "
             "`DataCollatorForSeq2Seq(tokenizer, model=model)` does (label_pad_token_id=-100)."
         )
     if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.dim() == 2 and mask.shape == ids.shape:
@@ -143,7 +144,7 @@ def check_padding(batch: Mapping[str, Any], pad_token_id: int) -> None:
 
 
 def never_ends(batch: Mapping[str, Any], eos_token_ids: Sequence[int]) -> bool:
-    """Whether no target of a batch ends a sentence, so that a model of it could not learn to stop."""
+    """Whether no target of a batch contains the end of a sentence, so that a model could not learn to stop."""
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or not eos_token_ids or not bool((labels != -100).any()):
         return False

@@ -1,4 +1,4 @@
-"""Output that every terminal can show: what its encoding lacks is spelt out, "omega" in place of the letter."""
+"""Output that every terminal can show: characters that its encoding lacks are spelt out, such as "omega"."""
 
 import codecs
 import sys
@@ -32,7 +32,7 @@ codecs.register_error(SPELL_OUT, _spell_out)
 
 
 def showable(text: str, stream: TextIO | None = None) -> str:
-    """The text with all spelt out that the stream, standard output by default, cannot encode.
+    """The text, where characters that the stream cannot encode are spelt out; default: standard output.
 
     Example:
 
@@ -48,8 +48,8 @@ def showable(text: str, stream: TextIO | None = None) -> str:
 
 
 def spell_out() -> None:
-    """Let standard output and error spell out what they cannot encode. For programs, not for libraries."""
+    """Let standard output and error spell out characters that they cannot encode. For programs, not for libraries."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            with suppress(OSError):  # a file when Python was started, which a pipe has replaced
+            with suppress(OSError):  # it was a file when Python started, and is a pipe now
                 stream.reconfigure(errors=SPELL_OUT)

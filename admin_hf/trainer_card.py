@@ -1,4 +1,4 @@
-"""The model card of what a Trainer trained: its arguments, scores, seed, hardware and time, for admin_hf.card."""
+"""The model card of a Trainer's model: arguments, scores, seed, hardware and time, for admin_hf.card."""
 
 import copy
 import functools
@@ -20,25 +20,26 @@ from .card import Card, training_section
 from .paths import published
 
 
-# What says where a run was, not what it was
+# Arguments about the place of a run, not about the run itself
 PRIVATE = ("output_dir", "logging_", "hub_", "push_to_hub", "cache_dir", "resume_from_checkpoint", "project", "do_")
 PRIVATE += ("run_name", "report_to", "trackio", "use_cpu", "disable_tqdm", "local_rank", "save_")  # type: ignore[assignment]
 
-# The names of scores, as `compute_metrics` returns them, and what people call them
+# The names of scores, as `compute_metrics` returns them, and their usual names
 METRICS = {"bleu": "BLEU", "sacrebleu": "BLEU", "chrf": "chrF2", "ter": "TER"}
 
 
 def card_of_training(
     model: Any, args: TrainingArguments, state: TrainerState, data: ModelCardData | None = None
 ) -> Card:
-    """The card of a model that a Trainer has trained, with its last scores where it evaluated these weights.
+    """The card of a model that a Trainer has trained, with its last scores if they are of these weights.
 
     Args:
-        model: with its ω.
-        data: metadata that a user gives.
+        model: the model with its ω.
+        data: metadata from the user.
     """
     card = Card.of(model, data)
-    # Not those of a new object, which would set up the process's devices anew; what is filled in is left out
+    # Not those of a new object, which would set up the process's devices again; arguments that are filled in are left
+    # out
     defaults = {each.name: each.default for each in fields(args)}
     given = {name: x for name, x in args.to_dict().items() if (x or defaults.get(name)) and not isinstance(x, dict)}
     changed = changed_arguments(given, defaults)
@@ -54,10 +55,10 @@ def card_of_training(
 
 @functools.cache
 def use_our_card(write_card: Callable[[Any, Mapping[str, Any]], bool]) -> None:
-    """Let a Trainer write our card in place of its own, for which it has no event.
+    """Let a Trainer write our card instead of its own. It has no event for this.
 
     Args:
-        write_card: writes the card of a Trainer, given what `create_model_card` was given, or returns False.
+        write_card: writes the card of a Trainer, with the arguments of `create_model_card`, or returns False.
     """
     from transformers import Trainer
 
@@ -72,7 +73,7 @@ def use_our_card(write_card: Callable[[Any, Mapping[str, Any]], bool]) -> None:
 
 
 def given_data(data: ModelCardData, given: Mapping[str, Any]) -> ModelCardData:
-    """Metadata with what a user gave to `trainer.push_to_hub` as well, whose names are Trainer's own."""
+    """Metadata together with the arguments of `trainer.push_to_hub`, whose names are Trainer's own."""
     data = copy.copy(data)
     names = {"language": "language", "license": "license", "base_model": "finetuned_from"}
     for field, name in (names | {"tags": "tags", "datasets": "dataset_tags"}).items():
@@ -89,7 +90,7 @@ def training_facts(args: TrainingArguments, log: Iterable[Mapping[str, Any]], st
 
     Args:
         log: `log_history` of its [`~transformers.TrainerState`].
-        steps: its updates.
+        steps: the number of its updates.
     """
     facts: dict[str, Any] = {"seed": args.seed, "updates": steps}
     devices = args.world_size * max(args.n_gpu, 1) if args.device.type != "cpu" else args.world_size
@@ -105,7 +106,7 @@ def training_facts(args: TrainingArguments, log: Iterable[Mapping[str, Any]], st
 
 
 def processor_name() -> str:
-    """The processor's name, as the system says it."""
+    """The processor's name, from the system."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():
@@ -115,7 +116,7 @@ def processor_name() -> str:
 
 
 def changed_arguments(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that were not left at their defaults, files by their names alone."""
+    """The arguments that differ from their defaults; of files, only the names."""
     changed = {
         name: value
         for name, value in arguments.items()
@@ -166,7 +167,7 @@ def _score_section(scores: Mapping[str, Any]) -> str:
 
 
 def table_cell(text: str) -> str:
-    """Text for a cell of a Markdown table, which a bar would end."""
+    """Text for a cell of a Markdown table, with bars escaped."""
     return text.replace("|", "\\|")
 
 

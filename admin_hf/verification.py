@@ -1,4 +1,4 @@
-"""Two models that should compute the same: compared on random batches, logits and decoded tokens."""
+"""Compares two models that should compute the same, on random batches: logits and decoded tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_LENGTH = 1024
 
 
 def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -> None:
-    """Compare two models on random batches, both in eval mode and of the same dtype.
+    """Compare two models on random batches, both in eval mode and with the same dtype.
 
     Args:
         tolerance: largest difference allowed, as a share of the largest output of `model`.
 
     Raises:
-        ValueError: their outputs differ by more, or they decode different tokens where no tie explains it.
+        ValueError: their outputs differ by more, or they decode different tokens and no tie explains it.
     """
     generator = torch.Generator().manual_seed(0)
     longest = min(model.config.max_position_embeddings, MAX_LENGTH)
@@ -37,15 +37,15 @@ def verify(model: PreTrainedModel, vanilla: PreTrainedModel, tolerance: float) -
             raise ValueError(
                 f"The vanilla model's outputs differ by {difference:.2g} from the model's, {tolerance * largest:.2g} "
                 "is allowed, so nothing was exported. The first to differ is "
-                f"{_first_difference(model, vanilla, batch)}: its connection, or the one before, computes something "
-                "else than its scales say."
+                f"{_first_difference(model, vanilla, batch)}: its connection, or the one before, does not compute "
+                "what its scales say."
             )
         if rows > 1 and model.can_generate():
             _compare_greedy(model, vanilla, batch, 2 * tolerance * largest)
 
 
 def _first_difference(model: PreTrainedModel, vanilla: PreTrainedModel, batch: dict[str, Tensor]) -> str:
-    """The projection that ends the first branch whose output differs, but for a factor, between the two models."""
+    """The projection that ends the first branch whose output differs between the two models by more than a factor."""
     ends = tuple(sublayer.ends for stack in STACKS.values() for sublayer in stack.sublayers)
     expected, found = (_branch_outputs(either, ends, batch) for either in (model, vanilla))
     differing = (name for name, output in expected.items() if not output.allclose(found[name], 1e-5, 1e-7))
@@ -106,7 +106,7 @@ def _compare_greedy(model: Any, vanilla: Any, batch: dict[str, Tensor], margin: 
         return_dict_in_generate=True,
     )
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    for m in (model, vanilla):  # copies; `generate` would fill the settings up from their own
+    for m in (model, vanilla):  # on copies; otherwise `generate` would complete the settings from the models' own
         m.generation_config = settings
     expected, found = (m.generate(**source) for m in (model, vanilla))
     steps = min(expected.sequences.shape[1], found.sequences.shape[1])

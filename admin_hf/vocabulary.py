@@ -1,4 +1,4 @@
-"""The vocabulary of a vanilla model: the embeddings that converters expect beside its tokenizer."""
+"""The vocabulary of a vanilla model: the embeddings that converters expect for its tokenizer."""
 
 import copy
 from typing import Any, TypeVar, cast
@@ -14,20 +14,20 @@ from .special_tokens import BANNING_BIAS, check_tokenizer, vocabulary_size
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# The weights with a row for each entry; the bias of the logits has a column
+# The weights with one row per entry; the bias of the logits has one column per entry
 EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "lm_head.weight")
 
 
 def fit_vocabulary(model: Model, tokenizer: PreTrainedTokenizerBase) -> Model:
     """Return the model with an embedding for each entry of its tokenizer, without those that no entry uses.
 
-    A vocabulary that was rounded up for speed has such, and CTranslate2's converter refuses them. It also drops the
-    last row of a Marian model, as that of `<pad>`: where another token is last, a row of zeros that is never predicted
-    comes behind it. The logits of all entries stay what they are.
+    A vocabulary that was rounded up for speed has unused embeddings, and CTranslate2's converter refuses them. It also
+    drops the last row of a Marian model, because it expects `<pad>` there. If another token is last, a row of zeros
+    that is never predicted is added after it. The logits of all entries do not change.
 
     Args:
-        model: a vanilla model, as [`reparameterize`] makes it. It is returned itself if it fits.
-        tokenizer: of both languages; one with a vocabulary for each of them is left alone.
+        model: a vanilla model from [`reparameterize`]. It is returned itself if it fits.
+        tokenizer: the tokenizer of both languages; with one vocabulary per language, nothing is changed.
 
     Raises:
         ValueError: the model was not made for this tokenizer (see [`check_tokenizer`]).

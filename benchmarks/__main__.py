@@ -21,20 +21,24 @@ from .systems import quiet
 def build_parser() -> argparse.ArgumentParser:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=defaults.threads, help="of every system (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="turns of each (default: %(default)s)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "--threads", type=int, default=defaults.threads, help="threads of every system (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=defaults.rounds, help="turns of each system (default: %(default)s)"
+    )
     folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
     parser.add_argument("--data", default=defaults.data, **folder, help="Multi30k (default: %(default)s)")
     parser.add_argument(
         "--checkpoint", default=defaults.checkpoint, **folder, help="model to decode with (default: %(default)s)"
     )
-    parser.add_argument("--output", **folder, help="write NAME.json there, and no page (default: docs/performance)")
+    parser.add_argument("--output", **folder, help="write NAME.json to DIR, and no page (default: docs/performance)")
     parser.add_argument(
-        "--seconds", type=float, default=defaults.seconds, help="that `gpu` may take (default: %(default)s)"
+        "--seconds", type=float, default=defaults.seconds, help="time limit of `gpu` (default: %(default)s)"
     )
     parser.add_argument(
-        "--parts", nargs="+", default=(), metavar="TEXT", help="of `gpu`, measure what has TEXT in its name"
+        "--parts", nargs="+", default=(), metavar="TEXT", help="measure the parts of `gpu` whose names contain TEXT"
     )
     return parser
 

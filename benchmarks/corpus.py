@@ -22,12 +22,12 @@ from .turns import Measured, System, Turns, take_turns
 
 TITLE = "A corpus"
 ABOUT = (
-    "Target tokens a second, padding not counted, in training on Multi30k in bfloat16: this project with "
-    "`--max_tokens`, against stock Marian and Seq2SeqTrainer as Hugging Face's script uses them, with a fixed "
-    "`per_device_train_batch_size` in random order: the largest (a power of 2) whose peak memory is at most this "
-    "project's. The first ratio is of the whole, batches and implementation; the second, of this project with both "
-    "kinds of batches, is the share of the batches. Sentences differ from turn to turn, so these ratios spread more "
-    "than others. How many times as fast token batches are:"
+    "Target tokens per second (without padding) in training on Multi30k in bfloat16. This project with `--max_tokens` "
+    "is compared with stock Marian in Seq2SeqTrainer, as Hugging Face's script uses them. The latter has a fixed "
+    "`per_device_train_batch_size` in random order: the largest power of 2 whose peak memory is at most this "
+    "project's. The first ratio is of the whole, batches and implementation. The second compares both kinds of "
+    "batches in this project: it is the share of the batches. Sentences differ from turn to turn, so these ratios "
+    "vary more than others. Token batches are this many times as fast:"
 )
 SHAPE = replace(SHAPES["tiny"], updates=20)
 DTYPE = "bfloat16"

@@ -22,8 +22,8 @@ from .turns import Turns, take_turns
 
 TITLE = "Tokenisation and loading"
 ABOUT = (
-    "Tokenising Multi30k, once, and loading its batches, in every epoch, by this project: how much of the time of an "
-    "epoch of training in bfloat16 each takes. Times are of an update and its batch:"
+    "The time to tokenise Multi30k (once) and to load its batches (in every epoch), as a share of an epoch of "
+    "training in bfloat16. Times are of an update and its batch:"
 )
 TRAINING, TOKENISATION = "training", "tokenisation"
 WORKERS = (0, 2)

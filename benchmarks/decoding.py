@@ -25,10 +25,10 @@ from .record import Settings, conditions, cost, need, speed
 
 TITLE = "Decoding"
 ABOUT = (
-    "A trained model and what becomes of it when it is exported and converted. All get the same batches of sentences "
-    "sorted by length and the same search, and take turns in one process. Measured is the way from source tokens in "
-    "memory to target tokens, padding included. How much of the vanilla model's time the one with ω needs, and how "
-    "many times as fast as Transformers CTranslate2 is:"
+    "A trained model, its exported vanilla model, and the latter in CTranslate2. All use the same batches of "
+    "sentences, sorted by length, and the same search, and take turns in one process. The time is from source tokens "
+    'in memory to target tokens, padding included. "ω" is the time of the model with ω, relative to the vanilla '
+    'model\'s. "times as fast" compares CTranslate2 with Transformers:'
 )
 
 Batch = list[list[int]]

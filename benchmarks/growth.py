@@ -19,8 +19,8 @@ from .turns import Measured, take_turns
 TITLE = "Growth"
 ABOUT = (
     "Training steps of narrow models (width 64, 1,024 tokens in a batch, float32): of N + N layers with a vocabulary "
-    "of 1,000, and of 2 + 2 layers with larger vocabularies. How many times as fast as stock this project is, and how "
-    "much of its memory it needs:"
+    "of 1,000, and of 2 + 2 layers with larger vocabularies. The ratios say how many times as fast as stock this "
+    "project is, and which share of stock's memory it needs:"
 )
 NARROW = Shape(64, 128, 4, layers=2, vocab_size=1000, max_tokens=1024, updates=2)
 AXES = {"layers": (6, 12, 24, 50, 100), "vocabulary": (1_000, 4_000, 16_000, 64_000)}

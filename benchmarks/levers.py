@@ -19,8 +19,8 @@ from .turns import Turns, take_turns
 
 TITLE = "What each lever is worth"
 ABOUT = (
-    "A training step of the tiny shape without one of the levers, in units of the step with all of them. They are the "
-    "functions named here, and the plain computation that stands in for each is in `benchmarks/levers.py`:"
+    "A training step of the tiny shape without one of the levers, in units of the step with all of them. The levers "
+    "are the functions named here. `benchmarks/levers.py` has the plain computation that replaces each:"
 )
 
 
@@ -38,7 +38,7 @@ def measure(settings: Settings, shape: Shape = SHAPES["tiny"]) -> dict[str, Any]
 
 
 def without(turns: Turns, lever: str, shape: Shape, dtype: str, folder: Path) -> None:
-    """Train with the plain computation in place of a lever."""
+    """Train with the plain computation instead of a lever."""
     changes = {"keep_freed_memory": False} if lever == MEMORY else {}
     trainer = systems.our_batch_trainer(shape, dtype, folder, **changes)
     model = trainer.model

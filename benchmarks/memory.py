@@ -15,8 +15,8 @@ from .turns import take_turns
 TITLE = "Peak memory"
 ABOUT = (
     "The largest resident memory of the processes of a training step, as above but with a vocabulary of 32,000 and "
-    "4,096 tokens in a batch: weights, gradients, optimiser and activations, without what a process has when all is "
-    "imported. How much of stock's this project needs:"
+    "4,096 tokens in a batch: weights, gradients, optimiser and activations, minus what a process has after all "
+    "imports. The ratios say which share of stock's memory this project needs:"
 )
 MEMORY_SHAPES = {
     name: replace(SHAPES[name], vocab_size=32_000, max_tokens=4096, updates=2) for name in ("tiny", "base")

@@ -22,9 +22,9 @@ from .turns import Measured, Turns, take_turns
 TITLE = "Cost of ω and of profiling"
 ABOUT = (
     "A training step of `admin` in units of one of `post_ln`, the same code without ω. One process trains one model, "
-    "whose connections forget ω in every other turn: two processes would differ by a few percent alone, by where "
-    "their memory lies. And the profiling of a batch in units of a training step on it, which happens once (at most 5 "
-    "rounds):"
+    "whose connections leave out ω in every other turn. Two processes would differ by a few percent anyway, because "
+    "their memory is placed differently. Profiling, which happens once, is given in units of a training step on the "
+    "same batch (at most 5 rounds):"
 )
 OMEGA, PROFILING = 1.02, 2.0  # targets
 PAIR = ("admin", "post_ln")

@@ -24,7 +24,8 @@ TITLE = "Start-up"
 ABOUT = (
     "`import admin_hf` against the import of Marian from Transformers, and the demo (`hub_configs/demo`, with cached "
     "data and a trained tokenizer) from the command's start to its first update: the steps of run_translation.py, "
-    "profiling included, against a script of stock parts. How much of stock's time this project takes:"
+    "including profiling, against a script of stock parts. The ratios say which share of stock's time this project "
+    "needs:"
 )
 IMPORTS = {
     "import admin_hf": "import admin_hf",

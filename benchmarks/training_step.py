@@ -14,11 +14,11 @@ from .turns import Measured, take_turns
 
 TITLE = "Training step"
 ABOUT = (
-    "A whole update, with all that the trainers do around it: `AdminForConditionalGeneration` as run_translation.py "
-    "trains it, against `MarianMTModel` in `Seq2SeqTrainer`, of the same weights, on the same batches, with the same "
-    "optimiser. Before, both must compute the same loss without dropout. Dropout is 0.1, gradients are not clipped, "
-    "and labels not smoothed, because Trainer spreads the smoothing over padding too. How many times as fast this "
-    "project is:"
+    "A whole update, with all that the trainers do around it. `AdminForConditionalGeneration`, trained by "
+    "run_translation.py, is compared with `MarianMTModel` in `Seq2SeqTrainer`. Both have the same weights, batches "
+    "and optimiser. First, both must compute the same loss without dropout. Dropout is 0.1 and gradients are not "
+    "clipped. Labels are not smoothed, because Trainer would also smooth over padding. The ratios say how many times "
+    "as fast this project is:"
 )
 
 # Times as fast as stock: float32 to float32, bfloat16 to float32, bfloat16 to bfloat16

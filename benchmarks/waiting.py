@@ -20,11 +20,11 @@ from .turns import take_turns
 
 TITLE = "Waiting threads"
 ABOUT = (
-    "Between two loops OpenMP's threads spin for a while, so that the next loop starts at once, and then sleep. "
-    "Beside other work on the same cores they take the time of those that they wait for. A training step of the tiny "
-    "shape where they spin for fewer turns (`GOMP_SPINCOUNT`; run_translation.py takes 10,000), or sleep at once "
-    "(`OMP_WAIT_POLICY=PASSIVE`), in units of one as GNU's OpenMP has it, on the machine as it is and beside as many "
-    "busy processes as threads:"
+    "Between two loops OpenMP's threads spin (stay busy) for a while, so that the next loop starts at once, and then "
+    "sleep. If other work runs on the same cores, threads that spin take time from those that they wait for. The page "
+    "gives a training step of the tiny shape where they spin for fewer turns (`GOMP_SPINCOUNT`; run_translation.py "
+    "sets 10,000), or sleep at once (`OMP_WAIT_POLICY=PASSIVE`). It is in units of a step with the defaults of GNU's "
+    "OpenMP, both alone and next to as many busy processes as threads:"
 )
 # Ends with this process, however that ends
 SPIN = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"

@@ -1,8 +1,8 @@
-"""Train with Admin in a loop of your own, on any number of processes. What differs from other loops is marked (1-4).
+"""Train with Admin in your own training loop, on any number of processes. Differences to other loops are marked (1-4).
 
     accelerate launch examples/loop.py OUTPUT [UPDATES]
 
-The pairs are made up: the target is the source backwards. Put your own `DataLoader` in their place.
+The pairs are artificial: the target is the source backwards. Use your own `DataLoader` instead.
 """
 
 import sys
@@ -30,7 +30,7 @@ loader = DataLoader(pairs, batch_size=32, shuffle=True, generator=torch.Generato
 
 config = AdminConfig(vocab_size=100, d_model=64, encoder_layers=6, decoder_layers=6, encoder_attention_heads=4)  # (1)
 model = AdminForConditionalGeneration(config)
-profile_and_initialize(model, next(iter(loader)), output)  # (2) ω, from one batch, before anything is wrapped
+profile_and_initialize(model, next(iter(loader)), output)  # (2) profile ω on one batch, before anything is wrapped
 no_decay = [p for p in model.parameters() if p.ndim < 2]  # (3) no weight decay on ω, nor on biases and LayerNorms
 groups = [{"params": [p for p in model.parameters() if p.ndim > 1]}, {"params": no_decay, "weight_decay": 0.0}]
 optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)

@@ -2,7 +2,7 @@
 
     MODEL=en-de-ct2 uvicorn --app-dir examples serve:app
 
-Neither PyTorch, Transformers nor admin-hf is needed.
+It does not need PyTorch, Transformers or admin-hf.
 """
 
 import os
@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 
-TOKENS = 256  # of a line and of its translation, at most as many as the model takes
+TOKENS = 256  # limit for a line and its translation; at most max_position_embeddings of the model
 translator = ctranslate2.Translator(os.environ["MODEL"], device="auto")
 tokenizer = Tokenizer.from_file(os.path.join(os.environ["MODEL"], "tokenizer.json"))
 tokenizer.no_truncation(), tokenizer.no_padding()
@@ -27,7 +27,7 @@ class Text(BaseModel):
 
 
 @app.post("/translate")
-def translate(text: Text) -> Text:  # without async: it runs in a thread, and the server goes on to answer
+def translate(text: Text) -> Text:  # no async: runs in a thread, and the server can still answer
     encoded = tokenizer.encode_batch(text.lines)
     if long := [row for row, line in enumerate(encoded, 1) if len(line) > TOKENS]:
         raise HTTPException(422, f"Some lines ({long}) have more than {TOKENS} tokens.")

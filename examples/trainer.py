@@ -1,10 +1,10 @@
-"""Train a deep translation model with Admin in Transformers' own Seq2SeqTrainer, from text to a vanilla model.
+"""Train a deep translation model with Admin in the Seq2SeqTrainer of Transformers, from text to a vanilla model.
 
     python examples/trainer.py DATA en de --output_dir runs/en-de --max_steps 20000 --learning_rate 1e-3
 
-DATA has the columns `en` and `de`, and the splits `train` and `validation`: a data set of the Hub, such as
-bentrevett/multi30k, or a folder with train.jsonl and validation.jsonl. Flags are those of Seq2SeqTrainingArguments;
---push_to_hub publishes.
+DATA is a data set of the Hub, such as bentrevett/multi30k, or a folder with train.jsonl and validation.jsonl. It has
+the columns `en` and `de`, and the splits `train` and `validation`. Flags are those of Seq2SeqTrainingArguments;
+--push_to_hub publishes the model.
 """
 
 import sys

@@ -137,7 +137,7 @@ def test_integers_are_kept_where_they_agree(tmp_path):
     average = average_checkpoints(folders)
     assert torch.equal(average["steps"], torch.arange(5)) and average["on"].dtype == torch.bool
     write_tensors(folders[1], steps=torch.tensor([0, 1, 2, 3, 5]), on=torch.tensor(True))
-    with pytest.raises(ValueError, match="steps is no floating-point tensor, and differs between .*0 and .*1"):
+    with pytest.raises(ValueError, match="steps is not a floating-point tensor, and differs between .*0 and .*1"):
         average_checkpoints(folders)
 
 
@@ -216,7 +216,7 @@ REFUSED |= {
     "no weights": (remove(WEIGHTS), "checkpoint-1000 has no file named model.safetensors"),
     "other heads": (
         change_config(decoder_attention_heads=4),
-        "checkpoint-1000 holds another model than .*checkpoint-500: decoder_attention_heads is 4 .*, expected 2",
+        "checkpoint-1000 contains another model than .*checkpoint-500: decoder_attention_heads is 4 .*, expected 2",
     ),
     "another architecture": (change_config(model_type="marian"), "model_type is 'marian' .*, expected 'admin'"),
     "a name less": (
@@ -372,7 +372,7 @@ def test_an_earlier_average_is_replaced_and_nothing_else(run, tmp_path, capsys):
     AdminForConditionalGeneration.from_pretrained(out).save_pretrained(out)
     before = files(out)
     assert main(["average", str(run), str(out), "--last", "1"]) == 2
-    assert "holds a model that is no average of checkpoints" in capsys.readouterr().err
+    assert "contains a model that is not an average of checkpoints" in capsys.readouterr().err
     assert files(out) == before
 
 
@@ -384,8 +384,8 @@ def test_the_run_and_its_checkpoints_are_never_replaced(run, tmp_path, capsys):
     places |= {tmp_path / "other": "is the folder of a run"}
     places |= {run / "checkpoint-1500": "is the place of a checkpoint", run / "checkpoint-9": "is the place of a"}
     places |= {tmp_path / "link" / "checkpoint-500" / "deeper": "is the place of a checkpoint"}
-    places |= {tmp_path / "other" / "checkpoint-1": "holds a model that is no average"}
-    places |= {tmp_path / "sharded": "holds a model that is no average"}
+    places |= {tmp_path / "other" / "checkpoint-1": "contains a model that is not an average"}
+    places |= {tmp_path / "sharded": "contains a model that is not an average"}
     before = files(tmp_path)
     for out, reason in places.items():
         assert main(["average", str(run), str(out), "--last", "2"]) == 2

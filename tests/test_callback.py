@@ -206,7 +206,8 @@ def test_a_model_that_trains_without_the_callback_says_so_once(tmp_path, dataset
     for callbacks in ([], [AdminProfilingCallback()]):
         caplog.clear()
         trainer(copy.deepcopy(loaded), dataset, tmp_path / "more", callbacks, max_steps=1).train()
-        assert unprofiled(caplog) == ["The model was never profiled: it goes on with the ω that it has, not as Admin."]
+        said = "The model was never profiled: training continues with its present ω, not as Admin."
+        assert unprofiled(caplog) == [said]
     assert not (tmp_path / "more" / "residual_profile.json").exists(), "its weights are trained"
 
 
@@ -388,7 +389,7 @@ def test_what_cannot_be_folded_is_saved_as_it_is(tmp_path, dataset, caplog):
 
 def test_a_stock_model_is_refused_in_a_sentence(tmp_path, dataset):
     model = reparameterize(tiny_model())
-    with pytest.raises(ValueError, match="MarianMTModel is no Admin model, so it has no ω"):
+    with pytest.raises(ValueError, match="MarianMTModel is not an Admin model, so it has no ω"):
         trainer(model, dataset, tmp_path, [AdminProfilingCallback()])
 
 

@@ -73,7 +73,7 @@ BAD = {
         lambda folder: (folder / "config.json").write_text("[1]"),
         "no config.json with the|cannot be read: TypeError: list",
     ),
-    "another model's config": (change_config(model_type="bart"), "holds a 'bart' model; expected an Admin model"),
+    "another model's config": (change_config(model_type="bart"), "contains a 'bart' model; expected an Admin"),
     "a size that is text": (change_config(d_model="wide"), "config.json of .* cannot be used: .*d_model"),
     "a size of zero": (change_config(encoder_layers=0), "encoder_layers=0 must be at least 1"),
     "another width": (change_config(d_model=32), r"do not fit its config.json: .* has the shape \(16.*expected \(32"),
@@ -87,7 +87,7 @@ BAD = {
     ),
     "integers": (
         change_weights(lambda tensors: tensors.update({FC1: tensors[FC1].long()})),
-        f"holds {FC1} as I64; expected a floating-point tensor",
+        f"contains {FC1} as I64; expected a floating-point tensor",
     ),
     "infinity": (
         change_weights(lambda tensors: tensors[FC1].view(-1)[3:4].fill_(float("inf"))),
@@ -177,8 +177,8 @@ def test_a_checkpoint_to_train_on_is_never_replaced(good, tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text("[]")
     (tmp_path / "link").symlink_to(good)
     reasons = {good: "is the checkpoint itself", tmp_path / "link": "is the checkpoint itself"}
-    reasons |= {tmp_path / "other": "holds a 'admin' model", tmp_path / "stranger": "holds a 'bart' model"}
-    for out, reason in (reasons | {tmp_path / "odd": "holds a None model"}).items():
+    reasons |= {tmp_path / "other": "contains a 'admin' model", tmp_path / "stranger": "contains a 'bart' model"}
+    for out, reason in (reasons | {tmp_path / "odd": "contains a None model"}).items():
         before = files(out)
         assert main(["export", str(good), str(out)]) == 2
         assert reason in capsys.readouterr().err
@@ -211,7 +211,7 @@ def test_an_index_that_leads_elsewhere_is_refused(name, good, tmp_path):
     save_file(tensors, tmp_path / "evil.safetensors", metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
     (good / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
-    with pytest.raises(OSError, match="which is no safetensors file"):
+    with pytest.raises(OSError, match="which is not a safetensors file"):
         AdminForConditionalGeneration.from_pretrained(good)
 
 

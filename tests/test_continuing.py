@@ -64,7 +64,7 @@ def test_an_opus_mt_model_is_deepened_trained_and_exported(opus, text, tmp_path,
     assert go_on(opus, text, run, encoder_layers=3, decoder_layers=4, save_strategy="steps", save_steps=2) == 0
     said = caplog.text
     assert f"{opus} is deepened from 2 encoder and 2 decoder layers to 3 and 4" in said
-    assert "--max_source_length is 64 here, for the model has 64 positions" in said
+    assert "--max_source_length is 64 here, because the model has 64 positions" in said
     profiled = (run / "residual_profile.json").stat().st_mtime_ns
     config = AdminConfig.from_pretrained(run)
     assert (config.encoder_layers, config.decoder_layers, config.max_position_embeddings) == (3, 4, 64)
@@ -98,11 +98,20 @@ def test_without_the_flags_a_model_is_gone_on_from_as_it_is(opus, text, tmp_path
     [
         ({"encoder_layers": 1}, "cannot be deepened: encoder_layers=1 is less than the 2 that the model has"),
         ({"decoder_layers": 0}, "--decoder_layers 0 must be at least 1"),
-        ({"model_name_or_path": None, "encoder_layers": 4}, "of a new model say --config_overrides encoder_layers=4"),
-        ({"do_train": None, "do_eval": True, "encoder_layers": 4}, "to train on with --do_train"),
-        ({"max_source_length": 65}, "Sequences of up to 65 tokens are asked for, but the model's max_position_embed"),
-        ({"max_target_length": 65}, "Sequences of up to 65 tokens"),
-        ({"val_max_target_length": 65}, "Sequences of up to 65 tokens"),
+        (
+            {"model_name_or_path": None, "encoder_layers": 4},
+            "for a new model, give --config_overrides encoder_layers=4",
+        ),
+        (
+            {"do_train": None, "do_eval": True, "encoder_layers": 4},
+            "deepens the model of --model_name_or_path and needs --do_train",
+        ),
+        (
+            {"max_source_length": 65},
+            "The arguments allow sequences of up to 65 tokens, but the model's max_position_embed",
+        ),
+        ({"max_target_length": 65}, "sequences of up to 65 tokens"),
+        ({"val_max_target_length": 65}, "sequences of up to 65 tokens"),
     ],
 )
 def test_flags_that_cannot_be_met_are_refused_before_the_data(opus, text, tmp_path, capsys, changes, message):
@@ -113,7 +122,7 @@ def test_flags_that_cannot_be_met_are_refused_before_the_data(opus, text, tmp_pa
 
 def test_default_lengths_are_multiples_where_lengths_are(opus, text, tmp_path, caplog):
     assert go_on(opus, text, tmp_path, pad_to_multiple_of=24, max_tokens=240, max_steps=1) == 0
-    assert "--max_target_length is 48 here, for the model has 64 positions" in caplog.text
+    assert "--max_target_length is 48 here, because the model has 64 positions" in caplog.text
     recorded = json.loads((tmp_path / "arguments.json").read_text())
     assert recorded["max_source_length"] == recorded["val_max_target_length"] == 48
 

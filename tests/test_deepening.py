@@ -148,7 +148,7 @@ def test_it_is_saved_and_loaded(tmp_path):
         (tiny_model, (1, 2), "encoder_layers=1 is less than the 2 that the model has"),
         (stock_model, (4, 0), "decoder_layers=0 is less than the 2"),
         (lambda: AdminModel(tiny_config()), (4, 4), "AdminModel cannot be deepened; expected an AdminForCond"),
-        (lambda: inject(stock_model()), (4, 4), "injected ω: deepen what `reparameterize` makes of it"),
+        (lambda: inject(stock_model()), (4, 4), "injected ω: deepen the model that `reparameterize` returns"),
     ],
 )
 def test_what_cannot_be_deepened_is_refused(make, depth, message):

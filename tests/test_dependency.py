@@ -93,7 +93,7 @@ def test_padding_is_left_out_of_beta(batch):
 
 def test_a_batch_of_padding_is_refused(batch):
     for name, value, stack in (("attention_mask", 0, "encoder"), ("labels", -100, "decoder")):
-        with pytest.raises(ValueError, match=f"padding only in the {stack}"):
+        with pytest.raises(ValueError, match=f"only padding in the {stack}"):
             layer_dependency(tiny_model(), batch | {name: torch.full_like(batch[name], value)})
 
 

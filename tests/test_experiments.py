@@ -793,7 +793,7 @@ def test_runs_stop_go_on_diverge_and_fail(tmp_path):
     assert "stopped translates" in output and "stopped finished" in output
     assert set(json.loads(output.splitlines()[-1])) == {"impossible"}
     assert "exit code 2" in errors and f"there is no {tmp_path / 'nothing'}.en" in errors
-    assert f"going on from {checkpoint}" in log_path(stopped).read_text()
+    assert f"continuing from {checkpoint}" in log_path(stopped).read_text()
 
     end, divergence = collect(stopped), collect(diverging)
     assert end is not None and divergence is not None

@@ -199,7 +199,7 @@ def test_the_admin_folder_is_loaded_and_exported(tmp_path, sharing, capsys):
     stock = MarianMTModel.from_pretrained(tmp_path / "vanilla").eval()
     assert_same_logits(stock, tokenizer, args, w, OTHER_WORDS, WORDS, OTHER_SOURCE, tolerance=1e-5)
     assert imported(tmp_path, args, source=OTHER_WORDS) == 2
-    assert "holds a model already" in capsys.readouterr().err
+    assert "already contains a model" in capsys.readouterr().err
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
@@ -289,12 +289,12 @@ def test_damaged_files(tmp_path, capsys, kept):
 
 
 STATES = {
-    "no checkpoint of fairseq": {"model": {"a": torch.ones(1)}},
+    "not a checkpoint of fairseq": {"model": {"a": torch.ones(1)}},
     "it has no weights": {"args": options(), "model": {}},
-    "as something else than a tensor": {"args": options(), "model": {"encoder.version": 3}},
-    "holds 'huge'": {"args": options(), "model": {"huge": torch.ones(1).expand(10**12)}},
-    "holds 'whole'": {"args": options(), "model": {"whole": torch.ones(2, dtype=torch.long)}},
-    "holds 'nowhere'": {"args": options(), "model": {"nowhere": torch.ones(2, device="meta")}},
+    "as something other than a tensor": {"args": options(), "model": {"encoder.version": 3}},
+    "contains 'huge'": {"args": options(), "model": {"huge": torch.ones(1).expand(10**12)}},
+    "contains 'whole'": {"args": options(), "model": {"whole": torch.ones(2, dtype=torch.long)}},
+    "contains 'nowhere'": {"args": options(), "model": {"nowhere": torch.ones(2, device="meta")}},
     "weights of 0 encoder layers": {"args": options(), "model": {"encoder.conv.weight": torch.ones(2, 2)}},
 }
 
@@ -345,7 +345,7 @@ WEIGHTS = {
     "lacks model.decoder.layers.1.fc1.bias": ("decoder.layers.1.fc1.bias", None),
     "has model.encoder.layers.1.fc2.weight of the shape (3, 4)": ("encoder.layers.1.fc2.weight", torch.ones(3, 4)),
     "NaN or infinite": ("encoder.layers.1.fc2.bias", torch.full((WIDTH,), torch.nan)),
-    "too near to zero": ("encoder.layers.0.attention_ratio_change", torch.zeros(WIDTH)),
+    "too close to zero": ("encoder.layers.0.attention_ratio_change", torch.zeros(WIDTH)),
     "has 12 rows, but": ("encoder.embed_tokens.weight", torch.ones(12, WIDTH)),
     "unequal widths": ("decoder.embed_tokens.weight", torch.ones(14, 12)),
     "embeddings are not shared": ("decoder.embed_tokens.weight", torch.ones(14, WIDTH)),
@@ -373,8 +373,8 @@ def test_dictionaries_and_codes_that_cannot_be_used(tmp_path, capsys):
         "special": ("<pad> 1\n", read_dictionary, "line 1, has '<pad>' a second time"),
         "old": ("e r\n", read_codes, "expected '#version: 0.2'"),
         "three": ("#version: 0.2\na b c\n", read_codes, "line 2, is 'a b c'; expected two pieces"),
-        "empty": ("", read_codes, "holds no codes"),
-        "latin": ("#version: 0.2\nä b\n".encode("latin-1"), read_codes, "no text in UTF-8"),
+        "empty": ("", read_codes, "contains no codes"),
+        "latin": ("#version: 0.2\nä b\n".encode("latin-1"), read_codes, "not text in UTF-8"),
     }
     for name, (content, read, message) in files.items():
         path = tmp_path / name

@@ -340,8 +340,8 @@ def test_an_omega_is_put_in_once():
     [
         ({"norm": "norm3"}, "norm3"),
         ({"reads": ("q", "k", "w")}, "w"),
-        ({"reads": ("q", "down")}, "matrix of 16 inputs"),
-        ({"reads": ("q", "norm1")}, "matrix of 16 inputs"),
+        ({"reads": ("q", "down")}, "matrix with 16 inputs"),
+        ({"reads": ("q", "norm1")}, "matrix with 16 inputs"),
         ({"ends": "none"}, "none"),
     ],
 )
@@ -578,7 +578,7 @@ def test_a_model_and_its_head_get_one_omega():
     inject(model.bert)
     with pytest.raises(ValueError, match="has an ω already"):
         inject(model)
-    with pytest.raises(ValueError, match="fold the part"):
+    with pytest.raises(ValueError, match="fold that part"):
         reparameterize(model)
     model = inject(family_model("bert"))
     with pytest.raises(ValueError, match="has an ω already"):
@@ -653,5 +653,5 @@ def test_running_means_are_not_moved_by_a_profile():
 
 
 def test_deepnorm_is_refused_where_its_initialisation_is_not_known():
-    with pytest.raises(ValueError, match="initialises queries, keys and values apart"):
+    with pytest.raises(ValueError, match="initialises queries, keys and values separately"):
         inject(Plain(), "deepnorm", stacks=[PLAIN])

@@ -389,12 +389,12 @@ def test_resized_embeddings_train_and_generate(batch):
     [
         (
             {"input_ids": torch.tensor([[2, VOCAB_SIZE]])},
-            rf"input_ids holds the id {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}",
+            rf"input_ids contains the id {VOCAB_SIZE}.*0 to {VOCAB_SIZE - 1}",
         ),
-        ({"input_ids": torch.tensor([[-1, 3]])}, "input_ids holds the id -1"),
-        ({"decoder_input_ids": torch.tensor([[2, 777]])}, "decoder_input_ids holds the id 777"),
-        ({"labels": torch.tensor([[3, 51]])}, "labels holds the id 51"),
-        ({"labels": torch.tensor([[3, -1]])}, "labels holds the id -1"),
+        ({"input_ids": torch.tensor([[-1, 3]])}, "input_ids contains the id -1"),
+        ({"decoder_input_ids": torch.tensor([[2, 777]])}, "decoder_input_ids contains the id 777"),
+        ({"labels": torch.tensor([[3, 51]])}, "labels contains the id 51"),
+        ({"labels": torch.tensor([[3, -1]])}, "labels contains the id -1"),
         ({"input_ids": torch.full((1, 65), 3)}, "input has 65 tokens, but max_position_embeddings is 64"),
         ({"decoder_input_ids": torch.full((1, 65), 3)}, "decoder_input has 65 tokens"),
     ],

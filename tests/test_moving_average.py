@@ -160,11 +160,11 @@ def test_weights_that_are_spread_and_optimisers_that_average_are_refused(tmp_pat
         _check_moving_average(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     args.use_cpu = False
-    with pytest.raises(InputError, match="--ema_decay 0.9: FSDP spreads the weights"):
+    with pytest.raises(InputError, match="--ema_decay 0.9: FSDP shards the weights"):
         _check_moving_average(args)
 
 
 def test_a_checkpoint_of_an_average_needs_the_flag(data, averaged, tmp_path, capsys):
     given = arguments(data, tmp_path / "out", resume_from_checkpoint=averaged / "checkpoint-4")
     assert run_translation.main(flags(given)) == 2
-    assert "checkpoint-4 is of a run with --ema_decay: give it here, too." in capsys.readouterr().err
+    assert "checkpoint-4 belongs to a run with --ema_decay: give this flag, too." in capsys.readouterr().err

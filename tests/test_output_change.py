@@ -175,7 +175,7 @@ def test_post_ln_outgrows_admin():
     ("options", "message"),
     [
         ({"sublayers": (2, 4)}, r"\[2, 4\]; expected three or more"),
-        ({"sublayers": (2, 5, 8)}, "all even"),
+        ({"sublayers": (2, 5, 8)}, "even numbers"),
         ({"sublayers": (4, 2, 6)}, "rising"),
         ({"sublayers": (0, 2, 4)}, "above 0"),
         ({"repeats": 0}, "repeats is 0"),

@@ -97,7 +97,7 @@ def test_half_a_surrogate_pair_is_told_with_its_line(tmp_path, half, form):
     line = {"array": 3, "pretty array": 6}.get(form, 2)
     if form == "pretty array":
         content = "[\n{\n" + rows[0][1:] + "\n,\n\n" + rows[1] + "]"
-    with pytest.raises(ValueError, match=rf"a\.json, line {line}: 'de' holds \\ud.*half of a surrogate pair"):
+    with pytest.raises(ValueError, match=rf"a\.json, line {line}: 'de' contains \\ud.*half of a surrogate pair"):
         read(tmp_path, "a.json", content)
 
 
@@ -108,7 +108,7 @@ def test_half_a_surrogate_pair_is_told_with_its_line(tmp_path, half, form):
         ('[{"en":"a","de":"b"}', "line 1, expected ',' or ']'"),
         ('[{"en":"a","de":"b"},\n]', "line 2, Expecting value"),
         ('[{"en":"a","de":"b"},\n{"en":\n\nx}]', "line 4, Expecting value"),
-        ('[{"en":"a","de":"b"}]\nx', "line 1, there is more behind the array"),
+        ('[{"en":"a","de":"b"}]\nx', "line 1, there is more after the array"),
         ('{"en":"a","de":"b"} {"en":"a","de":"b"}', "line 1, more than one value"),
         ("[" * 100_000, "line 1, maximum recursion depth"),
         ('{"en":' + "1" * 5000 + "}", "line 1, Exceeds the limit"),
@@ -127,8 +127,8 @@ def test_what_is_no_json_is_told_with_its_line(tmp_path, content, message):
     [
         ("a\nb\n".encode("utf-16"), "is UTF-16; write it as UTF-8"),
         (b"\xfe\xff" + "a\nb\n".encode("utf-16-be"), "is UTF-16"),
-        ("a\nb\n".encode("utf-16-le"), "line 1 holds a NUL byte"),
-        (b"a\nb\nc\0d\n", "line 3 holds a NUL byte"),
+        ("a\nb\n".encode("utf-16-le"), "line 1 contains a NUL byte"),
+        (b"a\nb\nc\0d\n", "line 3 contains a NUL byte"),
         (gzip.compress(b"a\nb\n", mtime=0), "is compressed by gzip"),
         (b"a\rb\rc\r", "3 carriage returns but 0 line feeds"),
         (b"a\rb\rc\n", "2 carriage returns but 1 line feeds"),

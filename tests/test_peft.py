@@ -149,9 +149,9 @@ def test_an_adapter_on_a_shared_weight_is_refused(name):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_trained_and_cannot_be_merged(name, tmp_path):
     model = get_peft_model(tiny_model(), PROMPTS[name])
-    with pytest.raises(ValueError, match="trains no weights"):
+    with pytest.raises(ValueError, match="does not train weights"):
         reparameterize(model)
-    with pytest.raises(ValueError, match="trains no weights"):
+    with pytest.raises(ValueError, match="does not train weights"):
         trainer(model, tmp_path, AdminPublishingCallback())
     trainer(model, tmp_path, AdminProfilingCallback(verbose=False)).train()
     assert model.get_base_model().is_profiled
@@ -186,7 +186,7 @@ def test_a_fresh_model_is_profiled_within_its_adapters(wrap, tmp_path, caplog):
     before = {name: p.clone() for name, p in wrapped.named_parameters() if p.requires_grad}
     with caplog.at_level("WARNING", logger="transformers"):
         run.train()
-    assert "ω is frozen, as PEFT freezes all but its adapters" in caplog.text
+    assert "ω is frozen, because PEFT freezes everything except its adapters" in caplog.text
     profile = ResidualProfile.load(tmp_path / "residual_profile.json")
     initialize_omega(twin, profile)
     assert model.is_profiled and profile.encoder.omega[1] > 1
@@ -235,7 +235,7 @@ def test_resumed_training_gets_omega_from_the_profile(tmp_path):
 
 def test_adapters_that_take_the_place_of_omega_are_named(tmp_path, batch):
     norms = get_peft_model(tiny_model(), LNTuningConfig(target_modules=["final_layer_norm"], **SEQ2SEQ))
-    with pytest.raises(ValueError, match=r"layers\.0\.final_layer_norm holds ω.*modules_to_save"):
+    with pytest.raises(ValueError, match=r"layers\.0\.final_layer_norm contains ω.*modules_to_save"):
         trainer(norms, tmp_path, AdminProfilingCallback())
     with pytest.raises(ValueError, match="before `get_peft_model`"):
         profile_residuals(get_peft_model(tiny_model(), MERGED["LoRA and norms"]), batch)

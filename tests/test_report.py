@@ -258,7 +258,7 @@ def test_a_run_that_was_not_profiled_is_not_shown_as_admin(tmp_path):
     (tmp_path / "arguments.json").write_text('{"seed": 7}')
     (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
     start, how = starting_model(Run(tmp_path), padded_batch())
-    assert how.endswith("from the run's seed, 7, with every ω at 1, for the run was not profiled.")
+    assert how.endswith("from the run's seed, 7, with every ω at 1, because the run was not profiled.")
     assert all(torch.equal(value, start.state_dict()[name]) for name, value in model.state_dict().items())
     assert model_line(Run(tmp_path)).startswith("admin (ω not profiled), 2+2 layers")
     assert dict(omega(Run(tmp_path)).findings)["expected"].startswith("The model was not profiled")
@@ -369,7 +369,7 @@ def test_what_is_no_run_is_refused_before_anything_is_written(finished, tmp_path
     (tmp_path / "empty").mkdir()
     output = tmp_path / "page.html"
     output.write_text("older")
-    for folder, sentence in ((tmp_path / "empty", "holds no run"), (tmp_path / "none", "There is no folder")):
+    for folder, sentence in ((tmp_path / "empty", "contains no run"), (tmp_path / "none", "There is no folder")):
         assert main(["report", str(folder), "--output", str(output)]) == 2
         error = capsys.readouterr().err
         assert sentence in error and str(folder) in error and error.count("\n") == 1

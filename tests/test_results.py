@@ -79,5 +79,5 @@ def test_the_page_in_the_repository_is_made_of_the_records_there():
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, docs):
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="contains no run"):
         results.main([str(tmp_path)])

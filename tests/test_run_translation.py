@@ -115,7 +115,7 @@ def test_an_omega_near_zero_ends_without_a_vanilla_model(data, tmp_path, caplog)
     trained["model.encoder.layers.0.final_layer_norm.omega"][3] = 0
     save_file(trained, checkpoint / "model.safetensors", {"format": "pt"})
     assert run(data, tmp_path, do_eval=True) == 0
-    assert re.search(r"There is no vanilla model: .*\.omega has the entry 0 at 3, too near to zero", caplog.text)
+    assert re.search(r"There is no vanilla model: .*\.omega has the entry 0 at 3, too close to zero", caplog.text)
     assert not (tmp_path / "vanilla").exists(), "the one of before is out of date"
     assert "eval_bleu" in (tmp_path / "all_results.json").read_text()
 
@@ -208,7 +208,9 @@ def test_what_is_written_is_what_is_scored(data, tmp_path, caplog):
     written = (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").split("\n")
     assert len(written) == 9 and written[8] == ""
     assert [not line for line in written[:8]] == [False, True, False, False, True, False, False, False]
-    assert "1 of 8 test pairs (the first is number 7) have no target and are not scored" in caplog.text
+    assert (
+        "1 of 8 test pairs (the first is number 7) have no target; they are translated, but not scored" in caplog.text
+    )
     kept = [i for i in range(8) if i not in (4, 6)]
     lines, references = ([texts[i] for i in kept] for texts in (written, targets))
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
@@ -306,7 +308,7 @@ def test_a_stop_signal_ends_a_run_with_a_checkpoint_that_resumes(data, tmp_path,
         os.killpg(process.pid, number)
         output = process.stdout.read()
     assert process.returncode == 128 + number, output
-    assert "The same command goes on from there" in output
+    assert "The same command continues from there" in output
     checkpoints = list((tmp_path / "stopped").glob("checkpoint-*"))
     assert len(checkpoints) == 1
     step = int(checkpoints[0].name.partition("-")[2])

@@ -55,7 +55,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"label_smoothing_factor": 1.5}, "--label_smoothing_factor 1.5"),
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0"),
         ({"resume_from_checkpoint": "no/such"}, "--resume_from_checkpoint no/such"),
-        ({"output_dir": "/dev/null/out"}, "no folder that can be written to"),
+        ({"output_dir": "/dev/null/out"}, "not a folder that can be written to"),
         ({"config_overrides": SHAPE + ",encoder_layers=0"}, "encoder_layers=0 must be at least 1"),
         ({"config_name": "no/such/config"}, "--config_name no/such/config"),
         ({"vocab_size": 100000}, "--vocab_size 100000 does not fit the data"),
@@ -92,7 +92,7 @@ def test_nothing_to_do(data, tmp_path, capsys):
         ({"average_last": 3, "save_strategy": "no"}, "--average_last 3 needs checkpoints"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience 2 needs --eval_strategy"),
         ({"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}, "--save_strategy best"),
-        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is no score"),
+        ({"metric_for_best_model": "beauty"}, "--metric_for_best_model beauty is not a score"),
         ({"optim": "lion_8bit"}, "--optim"),
         ({"optim": "radan"}, "radan"),
         ({"average_tokens_across_devices": False}, "--average_tokens_across_devices"),
@@ -176,7 +176,7 @@ def test_a_run_goes_on_with_its_own_data_alone(data, tmp_path, capsys):
 
     size = os.stat(here / "train.de").st_size
     same_size = refused("train.de", " ", "-")
-    assert f"other train data: train.de had {size:,} bytes then, as many with another content now" in same_size
+    assert f"other train data: train.de had {size:,} bytes then, the same number with other content now" in same_size
     assert f"--model_name_or_path {tmp_path / 'run'} and another --output_dir" in same_size
     assert f"train.de had {size:,} bytes then, {size + 1:,} bytes now" in refused("train.de", " ", "  ")
     assert "other validation data: validation.en" in refused("validation.en", " ", "  ")

@@ -130,7 +130,7 @@ def test_other_models_are_refused(case, tmp_path, capsys):
 def test_what_is_no_model_is_refused(tmp_path, capsys, monkeypatch):
     for content in (b"", b"no model", b"\x0a\xff\xff\xff\xff\x0f" * 9, b"\x00" * 100):
         (tmp_path / "bad.model").write_bytes(content)
-        assert "holds no model of sentencepiece" in refuse(str(tmp_path / "bad.model"), tmp_path, capsys)
+        assert "contains no model of sentencepiece" in refuse(str(tmp_path / "bad.model"), tmp_path, capsys)
     assert "No such file" in refuse(str(tmp_path / "none.model"), tmp_path, capsys)
     two = refuse("source.spm,target.spm", tmp_path, capsys)
     assert "names several sentencepiece models, but source and target share one vocabulary" in two

@@ -183,7 +183,7 @@ def test_a_word_that_is_a_control_token_becomes_unknown_where_the_tokenizer_cann
     data = Dataset.from_dict({"source": ["gut", f"{CODE} gut", "gut"], "target": ["gut"] * 3})
     tokenized = tokenize_for_evaluation(data, tokenizer, arguments(), "test").sort("index")
     assert tokenized["input_ids"][1] == [tokenizer.unk_token_id, *tokenized["input_ids"][0]]
-    assert "1 of 3 test sources (the first is number 2) hold the name of a control token that this" in caplog.text
+    assert "1 of 3 test sources (the first is number 2) contain the name of a control token that this" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["translate: ", f"{CODE} ", f"{CODE}", f"so {CODE} gut: "])
@@ -225,8 +225,8 @@ def test_the_user_is_told_of_names_of_control_tokens_and_of_marks_that_are_lost(
     tokenizer = given_tokenizers["t5"]
     assert [ids.count(1) for ids in tokenized["input_ids"]] == [1] * 4 and 0 not in tokenized["input_ids"][3]
     assert tokenizer.batch_decode(tokenized["input_ids"][:], skip_special_tokens=True) == sources
-    assert "2 of 4 training sources (the first is number 2) hold the name of a control token" in caplog.text
-    assert "1 of 4 training targets (the first is number 4) hold a character by which" in caplog.text
+    assert "2 of 4 training sources (the first is number 2) contain the name of a control token" in caplog.text
+    assert "1 of 4 training targets (the first is number 4) contain a character by which" in caplog.text
     caplog.clear()
     tokenize(given_tokenizers["bart"], ["▁"], ["a▁b"])
     tokenize(SMALL[0], ["so gut"], ["▁ gut"])
@@ -268,14 +268,13 @@ def test_few_unknown_tokens_are_said_and_none_are_not(given_tokenizers, caplog):
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
         tokenize(tokenizer, ["gut"] * 9, ["Mädchen"] * 7 + ["漢 ist gut"] + ["gut"])
         share = 1 / sum(len(tokenizer.tokenize(text)) for text in ["Mädchen"] * 7 + ["漢 ist gut", "gut"])
-        assert (
-            f"1 of 9 training targets (the first is number 8) hold tokens that are unknown, {share:.1%}" in caplog.text
-        )
+        unknown = f"contain tokens that are unknown, {share:.1%}"
+        assert f"1 of 9 training targets (the first is number 8) {unknown}" in caplog.text
         assert "sources" not in caplog.text
         caplog.clear()
         test = Dataset.from_dict({"source": ["gut", UNKNOWN_TO_GIVEN]})
         assert len(tokenize_for_evaluation(test, tokenizer, arguments(), "test")) == 2
-        assert "1 of 2 test sources (the first is number 2) hold tokens that are unknown, " in caplog.text
+        assert "1 of 2 test sources (the first is number 2) contain tokens that are unknown, " in caplog.text
 
 
 def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path, given_tokenizers):

@@ -137,7 +137,7 @@ def test_from_training_to_stock_transformers_and_ctranslate2(tmp_path, layout, v
 
 @layouts
 def test_the_first_loss_is_that_of_explicit_ids(layout):
-    """The report: 9.38 in place of 6.10, for the loss counts a real word that is banned."""
+    """The report: 9.38 instead of 6.10, for the loss counts a real word that is banned."""
     tokenizer = tokenizer_of(layout)
     explicit = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     configs = (
@@ -217,7 +217,7 @@ def test_targets_that_never_end_are_warned_of(tmp_path, caplog):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     model = model_of(AdminConfig.for_tokenizer(tokenizer, **SHAPE))
     trainer_of(model, tokenizer, tmp_path, max_steps=1).train()
-    assert "holds the end-of-sentence token 2, so the model cannot learn to stop" in caplog.text
+    assert "contains the end-of-sentence token 2, so the model cannot learn to stop" in caplog.text
 
 
 def test_what_a_trainer_publishes_is_fitted_to_its_tokenizer(tmp_path):
@@ -236,7 +236,7 @@ def test_the_command_fits_the_vocabulary_and_warns_of_ids_that_disagree(tmp_path
         tokenizer.save_pretrained(tmp_path / name)
         assert main(["export", str(tmp_path / name), str(tmp_path / f"{name}-vanilla")]) == 0
         beware = (
-            "Beware: The model was not made for this tokenizer: it pads with 24 ('<mask>') in place of 1 ('<pad>')"
+            "Warning: The model was not made for this tokenizer: it pads with 24 ('<mask>') instead of 1 ('<pad>')"
         )
         assert (beware in capsys.readouterr().out) is (name == "wrong")
     assert MarianConfig.from_pretrained(tmp_path / "right-vanilla").vocab_size == 26
@@ -309,8 +309,8 @@ def test_the_callback_names_every_id_that_disagrees_before_update_1(tmp_path, la
     message = str(error.value)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     for what in ("pads with", "never predicts", "starts decoding from"):
-        assert f"it {what} {len(tokenizer) - 1} ('{last}') in place of {pad} ('<pad>')" in message, what
-    assert f"it ends sentences with 0 ('{tokenizer.convert_ids_to_tokens(0)}') in place of {eos} ('</s>')" in message
+        assert f"it {what} {len(tokenizer) - 1} ('{last}') instead of {pad} ('<pad>')" in message, what
+    assert f"it ends sentences with 0 ('{tokenizer.convert_ids_to_tokens(0)}') instead of {eos} ('</s>')" in message
     assert "AdminConfig.for_tokenizer(tokenizer, …)" in message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -320,7 +320,7 @@ def test_an_end_that_alone_is_another_word_is_named(tmp_path):
     tokenizer = make_tokenizer(["w", "</s>", "<unk>"], ["<pad>"])
     run = trainer_of(model_of(AdminConfig(vocab_size=len(tokenizer), **SHAPE)), tokenizer, tmp_path, callbacks=[])
     run.add_callback(AdminProfilingCallback())
-    message = r"tokenizer: it ends sentences with 0 \('w'\) in place of 1 \('</s>'\)\. Make"
+    message = r"tokenizer: it ends sentences with 0 \('w'\) instead of 1 \('</s>'\)\. Make"
     with pytest.raises(ValueError, match=message):
         run.train()
 
@@ -367,7 +367,7 @@ def test_the_script_takes_a_tokenizer_of_any_layout_and_refuses_another_ones_mod
     source = {"model_name_or_path": tmp_path / "model", "config_overrides": None, "max_steps": 1}
     capsys.readouterr()
     assert script(data, tmp_path / "out", **source, tokenizer_name=tmp_path / "[PAD] last") == 2
-    message = f"The model was not made for this tokenizer: it pads with 1 ('<unk>') in place of {len(words) + 2} ("
+    message = f"The model was not made for this tokenizer: it pads with 1 ('<unk>') instead of {len(words) + 2} ("
     assert f"error: {message}" in capsys.readouterr().err
     assert script(data, tmp_path / "out", **source) == 0
 
@@ -380,7 +380,7 @@ def test_the_script_takes_a_tokenizer_of_any_layout_and_refuses_another_ones_mod
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("labels", r"labels hold the padding id 1 \(\d+ of \d+ entries\).*label_pad_token_id=-100"),
+        ("labels", r"labels contain the padding id 1 \(\d+ of \d+ entries\).*label_pad_token_id=-100"),
         ("side", r"\d of 8 sources are padded on the left.*padding_side = 'right'"),
     ],
 )
@@ -407,7 +407,7 @@ def test_a_compiled_model_has_its_first_batch_checked_by_the_callback(tmp_path):
     )
     collator = DataCollatorForSeq2Seq(tokenizer, model=model, label_pad_token_id=1)
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    with pytest.raises(ValueError, match="labels hold the padding id 1"):
+    with pytest.raises(ValueError, match="labels contain the padding id 1"):
         trainer_of(model, tokenizer, tmp_path, collator=collator, **compiled).train()
 
 

@@ -134,7 +134,7 @@ def test_special_tokens_in_lines_are_text(made, caplog):
     assert ids.count(made.tokenizer.eos_token_id) == 1 and made.tokenizer.pad_token_id not in ids
     expected = made.model.generate(torch.tensor([ids]), num_beams=1, max_length=POSITIONS)
     assert found[1] == made.tokenizer.decode(expected[0], skip_special_tokens=True)
-    assert "Some lines (2) hold the name of a control token" in caplog.text
+    assert "Some lines (2) contain the name of a control token" in caplog.text
 
 
 def test_long_lines_are_cut_and_said(made, caplog):
@@ -175,7 +175,7 @@ def test_a_token_that_the_model_forces_comes_before_the_prefix(made, monkeypatch
         ({"beams": 0}, "beams is 0; it must be at least 1"),
         ({"beams": 2, "nbest": 3}, "nbest is 3, more than the 2 beams"),
         ({"prefix": "Ж"}, "'Ж' has a character that the tokenizer does not know"),
-        ({"prefix": "Die Katze", "max_length": 4}, "may have 4 tokens, which is no more than start and prefix"),
+        ({"prefix": "Die Katze", "max_length": 4}, "may have 4 tokens, which start and prefix already fill"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(made, options, message):
@@ -375,7 +375,7 @@ def test_what_is_no_text_is_refused_before_anything_is_written(made, tmp_path, c
         code, _, err = command(capsys, made.omega, file)
         assert code == 2 and message in err
     code, _, err = command(capsys, made.omega, tmp_path / "in", "--output", tmp_path)
-    assert code == 2 and "is no file" in err
+    assert code == 2 and "is not a file" in err
 
 
 def test_the_output_is_written_whole(made, tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_shards_are_one_checkpoint(run, batch, tmp_path):
 )
 def test_checkpoints_of_another_model_are_refused(changes, message, run, batch, tmp_path):
     tiny_model(**changes).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} holds another model.*{message}"):
+    with pytest.raises(ValueError, match=f"{tmp_path} contains another model.*{message}"):
         update_norms([run[0], tmp_path], batch)
 
 

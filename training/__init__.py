@@ -1,1 +1,1 @@
-"""The training recipe behind run_translation.py."""
+"""The training recipe of run_translation.py."""

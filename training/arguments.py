@@ -1,4 +1,4 @@
-"""Arguments of run_translation.py: the names and meanings of Hugging Face's own script, and a few of ours."""
+"""Arguments of run_translation.py: those of Hugging Face's own script, and a few more."""
 
 import difflib
 import json
@@ -31,13 +31,13 @@ from .moving_average import WEIGHTS_NAME
 from .optimization import RADAM
 
 
-# What an evaluation gives; the loss alone where nothing is translated
+# The scores of an evaluation; without translations, only the loss
 SCORES = ("loss", "bleu", "chrf", "ter", "moses_bleu")
 
 # The flags that ask for the splits of the data
 SPLIT_FLAGS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 
-# What numbers may be. Those that are named nowhere must be at least 0; a default of -1 stands for "not given"
+# Ranges of numbers. A number that is in none of these must be at least 0; a default of -1 means "not given"
 AT_LEAST_1 = {
     *("max_source_length", "max_target_length", "num_beams", "vocab_size", "encoder_layers", "decoder_layers"),
     *("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"),
@@ -46,7 +46,7 @@ AT_LEAST_1 = {
     *("eval_accumulation_steps", "save_total_limit", "generation_num_beams"),
     *("dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps"),
 }
-AT_LEAST_2 = {"val_max_target_length", "generation_max_length"}  # the token that decoders start from is one
+AT_LEAST_2 = {"val_max_target_length", "generation_max_length"}  # counts the decoder's start token
 ABOVE_0 = {"adam_epsilon", "fp16_min_scale", "logging_steps", "save_steps"}
 BELOW = {"label_smoothing_factor": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 BELOW |= {"bpe_dropout": 1, "ema_decay": 1}
@@ -56,23 +56,23 @@ ANY_SIGN = {"length_penalty"}
 IMPOSSIBLE = {
     ("average_tokens_across_devices", False): "the loss is that of the targets of all processes.",
     ("batch_eval_metrics", True): "scores are those of all sentences together, not of batches.",
-    ("save_strategy", SaveStrategy.BEST): "a run could not go on from there; use --load_best_model_at_end.",
-    ("sortish_sampler", True): "Transformers reads it no more; use --train_sampling_strategy group_by_length.",
+    ("save_strategy", SaveStrategy.BEST): "a run could not be resumed from it; use --load_best_model_at_end.",
+    ("sortish_sampler", True): "Transformers ignores it; use --train_sampling_strategy group_by_length.",
     ("use_liger_kernel", True): "Liger has no kernels for these models.",
 }
 
 
 @dataclass
 class ModelArguments:
-    """Which model and tokenizer to train, or to go on from."""
+    """Which model and tokenizer to train, or to continue from."""
 
     model_name_or_path: str | None = HfArg(
         default=None,
-        help="Admin or Marian checkpoint to go on from (folder or Hub id). Unset: a new model is trained.",
+        help="Admin or Marian checkpoint to start from (folder or Hub id). Default: a new model.",
     )
     encoder_layers: int | None = HfArg(
         default=None,
-        help="Deepen the encoder of model_name_or_path to so many layers, by copies of its own. ω is profiled anew.",
+        help="Deepen the encoder of model_name_or_path to this many layers, by copying its own. ω is profiled again.",
     )
     decoder_layers: int | None = HfArg(default=None, help="Deepen the decoder in the same way.")
     config_name: str | None = HfArg(
@@ -92,11 +92,9 @@ class ModelArguments:
     lowercase: bool = HfArg(default=False, help="Lower-case all text in a new tokenizer; scores then ignore case too.")
     residual_profile: str | None = HfArg(
         default=None,
-        help="residual_profile.json of another run to take ω from, in place of profiling the first batch.",
+        help="residual_profile.json of another run: ω is read from it instead of profiling the first batch.",
     )
-    cache_dir: str | None = HfArg(
-        default=None, help="Folder for what is downloaded, and for data that was read and tokenised."
-    )
+    cache_dir: str | None = HfArg(default=None, help="Folder for downloads, and for data that was read and tokenised.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = HfArg(default=False, help="Run code that comes with a tokenizer from the Hub.")
 
@@ -112,7 +110,7 @@ class DataTrainingArguments:
         "a tag before the source, such as '>>de<<', says into which.",
     )
     dataset_name: str | None = HfArg(
-        default=None, help="Data set on the Hub, or a local folder with one, in place of files."
+        default=None, help="Data set on the Hub, or a local folder with one, instead of files."
     )
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of that data set.")
     train_file: str | None = HfArg(
@@ -128,8 +126,8 @@ class DataTrainingArguments:
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes for tokenisation.")
     max_source_length: int = HfArg(
         default=1024,
-        help="Longest source in tokens. Longer training pairs are skipped, longer sources to translate are "
-        "cut; both are counted. This and the next two defaults are at most the model's max_position_embeddings.",
+        help="Longest source in tokens. Longer training pairs are skipped, and longer sources to translate are cut; "
+        "both are counted. The default, and the next two, are never above the model's max_position_embeddings.",
     )
     max_target_length: int = HfArg(
         default=128, help="Longest target in tokens; longer training pairs are skipped and counted."
@@ -139,18 +137,18 @@ class DataTrainingArguments:
         help="Longest translation in tokens. Validation targets are cut to it for the loss, not for scores. "
         "Defaults to max_target_length.",
     )
-    max_train_samples: int | None = HfArg(default=None, help="Use the first training pairs only.")
-    max_eval_samples: int | None = HfArg(default=None, help="Use the first validation pairs only.")
-    max_predict_samples: int | None = HfArg(default=None, help="Use the first test pairs only.")
-    num_beams: int | None = HfArg(default=None, help="Beams of evaluation and prediction. Default: 1.")
+    max_train_samples: int | None = HfArg(default=None, help="Use only this many training pairs, the first.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use only this many validation pairs, the first.")
+    max_predict_samples: int | None = HfArg(default=None, help="Use only this many test pairs, the first.")
+    num_beams: int | None = HfArg(default=None, help="Number of beams in evaluation and prediction. Default: 1.")
     length_penalty: float | None = HfArg(
         default=None, help="Beams are compared by log-likelihood / length^length_penalty. Default: 1."
     )
     source_prefix: str | None = HfArg(default=None, help="Text to put before every source.")
     bpe_dropout: float = HfArg(
         default=0.0,
-        help="BPE-dropout: probability, such as 0.1, with which merges are left out in the training text, which so "
-        "has other subwords in every epoch. Needs a BPE tokenizer; everything else is segmented as usual.",
+        help="BPE-dropout: the probability, such as 0.1, of skipping a merge, so that the training text has other "
+        "subwords in every epoch. Needs a BPE tokenizer. All other text is segmented as usual.",
     )
 
     def __post_init__(self) -> None:
@@ -173,55 +171,57 @@ class DataTrainingArguments:
 
 @dataclass
 class TranslationTrainingArguments(Seq2SeqTrainingArguments):
-    """Trainer's own arguments, with the defaults that translation wants."""
+    """Trainer's own arguments, with defaults for translation."""
 
     predict_with_generate: bool = HfArg(
-        default=True, help="Translate when evaluating, which BLEU needs. Off: only the loss."
+        default=True, help="Translate in evaluations, which BLEU needs. False: compute only the loss."
     )
     max_tokens: int | None = HfArg(
         default=None,
-        help="Tokens of a batch on each device, in place of per_device_train_batch_size: pairs times longest "
-        "side, as fairseq counts. Pairs of similar length come together; longer pairs are skipped and counted.",
+        help="Most tokens of a batch on each device, instead of per_device_train_batch_size: pairs times longest "
+        "side, counted as in fairseq. Pairs of similar length form a batch. Pairs that are longer than this are "
+        "skipped and counted.",
     )
     pad_to_multiple_of: int | None = HfArg(
         default=None, help="Pad lengths to a multiple of this, such as 8 for the tensor cores of a GPU."
     )
     optim: str = HfArg(
         default=Seq2SeqTrainingArguments.default_optim,
-        help="'radam', or any optimiser of Trainer. Weight decay spares biases, norms and ω.",
+        help="'radam', or any optimiser of Trainer. Weight decay does not apply to biases, norms and ω.",
     )
     warmup_init_lr: float = HfArg(default=0.0, help="Learning rate that warm-up starts from (Admin's code: 1e-7).")
     average_last: int | None = HfArg(
-        default=None, help="Average the last so many checkpoints when training is done; that is the run's model."
+        default=None, help="After training, average this many of the last checkpoints; the average is the run's model."
     )
     ema_decay: float = HfArg(
         default=0.0,
-        help="Exponential moving average of the weights, with this decay, such as 0.999: that is the model that is "
+        help="Keep an exponential moving average of the weights with this decay, such as 0.999. The average is "
         "evaluated, saved and exported.",
     )
     early_stopping_patience: int | None = HfArg(
         default=None,
-        help="Stop after so many evaluations without a better score by metric_for_best_model ('bleu', 'loss').",
+        help="Stop after this many evaluations without a better metric_for_best_model ('bleu', 'loss').",
     )
     torch_compile: bool = HfArg(
         default=False,
-        help="Compile the layers for training and, on a GPU, replay each training pass as a CUDA graph: faster "
-        "by far, after a minute or so of compiling. Batches then have one of few shapes.",
+        help="Compile the layers for training and, on a GPU, replay each training pass as a CUDA graph. This is much "
+        "faster, after about a minute of compiling. Batches then have few different shapes.",
     )
     keep_freed_memory: bool = HfArg(
         default=True,
-        help="On a CPU under Linux: keep freed memory for the next update. Giving it back to the system, which clears "
-        "it every time, takes up to a fifth of an update.",
+        help="On a CPU under Linux: keep freed memory for the next update. To give it back to the system, which "
+        "clears it every time, takes up to a fifth of an update.",
     )
     fp16_scale_window: int = HfArg(
         default=256, help="Updates without an overflow after which the loss scale of fp16 is doubled."
     )
     fp16_min_scale: float = HfArg(
-        default=0.03125, help="Smallest loss scale of fp16. Ten overflows in a row there are divergence."
+        default=0.03125, help="Smallest loss scale of fp16. Ten overflows in a row at this scale count as divergence."
     )
-    logging_steps: float = HfArg(default=100, help="Log every so many updates.")
+    logging_steps: float = HfArg(default=100, help="Number of updates between two logs.")
     logging_nan_inf_filter: bool = HfArg(
-        default=False, help="Leave losses that are not finite out of the log; reads each loss. They end a run anyway."
+        default=False,
+        help="Leave losses that are not finite out of the log, which reads each loss. They end a run anyway.",
     )
     report_to: None | str | list[str] = HfArg(
         default="tensorboard" if is_tensorboard_available() else "none",
@@ -247,11 +247,11 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
                     "and, without --average_last, the same --save_strategy."
                 )
         if (self.metric_for_best_model or "").removeprefix("eval_") == "ter" and self.greater_is_better is None:
-            self.greater_is_better = False  # an error rate; Trainer knows of losses only
-        # Both or neither: Trainer would keep the logits of all sentences, or translate without a use
+            self.greater_is_better = False  # an error rate; Trainer only knows that a lower loss is better
+            # Both or neither: otherwise Trainer would keep the logits of all sentences, or translate for nothing
         self.predict_with_generate &= not self.prediction_loss_only
         self.prediction_loss_only = not self.predict_with_generate
-        self.eval_do_concat_batches = True  # how predictions come to metrics, of which there are none but our own
+        self.eval_do_concat_batches = True  # Trainer's way of passing predictions to metrics, which are only our own
         optim, self.optim = self.optim, Seq2SeqTrainingArguments.default_optim if self.optim == RADAM else self.optim
         # Trainer would compile the whole model, for evaluation and generation too, which takes minutes if it is deep
         compiles, self.torch_compile = self.torch_compile or bool(self.torch_compile_backend), False
@@ -264,12 +264,12 @@ class TranslationTrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def length_multiple(self) -> int:
-        """What the lengths of padded training batches are multiples of."""
+        """The lengths of padded training batches are multiples of this."""
         return self.pad_to_multiple_of or (MULTIPLE if self.torch_compile else 1)
 
     @property
     def longest(self) -> int | None:
-        """The longest side of a pair that a batch of `max_tokens` can hold."""
+        """The longest side of a pair that fits a batch of `max_tokens`."""
         return longest_side(self.max_tokens, self.length_multiple, rows=1) if self.max_tokens else None
 
 
@@ -282,7 +282,7 @@ class Arguments(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse the command line, or one JSON file of arguments and, behind it, flags that override the file's.
+    """Parse the command line: flags, or a JSON file of arguments and then flags that override it.
 
     Raises:
         InputError: the JSON file cannot be read, or arguments are missing or contradict each other.
@@ -293,7 +293,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         argv = _json_flags(Path(argv[0])) + argv[1:]
     if "--use_cpu" not in argv and not torch.accelerator.is_available():
         argv += ["--use_cpu", "True"]  # or Trainer refuses bf16
-    with refusing("The arguments cannot be used"):  # by whichever library: DeepSpeed, accelerate, json ...
+    with refusing("The arguments cannot be used"):  # by any library: DeepSpeed, accelerate, json ...
         *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -320,7 +320,7 @@ class _Parser(HfArgumentParser):
 
 
 def shown(value: Any) -> Any:
-    """A value as it is given on the command line, not as Transformers' enumerations print themselves."""
+    """A value in its form on the command line, which Transformers' enumerations do not print."""
     return value.value if isinstance(value, Enum) else value
 
 
@@ -345,7 +345,7 @@ def _check_numbers(group: Any) -> None:
 
 
 def _check_json(name: str, value: Any) -> None:
-    """Raise an InputError if `value` is no JSON object and, where a flag can name one, no file either."""
+    """Raise an InputError if `value` is neither a JSON object nor, where the flag allows it, a file."""
     may_be_file = not name.endswith("_kwargs")
     if not isinstance(value, str) or (may_be_file and os.path.isfile(value)):
         return
@@ -362,7 +362,7 @@ def _json_flags(path: Path) -> list[str]:
     with refusing(f"The file of arguments {path} cannot be read"):
         values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise InputError(f"The file of arguments {path} must hold one JSON object, such as {{'do_train': true}}.")
+        raise InputError(f"The file of arguments {path} must contain one JSON object, such as {{'do_train': true}}.")
     flags = []
     for name, value in values.items():
         items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -409,9 +409,11 @@ def check_arguments(arguments: Arguments) -> None:
     if training.ema_decay:
         _check_moving_average(training)
     if training.push_to_hub and not training.do_train:
-        raise InputError("--push_to_hub needs --do_train; repeat the command of the finished run, nothing is trained.")
+        raise InputError(
+            "--push_to_hub needs --do_train; repeat the command of the finished run: nothing is trained again."
+        )
     if training.push_to_hub and (strategy := HubStrategy(training.hub_strategy)) != HubStrategy.END:
-        raise InputError(f"--hub_strategy {strategy.value}: only 'end' is possible, checkpoints stay here.")
+        raise InputError(f"--hub_strategy {strategy.value}: only 'end' is possible; checkpoints stay in output_dir.")
     _check_start(model, training)
 
 
@@ -447,7 +449,7 @@ def _check_metric(training: TranslationTrainingArguments, target_lang: str) -> N
     if name in set(SCORES) - set(scores):
         raise InputError(f"--metric_for_best_model {metric} needs translations: give --predict_with_generate True.")
     if name not in scores:
-        raise InputError(f"--metric_for_best_model {metric} is no score; expected one of {', '.join(scores)}.")
+        raise InputError(f"--metric_for_best_model {metric} is not a score; expected one of {', '.join(scores)}.")
     for language in target_lang.split(","):
         if name == "moses_bleu" and not Language.parse(language).has_moses_tokens:
             raise InputError(
@@ -459,23 +461,23 @@ def _check_metric(training: TranslationTrainingArguments, target_lang: str) -> N
 def _check_start(model: ModelArguments, training: TranslationTrainingArguments) -> None:
     if (resume := training.resume_from_checkpoint) and not Path(resume, STATE_NAME).is_file():
         raise InputError(
-            f"--resume_from_checkpoint {resume} is no checkpoint folder; leave it out to go on by itself."
+            f"--resume_from_checkpoint {resume} is not a checkpoint folder; without it, the run resumes by itself."
         )
     if resume and not training.ema_decay and Path(resume, WEIGHTS_NAME).is_file():
-        raise InputError(f"--resume_from_checkpoint {resume} is of a run with --ema_decay: give it here, too.")
+        raise InputError(f"--resume_from_checkpoint {resume} belongs to a run with --ema_decay: give this flag, too.")
     checkpoints = complete_checkpoints(training.output_dir)
     if resume and Path(resume).resolve() in [path.resolve() for path in checkpoints[:-1]]:
         raise InputError(
             f"--resume_from_checkpoint {resume} is not the run's last checkpoint, {checkpoints[-1]}: to go back, "
-            "remove the newer ones; to go on, leave it out."
+            "remove the newer ones; to resume, leave it out."
         )
     if model.model_name_or_path and (model.config_name or model.config_overrides):
         raise InputError("--config_name and --config_overrides shape a new model; leave out --model_name_or_path.")
     for name in ("encoder_layers", "decoder_layers"):
         if (layers := getattr(model, name)) is not None and not (model.model_name_or_path and training.do_train):
             raise InputError(
-                f"--{name} {layers} deepens the model of --model_name_or_path, to train on with --do_train; of a new "
-                f"model say --config_overrides {name}={layers}."
+                f"--{name} {layers} deepens the model of --model_name_or_path and needs --do_train; for a new model, "
+                f"give --config_overrides {name}={layers}."
             )
     if not training.do_train and not model.model_name_or_path and not checkpoints:
         raise InputError(
@@ -487,7 +489,7 @@ def _check_start(model: ModelArguments, training: TranslationTrainingArguments) 
 def _check_compilation(training: TranslationTrainingArguments) -> None:
     if training.torch_compile_mode is not None:
         raise InputError(
-            f"--torch_compile_mode {training.torch_compile_mode}: there is nothing to choose, for --torch_compile "
+            f"--torch_compile_mode {training.torch_compile_mode}: there is nothing to choose, because --torch_compile "
             "captures CUDA graphs itself; leave it out."
         )
     backends = torch._dynamo.list_backends(exclude_tags=None)
@@ -530,8 +532,8 @@ def _check_averaging(training: TranslationTrainingArguments) -> None:
 def _check_moving_average(training: TranslationTrainingArguments) -> None:
     if (kind := sharding(training)) is not None:
         raise InputError(
-            f"--ema_decay {training.ema_decay}: {kind} spreads the weights, and only whole ones are averaged; give "
-            "--average_last in its place."
+            f"--ema_decay {training.ema_decay}: {kind} shards the weights, and only whole weights can be averaged; "
+            "give --average_last instead."
         )
     if "schedule_free" in training.optim:
         raise InputError(f"--optim {shown(training.optim)} averages the weights itself: leave --ema_decay out.")

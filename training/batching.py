@@ -1,6 +1,6 @@
-"""Batches of a number of tokens: sentences of similar length together, so that little of a batch is padding.
+"""Batches with a limited number of tokens: sentences of similar length together, so that there is little padding.
 
-And how they are padded: to the longest of a batch, or to one of few shapes, each of which a GPU can record and replay.
+They are padded to the longest sentence of a batch, or to one of few shapes, which a GPU can record and replay.
 """
 
 from bisect import bisect_right
@@ -22,14 +22,14 @@ class TokenBatchSampler(Sampler[list[int]]):
     """Yields batches of pairs, each at most `max_tokens` large: number of pairs × longest side, as fairseq counts.
 
     Pairs are sorted by length, those of one length in random order, and cut into batches, which then come in random
-    order. Both are drawn anew for every epoch from `seed` and the epoch's number alone, so all processes agree, and a
-    resumed run finds its place. Where batches are cut depends on the lengths alone, so all epochs have as many.
+    order. Both are drawn again for every epoch, from `seed` and the epoch's number only. So all processes agree, and a
+    resumed run finds its place. The cuts depend only on the lengths, so all epochs have the same number of batches.
 
     Args:
         lengths: tokens of the longer side of each pair as it will be padded, at least 1: see [`round_up`] and
             [`Buckets.round_up`].
         max_tokens: the largest batch; no length may exceed it.
-        seed: what the random order follows from.
+        seed: seed of the random order.
         multiple_of: the number of batches is made a multiple of it, by halving the largest, so that every update has
             all its batches: the number of processes times the accumulated batches.
 
@@ -103,7 +103,7 @@ def round_up(lengths: Any, multiple: int) -> Any:
 
 
 def longest_side(max_tokens: int, multiple: int, rows: int) -> int:
-    """How long the sides of a batch of so many rows may be, padded to a multiple, to be `max_tokens` at most."""
+    """The longest side, padded to a multiple, that a batch with this number of rows may have within `max_tokens`."""
     return max_tokens // rows // multiple * multiple
 
 
@@ -111,16 +111,16 @@ class Buckets:
     """The few shapes that batches may have: both sides padded to a bucket's length, with as many rows as it has.
 
     Up to 8 times `multiple` every multiple is a bucket; from there each is about an eighth longer than the one before.
-    So little is padding, and there are few: with multiples of 4, 20 up to 128 tokens and 38 up to 1,024.
+    So there is little padding, and there are few buckets: with multiples of 4, 20 up to 128 tokens and 38 up to 1,024.
 
     Args:
         longest: tokens of the longest side of all pairs.
-        multiple: what all lengths are multiples of.
+        multiple: all lengths are multiples of this.
         max_tokens: rows × length of a bucket is at most this.
-        rows: the rows of every bucket, in place of `max_tokens`.
+        rows: the rows of every bucket, instead of `max_tokens`.
 
     Attributes:
-        lengths: the buckets' lengths, ascending, int64; the last is the first multiple that holds `longest`.
+        lengths: the buckets' lengths, ascending, int64; the last is the first multiple that fits `longest`.
 
     Raises:
         ValueError: not exactly one of `max_tokens` and `rows` is given, `max_tokens` is below the last length, or a
@@ -155,10 +155,10 @@ class Buckets:
         self._max_tokens, self._rows = max_tokens, rows
 
     def round_up(self, lengths: Any) -> Any:
-        """The shortest bucket's length that holds each of `lengths`, an integer or an array of any shape.
+        """The length of the shortest bucket that fits each of `lengths`, an integer or an array of any shape.
 
         Raises:
-            ValueError: one is beyond the last bucket.
+            ValueError: one is longer than the last bucket.
         """
         if (longest := np.max(lengths, initial=0)) > self.lengths[-1]:
             raise ValueError(f"A pair has {longest} tokens, but the last bucket holds {self.lengths[-1]}.")
@@ -169,7 +169,7 @@ class Buckets:
         return self._rows if self._max_tokens is None else self._max_tokens // int(length)
 
     def longest(self, rows: int) -> int:
-        """The length of the longest bucket that holds so many rows."""
+        """The length of the longest bucket with at least this number of rows."""
         return max(length for length in self.lengths.tolist() if self.rows(length) >= rows)
 
 
@@ -179,9 +179,9 @@ class TranslationCollator(DataCollatorForSeq2Seq):
     It pads on the right, whatever the tokenizer says: positions count from the left.
 
     Args:
-        tokenizer: pads.
-        model: says what decoders start from. The collator keeps numbers only, so that it can be sent to workers.
-        pad_to_multiple_of: what lengths are made multiples of.
+        tokenizer: pads the sentences.
+        model: gives the decoder's start token. The collator keeps only numbers, so that it can be sent to workers.
+        pad_to_multiple_of: lengths become multiples of this.
     """
 
     def __init__(
@@ -204,12 +204,13 @@ class TranslationCollator(DataCollatorForSeq2Seq):
 class BucketCollator:
     """Pads training pairs to the shape of the bucket that their longest side falls into, on the right.
 
-    Missing rows are filled up. Their source is one end-of-sentence token, because attention over padding alone would
-    divide by zero, and they have no targets, so that losses and gradients are those of the pairs alone.
+    Missing rows are filled up. Their source is one end-of-sentence token, because attention over nothing but padding
+    would divide by zero. They have no targets, so losses and gradients are those of the pairs only.
 
     Args:
-        tokenizer: says the padding and the end-of-sentence token.
-        model: says what decoders start from. The collator keeps numbers only, so that it is cheap to send to workers.
+        tokenizer: gives the padding and the end-of-sentence token.
+        model: gives the decoder's start token. The collator keeps only numbers, so that it is cheap to send to
+            workers.
         buckets: the shapes.
     """
 

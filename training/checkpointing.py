@@ -1,4 +1,4 @@
-"""Exact resume: a run that is killed at any moment goes on from its last whole checkpoint, as if it had not been."""
+"""Exact resume: a run that is killed at any moment continues from its last complete checkpoint as if never stopped."""
 
 import shutil
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ def remove_checkpoint(checkpoint: Path) -> None:
 def rotate_checkpoints(run: Path, limit: int | None, best: str) -> None:
     """Keep the last `limit` checkpoints, and the one named `best`.
 
-    By their numbers: Trainer's own function goes by the folders' times, which copying a run, or a deletion that was
-    killed, changes.
+    It sorts them by their numbers. Trainer's own function uses the folders' times, which change when a run is copied
+    or a deletion is killed.
     """
     if limit is None:
         return
@@ -47,7 +47,7 @@ def rotate_checkpoints(run: Path, limit: int | None, best: str) -> None:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn the errors of a full disk, by whichever library, into one sentence.
+    """Turn the errors of any library about a full disk into one sentence.
 
     Raises:
         InputError: what cannot be written, and why.
@@ -78,7 +78,7 @@ class ResumableTrainer(Seq2SeqTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._unscheduled: str | None = None  # the checkpoint of a stop that this session went on from
-        self.add_callback(WholeCheckpoints)  # behind all others, which ask for checkpoints
+        self.add_callback(WholeCheckpoints)  # after all others, which request checkpoints
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # every data loader draws a seed
@@ -152,7 +152,7 @@ class ResumableTrainer(Seq2SeqTrainer):
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
-    """Draws the order of an epoch from seed and epoch, in place of the random stream that dropout moves."""
+    """Draws the order of an epoch from seed and epoch, instead of the random stream that dropout moves."""
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
@@ -164,7 +164,7 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Lets a checkpoint hold all that belongs to its update: the loss logged so far, the evaluation of its epoch."""
+    """Completes a checkpoint with the rest of its update: the loss logged so far and the evaluation of its epoch."""
 
     def __init__(self) -> None:
         self._waiting = False

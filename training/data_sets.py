@@ -139,5 +139,5 @@ def _warn_of_line_breaks(dataset: Dataset, split: str, data: DataTrainingArgumen
         if count := pc.sum(broken).as_py():
             logger.warning(
                 f"{count:,} {column} cells of the {split} split of {data.dataset_name} have line breaks, the first in "
-                f"row {pc.index(broken, True).as_py() + 1:,}: a stray quote takes rows for text."
+                f"row {pc.index(broken, True).as_py() + 1:,}: a stray quote makes rows part of a text."
             )

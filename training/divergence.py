@@ -1,4 +1,4 @@
-"""Divergence is a result: the run stops with a sentence and a record, and what it saved before stays as it is."""
+"""Divergence is a result: the run stops with a sentence and a record, and its earlier files stay unchanged."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -21,12 +21,12 @@ class Divergence(RuntimeError):
     """Training has diverged. `run_translation.py` exits with 3.
 
     Args:
-        reason: a sentence for people.
-        step: updates done before.
-        loss: of the update that showed it.
-        scale: the loss scale of float16 then, if there is one.
-        layer: the first module whose output is not finite, else the parameter nearest to the loss whose gradient is
-            not, if any.
+        reason: a readable sentence.
+        step: number of updates before.
+        loss: loss of the update that showed it.
+        scale: the loss scale of float16 at that time, if there is one.
+        layer: the first module whose output is not finite; else the parameter closest to the loss whose gradient is
+            not finite, if any.
     """
 
     def __init__(self, reason: str, step: int, loss: float, scale: float | None = None, layer: str | None = None):
@@ -48,12 +48,12 @@ class Divergence(RuntimeError):
 def first_non_finite(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     """Find the first module in a forward pass whose output is not finite, else the first such gradient backwards.
 
-    Gradients are computed anew, because clipping makes all of them NaN when one is; those that the model holds count
-    where other batches made them.
+    Gradients are computed again, because clipping makes all of them NaN if one is. The model's own gradients count if
+    they come from other batches.
 
     Args:
-        model: the bare model; its random state and gradients stay as they are.
-        inputs: the batch to look at, with labels.
+        model: the bare model; its random state and gradients are not changed.
+        inputs: the batch to check, with labels.
 
     Returns:
         A module's or parameter's name, or None if all is finite.

@@ -1,16 +1,16 @@
-"""What the user gave and cannot be used, told in a sentence."""
+"""Errors about the user's input, as one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what, and what to do. `run_translation.py` exits with 2."""
+    """An input of the user cannot be used; the message says what to do. `run_translation.py` exits with 2."""
 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about the user's arguments into one sentence that begins with `what`."""
+    """Turn any error of a library about the user's arguments into one sentence that begins with `what`."""
     try:
         yield
     except InputError:

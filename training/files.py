@@ -72,7 +72,7 @@ def check_text(path: Path) -> TextFile:
             if (place := block.find(b"\0")) >= 0:
                 line = lines + 1 + block.count(b"\n", 0, place)
                 raise InputError(
-                    f"{path} is no text: line {line} holds a NUL byte. UTF-16 has them; write it as UTF-8."
+                    f"{path} is not text: line {line} contains a NUL byte. UTF-16 has them; write it as UTF-8."
                 )
             checksum.update(block)
             if b"\r" in block or last == b"\r":
@@ -84,8 +84,8 @@ def check_text(path: Path) -> TextFile:
         raise InputError(f"{path} is empty.")
     if returns > lines:
         raise InputError(
-            f"{path} has {returns:,} carriage returns but {lines:,} line feeds, which alone end lines; convert it to "
-            "line feeds."
+            f"{path} has {returns:,} carriage returns but {lines:,} line feeds. Only line feeds end lines: convert it "
+            "to line feeds."
         )
     return TextFile(path, lines + (last != b"\n"), size, checksum.hexdigest())
 

@@ -29,7 +29,7 @@ def push_folder(folder: Path, repo_id: str, training_args: TranslationTrainingAr
     A card that was written by hand there stays.
 
     Raises:
-        InputError: the upload failed; the folder is as it was.
+        InputError: the upload failed; the folder is unchanged.
     """
     api, token, revision = HfApi(), training_args.hub_token, training_args.hub_revision
     try:

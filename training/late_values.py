@@ -1,4 +1,4 @@
-"""Numbers of a GPU without waiting for it: each is copied at once, and read when it has long arrived."""
+"""Reads numbers of a GPU without waiting for it: each is copied at once, and read later, when it has arrived."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ About = TypeVar("About")
 
 
 class LateValues(Generic[About]):
-    """Numbers that come out in the order in which they went in, each with what it is about.
+    """A queue of numbers, each with its label.
 
-    To read a number of a GPU is to wait until the GPU has done all that it was told before. So a copy is made when the
-    GPU gets there, and waited for later. On a CPU every number is there at once.
+    To read a number of a GPU, a program must wait until the GPU has done all its earlier work. So the GPU makes a copy
+    when it gets there, and the program reads it later. On a CPU every number is available at once.
 
     Example:
 
@@ -35,7 +35,7 @@ class LateValues(Generic[About]):
         self._pending: deque[tuple[About, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, about: About, values: Tensor) -> None:
-        """Start to copy `values`, `(n,)` of any dtype on any device, as they are at this point of its work."""
+        """Start to copy `values`, `(n,)` of any dtype on any device, with their values at this point of its work."""
         # Without waiting into pinned memory; other devices than CUDA's have no event to say when it has arrived
         copy = values.to("cpu", copy=True, non_blocking=values.is_cuda)
         event = None
@@ -45,9 +45,9 @@ class LateValues(Generic[About]):
         self._pending.append((about, copy, event))
 
     def arrived(self, held_back: int = 0) -> Iterator[tuple[About, list[float]]]:
-        """Take all values but the last `held_back`, in order, waiting for those that are still under way.
+        """Take all values except the last `held_back`, in order, and wait for those that have not arrived yet.
 
-        How many there are never depends on how fast the device is, so processes that push alike take alike.
+        Their number never depends on the speed of the device. So processes that push the same number take the same.
         """
         while len(self._pending) > held_back:
             about, copy, event = self._pending.popleft()

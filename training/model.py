@@ -43,7 +43,7 @@ DEFAULT_LENGTHS["val_max_target_length"] = DEFAULT_LENGTHS["max_target_length"]
 def config_changes(arguments: ModelArguments, config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """The new model's configuration, as keyword arguments of `config_class`: --config_name, then --config_overrides.
 
-    Vocabulary size and special tokens are left out: the tokenizer says them.
+    Vocabulary size and special tokens are left out: they come from the tokenizer.
 
     Raises:
         InputError: the configuration cannot be read, is another model's, or an override has no such field or a value
@@ -91,12 +91,12 @@ def _parse_overrides(text: str, config_class: type[PretrainedConfig]) -> dict[st
 
 
 def set_generation(model: Any, max_length: int, num_beams: int | None, length_penalty: float | None) -> None:
-    """Make the settings of this run those of `model.generate`, which are saved with the model.
+    """Set this run's settings for `model.generate`, which are saved with the model.
 
     A stock generation config cuts every translation at 20 tokens.
 
     Raises:
-        InputError: they cannot be saved, for they contradict each other or what the model was saved with.
+        InputError: they cannot be saved, because they contradict each other or the model's saved settings.
     """
     generation_config: GenerationConfig = model.generation_config
     generation_config.max_length = max_length
@@ -131,24 +131,24 @@ def check_model(arguments: Arguments) -> None:
 
 
 def check_lengths(arguments: Arguments, config: AdminConfig) -> None:
-    """Lower default lengths to the positions of the model, and find other lengths that are beyond them."""
+    """Lower default lengths to the positions of the model, and refuse given lengths that are longer."""
     data, positions = arguments.data, config.max_position_embeddings
     multiple_of = arguments.training.length_multiple if arguments.training.do_train else 1
     for name, default in DEFAULT_LENGTHS.items():
         if getattr(data, name) == default > (most := positions - positions % multiple_of):
-            logger.info(f"--{name} is {most} here, for the model has {positions} positions.")
+            logger.info(f"--{name} is {most} here, because the model has {positions} positions.")
             setattr(data, name, most)
     longest = round_up(max(getattr(data, name) for name in DEFAULT_LENGTHS), multiple_of)
     if longest > positions:
         multiple = f"; lengths are multiples of {multiple_of} (--pad_to_multiple_of)"
         raise InputError(
-            f"Sequences of up to {longest} tokens are asked for, but the model's max_position_embeddings is "
+            f"The arguments allow sequences of up to {longest} tokens, but the model's max_position_embeddings is "
             f"{positions}{multiple if multiple_of > 1 else ''}."
         )
 
 
 def build_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> AdminForConditionalGeneration:
-    """Load the model to go on from, or make a new one for this tokenizer."""
+    """Load the model to start from, or make a new one for this tokenizer."""
     given, data, training = arguments
     if training.use_cpu and training.keep_freed_memory:
         map_large_buffers()
@@ -192,6 +192,6 @@ def _new_or_loaded_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBas
     model = deepen(model, **{f"{name}_layers": layers for name, layers in depths.items()})
     logger.info(
         f"{source} is deepened from {before} to {depths['encoder']} and {depths['decoder']}, by copies of its layers. "
-        "ω starts anew, from a profile."
+        "ω starts again, from a profile."
     )
     return model

@@ -1,4 +1,4 @@
-"""What each update was: loss, likelihood, tokens, speed, over all processes; for logs, progress bar and divergence."""
+"""Facts on each update (loss, likelihood, tokens, speed) over all processes, for logs, progress bar and divergence."""
 
 import math
 import time
@@ -32,7 +32,7 @@ MAX_START = 3.0
 
 @dataclass
 class _Update:
-    """What the host knows of an update, while its numbers are under way."""
+    """The facts on an update that the host knows before its numbers arrive."""
 
     number: int  # from 1
     warm: bool  # after warm-up, by so much that all of the last losses are
@@ -48,20 +48,20 @@ class UpdateMonitor(TrainerCallback, ExportableState):
 
     On a CPU, an update is checked before it changes the weights. On a GPU, reading a number would make the CPU wait in
     every update. There the numbers are read one update late: before the next update changes the weights (overflows
-    just after), before each log and each save, and at the end of an epoch. An update whose loss or gradient is not
-    finite is skipped by the GPU itself where the optimiser is one of PyTorch's fused ones, so the weights are those
-    from before. With other optimisers it may spoil the weights; no checkpoint is saved of them.
+    just after), before each log and each save, and at the end of an epoch. If the optimiser is one of PyTorch's fused
+    ones, the GPU itself skips an update whose loss or gradient is not finite, so the weights do not change. With other
+    optimisers it may spoil the weights; no checkpoint is saved of them.
 
     Attributes:
         late: whether numbers are read one update late, as on a GPU.
-        loss: of the last update that was read; NaN before.
-        grad_norm: of the gradient that the next update is made with, where the Trainer says it; in float16 it may
-            overflow, which only halves the loss scale.
+        loss: loss of the last update that was read; NaN before.
+        grad_norm: norm of the gradient of the next update, if the Trainer gives it; in float16 it may overflow, which
+            only halves the loss scale.
 
     Args:
         accelerator: the Trainer's.
         min_scale: the smallest loss scale of float16.
-        residuals: what watches the residual connections, if anything.
+        residuals: the monitor of the residual connections, if any.
 
     Raises:
         Divergence: on all processes alike.
@@ -76,7 +76,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
         self.clamp = LossScaleClamp(min_scale, accelerator.device)
         self.loss = math.nan
         self.grad_norm: Tensor | float | None = None
-        # Of the update under way, on this process: loss, nll, target and source tokens
+        # Of the current update, on this process: loss, nll, target and source tokens
         self._sums: Tensor | None = None
         self._inputs: Mapping[str, Any] = {}
         self._update: _Update | None = None  # the last one that was handed on to be read, and its loss scale
@@ -98,15 +98,15 @@ class UpdateMonitor(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def add(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Add a batch to the update under way, without reading it.
+        """Add a batch to the current update, without reading it.
 
         Args:
             loss: its share of the update's loss, a scalar. Like `nll` it may be overwritten after this call.
             nll: its share of the update's negative log-likelihood, a scalar.
-            inputs: `input_ids`, `attention_mask` and `labels`, each `(batch, length)`, and what else the model takes.
-                The last batch is kept until the update has been read, to look for the first module with an output
-                that is not finite. Where it is overwritten before, as the buffers of a CUDA graph are, a later batch
-                is looked at.
+            inputs: `input_ids`, `attention_mask` and `labels`, each `(batch, length)`, and other arguments of the
+                model. The last batch is kept until the update has been read, to look for the first module with an
+                output that is not finite. If it is overwritten earlier, like the buffers of a CUDA graph, a later
+                batch is used.
         """
         labels, sources = inputs["labels"], inputs["input_ids"]
         is_target = labels.ne(-100)
@@ -128,7 +128,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
     def check_weights(self, state: TrainerState, model: nn.Module) -> None:
         """Raise a Divergence if an update until now has diverged, or weights are not finite.
 
-        To be asked on all processes before a checkpoint is saved.
+        Call it on all processes before a checkpoint is saved.
         """
         self._catch_up()
         if not all(gather_object([all(bool(weight.isfinite().all()) for weight in model.parameters())])):
@@ -136,7 +136,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
             self._diverged(f"weights are not finite after update {state.global_step}", last)
 
     def log(self) -> dict[str, float]:
-        """The means of the updates since this was asked last; `tokens` are targets without padding."""
+        """The means of the updates since the last call; `tokens` are targets without padding."""
         self._catch_up()
         self._stop_clock()  # a GPU may only now have done what was asked of it
         nll, targets, sources = self._read.tolist()
@@ -203,7 +203,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
     on_evaluate = on_save = _start_clock  # evaluating and saving is not training
 
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        # What an earlier training left behind that was broken off
+        # Left by an earlier training that was broken off
         self._sums = None
         self._values.clear()
         self._overflows.clear()
@@ -266,7 +266,7 @@ class UpdateMonitor(TrainerCallback, ExportableState):
 
 
 class TranslationProgress(ProgressCallback):
-    """Trainer's progress bar with loss and target tokens per second beside it, and a line for each log."""
+    """Trainer's progress bar with loss and target tokens per second, and a line for each log."""
 
     # What a line shows; the rest is for TensorBoard and its like, and in trainer_state.json
     SHOWN = ("epoch", "loss", "nll", "perplexity", "learning_rate", "grad_norm", "loss_scale", "tokens_per_second")

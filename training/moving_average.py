@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights in training, which is what is evaluated, saved and exported."""
+"""The exponential moving average of the weights in training, which is evaluated, saved and exported."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,38 +13,38 @@ from transformers import TrainerCallback, TrainerState
 from .errors import InputError
 
 
-WEIGHTS_NAME = "training_weights.safetensors"  # in a checkpoint: those that training goes on from
+WEIGHTS_NAME = "training_weights.safetensors"  # in a checkpoint: training continues from these
 
 
 class MovingAverage(TrainerCallback):
-    """Averages the weights after each update, all that is trained, ω among it.
+    """Averages all trained weights, including ω, after each update.
 
     After update t the average moves to the weights by a share of 1 − d, where d = min(decay, (1 + t) / (10 + t)), as
     in TensorFlow's ExponentialMovingAverage: so the first weights are soon forgotten. Updates that float16 skips do
-    not count. Processes hold equal weights, and so equal averages.
+    not count. All processes have equal weights, and so equal averages.
 
     Args:
-        model: is trained; tied weights are one.
+        model: the trained model; tied weights count once.
         decay: from 0 to 1; the last 1 / (1 − decay) updates make most of the average.
 
     Attributes:
         average: of each trained weight, in float32, by its name; empty before the first update.
 
     Raises:
-        InputError: a weight is not in float32, in which an average moves by too little to be seen.
+        InputError: a weight is not in float32; in half precision, the changes of an average are lost in rounding.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.average: dict[str, Tensor] = {}
-        # The weights that training goes on from, while the model has the average
+        # The weights that training continues from, while the model has the average
         self._training: dict[str, Tensor] = {}
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         for name, weight in self._weights.items():
             if decay and weight.dtype != torch.float32:
                 raise InputError(
                     f"--ema_decay {decay} needs weights in float32, but {name} is in {weight.dtype}: leave it out, or "
-                    "go on from a model that was saved in float32."
+                    "start from a model that was saved in float32."
                 )
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class MovingAverage(TrainerCallback):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Give the model the average, where there is one, and take it back bit for bit."""
+        """Give the model the average, if there is one, and restore its weights afterwards, bit for bit."""
         self._training = {name: self._weights[name].detach().clone() for name in self.average}
         self._copy(self.average)
         try:
@@ -68,19 +68,19 @@ class MovingAverage(TrainerCallback):
             self._training = {}
 
     def finish(self) -> None:
-        """Give the model the average for good: training is over."""
+        """Give the model the average permanently: training is over."""
         self._copy(self.average)
         self.average = {}
 
     def save(self, checkpoint: Path) -> None:
-        """Write the weights that training goes on from, beside the average [`in_place`]."""
+        """Write the weights that training continues from, next to the average of [`in_place`]."""
         if self._training:
             save_file(self._training, checkpoint / WEIGHTS_NAME)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint whose model, the average, has been loaded.
+        """Resume from a checkpoint whose model, the average, has been loaded.
 
-        One without an optimiser has no other weights either, so that training goes on from the average.
+        One without an optimiser has no other weights either, so training continues from the average.
         """
         self.average = {name: weight.detach().clone() for name, weight in self._weights.items()}
         if (file := checkpoint / WEIGHTS_NAME).is_file():

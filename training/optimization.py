@@ -1,4 +1,4 @@
-"""What the recipe of the paper and its code adds to Trainer: RAdam, a warm-up from above 0, a least loss scale."""
+"""Additions to Trainer for the recipe of the paper and its code: RAdam, warm-up from above 0, smallest loss scale."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ RADAM = "radam"
 def radam(learning_rate: float, betas: tuple[float, float], eps: float) -> tuple[type[Optimizer], dict[str, Any]]:
     """PyTorch's RAdam with decoupled weight decay, as class and arguments.
 
-    While its variance cannot be estimated, the first updates, PyTorch's takes a step of momentum alone; that of the
-    paper's code takes none.
+    In the first updates, its variance cannot be estimated. PyTorch's RAdam then takes a step of momentum alone; that
+    of the paper's code takes none.
     """
     return torch.optim.RAdam, {"lr": learning_rate, "betas": betas, "eps": eps, "decoupled_weight_decay": True}
 
 
 def warm_up_from(scheduler: LambdaLR, initial: float, warmup_steps: int) -> LambdaLR:
-    """The same schedule with a linear warm-up that starts at `initial`, a share of the peak, in place of 0.
+    """The same schedule with a linear warm-up that starts at `initial`, a share of the peak, instead of 0.
 
     Args:
         scheduler: one of Transformers' schedules, all of which warm up linearly from 0.
@@ -36,14 +36,14 @@ def warm_up_from(scheduler: LambdaLR, initial: float, warmup_steps: int) -> Lamb
 
 
 def skipping_optimizer(optimizer: Any) -> Optimizer | None:
-    """The innermost optimiser of accelerate's wrappers, if an update can be skipped without the host being asked.
+    """The innermost optimiser of accelerate's wrappers, if it can skip an update without asking the host.
 
     PyTorch's fused optimisers change nothing, neither weights nor their own state, in an update for which the
     attribute `found_inf` is a float32 tensor of 1.0; a GradScaler sets it, too.
 
     Returns:
-        The optimiser; None if it cannot, or if it holds weights that are spread over processes, which would need the
-        attribute to be spread as well.
+        The optimiser; None if it cannot, or if its weights are sharded over processes, because the attribute would
+        then have to be sharded as well.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -57,8 +57,7 @@ class LossScaleClamp:
     """Keeps the loss scale of float16 at or above a smallest value, and counts overflows there.
 
     A gradient that overflows halves the scale; a model that diverges overflows at any scale. So the scale is clamped,
-    and overflow after overflow at the clamp is what divergence looks like. Nothing is read: scales and counts are
-    scalar tensors.
+    and repeated overflows at the clamp indicate divergence. No number is read: scales and counts are scalar tensors.
 
     Args:
         min_scale: the smallest scale.

@@ -1,4 +1,4 @@
-"""A process: what it logs, and its end among several."""
+"""The logging of a process, and the end of a process group."""
 
 import logging
 import time
@@ -18,9 +18,9 @@ def set_up_logging(process_index: int) -> None:
 
 
 def end_process_group() -> None:
-    """Leave the process group once its threads hold nothing more; does nothing where there is one process.
+    """Leave the process group once its threads hold no tensors; does nothing if there is only one process.
 
-    To be called when all processes are done. A thread of Gloo needs Python's lock to release the tensors of the last
+    Call it when all processes are done. A thread of Gloo needs Python's lock to release the tensors of the last
     collective, and aborts a process that ends before (https://github.com/pytorch/pytorch/issues/190489).
     """
     if distributed.is_initialized():

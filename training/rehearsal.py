@@ -1,4 +1,4 @@
-"""Trainer reads the arguments once on a toy, so that what it refuses is known before the data is touched."""
+"""Trainer first reads the arguments with a toy model, so that it refuses wrong ones before the data is read."""
 
 import copy
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from .trainer import TranslationTrainer
 
 
 def rehearse(training_args: TranslationTrainingArguments) -> None:
-    """Build all that training needs for a model of one layer and one pair; no update is made.
+    """Build everything that training needs, for a model of one layer and one pair; no update is made.
 
     Raises:
         InputError: something cannot be built: a package is missing, or arguments contradict each other.

@@ -40,7 +40,7 @@ def collect(run: Path) -> dict[str, Any]:
     for name, content in {ARGUMENTS_NAME: found.arguments, CONFIG_NAME: found.config, STATE_NAME: found.log}.items():
         if not content:
             raise InputError(
-                f"{run} holds no run of run_translation.py with a checkpoint: {name} is missing or damaged."
+                f"{run} contains no run of run_translation.py with a checkpoint: {name} is missing or damaged."
             )
     decodes = run / DECODES_NAME
     shape = ("encoder_residual", "decoder_residual", "encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim")

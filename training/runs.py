@@ -1,4 +1,4 @@
-"""One output_dir, one run: what was asked of it, how far it is, and what its model is."""
+"""One output_dir, one run: its arguments, its progress, and its model."""
 
 import json
 import tempfile
@@ -27,7 +27,7 @@ def last_checkpoint(training: TranslationTrainingArguments) -> str | None:
 
 
 def finished_checkpoint(training: TranslationTrainingArguments) -> str | None:
-    """The checkpoint with the run's result, where nothing is left to train or training is not asked for.
+    """The checkpoint with the run's result, if nothing is left to train or training is not requested.
 
     Trainer would train one more update when it is started on a finished run.
     """
@@ -76,10 +76,10 @@ _NOT_FREE = {"dataloader_drop_last"}
 
 
 def check_output_dir(arguments: Arguments) -> None:
-    """Refuse to train in a folder that holds a run of other arguments, or no run of ours at all.
+    """Refuse to train in a folder that contains a run with other arguments, or files of another program.
 
     Raises:
-        InputError: naming the arguments that differ, or what else is wrong with the folder.
+        InputError: the message names the arguments that differ, or the problem of the folder.
     """
     folder = Path(arguments.training.output_dir)
     record = folder / ARGUMENTS_NAME
@@ -87,13 +87,13 @@ def check_output_dir(arguments: Arguments) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
-        raise InputError(f"--output_dir {folder} is no folder that can be written to: {error}") from error
+        raise InputError(f"--output_dir {folder} is not a folder that can be written to: {error}") from error
     if not arguments.training.do_train:
         return
-    afresh = f"To go on with that run repeat its arguments. {_afresh(folder)}"
+    afresh = f"To continue that run, repeat its arguments. {_afresh(folder)}"
     if not record.exists():
         if folder.exists() and get_last_checkpoint(str(folder)) is not None:
-            raise InputError(f"{folder} holds checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
+            raise InputError(f"{folder} contains checkpoints of another program (no {ARGUMENTS_NAME}). {afresh}")
         return
     before = _read(record, afresh)
     now = recorded(arguments)
@@ -109,14 +109,14 @@ def check_output_dir(arguments: Arguments) -> None:
         and (name in _NOT_FREE or name not in _FREE and not name.startswith(_FREE_PREFIXES))
     ]
     if differing:
-        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differing)}). {afresh}")
+        raise InputError(f"{folder} contains a run with other arguments ({'; '.join(differing)}). {afresh}")
 
 
 def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
-    """Refuse to train on, or validate with, other text than the run in output_dir has begun with.
+    """Refuse training or validation text that differs from that of the run in output_dir.
 
     Raises:
-        InputError: naming the file that differs.
+        InputError: the message names the file that differs.
     """
     folder = Path(arguments.training.output_dir)
     if not arguments.training.do_train or not (folder / ARGUMENTS_NAME).exists():
@@ -128,17 +128,17 @@ def check_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
             if any(then.get(key) != now.get(key) for key in ("num_bytes", "checksum")):
                 sizes = [f"{file['num_bytes']:,} bytes" if file else "nothing" for file in (then, now)]
                 if sizes[0] == sizes[1]:
-                    sizes[1] = "as many with another content"
+                    sizes[1] = "the same number with other content"
                 raise InputError(
-                    f"{folder} holds a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
-                    f"{sizes[1]} now. To go on with that run give its data; to train its model on other data give "
+                    f"{folder} contains a run with other {split} data: {(now or then)['name']} had {sizes[0]} then, "
+                    f"{sizes[1]} now. To continue that run, give its data; to train its model on other data, give "
                     f"--model_name_or_path {folder} and another --output_dir, and leave out --config_name and "
                     "--config_overrides."
                 )
 
 
 def record_data(arguments: Arguments, contents: dict[str, Contents]) -> None:
-    """Write size and checksum of the text that the run trains on and validates with, without where it is."""
+    """Write size and checksum of the training and validation text, without its place."""
     path = Path(arguments.training.output_dir) / DATA_NAME
     before = _read(path, _afresh(path.parent)) if (path.parent / ARGUMENTS_NAME).exists() else {}
     now = {split: _named(content) for split, content in contents.items() if split != "test"}
@@ -176,6 +176,6 @@ def recorded(arguments: Arguments) -> dict[str, Any]:
 
 
 def record_arguments(arguments: Arguments) -> None:
-    """Write all arguments beside the run, to recognise it when it is resumed."""
+    """Write all arguments into the run's folder, to recognise it when it is resumed."""
     path = Path(arguments.training.output_dir) / ARGUMENTS_NAME
     write_whole(path, json.dumps(recorded(arguments), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""BPE-dropout: the training text in other subwords in every epoch, drawn from seed, epoch and line alone."""
+"""BPE-dropout: other subwords of the training text in every epoch, drawn from seed, epoch and line only."""
 
 import json
 import random
@@ -32,20 +32,20 @@ def check_bpe(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 class BpeDropout:
-    """Segments tokenised pairs anew: BPE in which every merge, at every step, is left out with a probability.
+    """Segments tokenised pairs again: a BPE that skips every merge, at every step, with a probability.
 
-    This is Algorithm 1 of Provilkov et al. (2020). The package tokenizers has it, but draws from a generator that
-    cannot be seeded, so no run could go on exactly. Here it works on ids: tokens are taken apart into the symbols that
-    they were merged from, word by word, and merged again.
+    This is Algorithm 1 of Provilkov et al. (2020). The package tokenizers has it, but its generator cannot be seeded,
+    so no run could be resumed exactly. Here it works on ids: word by word, tokens are split into the symbols that they
+    were merged from, and merged again.
 
     Args:
         tokenizer: a BPE, see [`check_bpe`]. It is read, not changed.
         dropout: the probability, from 0 (which gives the tokenizer's own ids) to 1 (single symbols).
-        seed: what all draws follow from, with the epoch and the pair's `index`.
+        seed: seed of all draws, together with the epoch and the pair's `index`.
         limits: the longest source and target, in tokens.
 
     Raises:
-        InputError: the tokenizer is no BPE.
+        InputError: the tokenizer is not a BPE.
 
     Example:
 
@@ -74,7 +74,7 @@ class BpeDropout:
         self._symbols = {token: _take_apart(token, parts) for token in parts}
 
     def segment(self, word: Sequence[int], draw: Callable[[], float], dropout: float) -> list[int]:
-        """The ids of a word, drawn anew; `draw` gives numbers from 0 to 1."""
+        """The ids of a word, drawn again; `draw` gives numbers from 0 to 1."""
         ids = [symbol for token in word for symbol in self._symbols.get(token, (token,))]
         while True:
             best, place = None, 0
@@ -111,10 +111,10 @@ class BpeDropout:
         return drawn
 
     def lengths(self, dataset: Dataset) -> np.ndarray:
-        """How long the longer side of each pair may become: the mean, and a standard deviation more.
+        """The expected greatest length of each pair's longer side: the mean plus a standard deviation.
 
-        Mean and variance are proportional to the stored length, which is known before any epoch, so that all epochs
-        have the same batches. The factors are those of some pairs.
+        Mean and variance are proportional to the stored length, which is known before any epoch. So all epochs have
+        the same batches. The factors are estimated from a sample of pairs.
 
         Returns:
             int64, `(pairs,)`; never less than `length`, nor more than the limits.
@@ -136,9 +136,9 @@ class DropoutCollator:
     """Draws the segmentation of training pairs, and pads them.
 
     Args:
-        segmentation: what draws.
-        collate: what pads.
-        longest: how long a side may be in a batch of so many pairs; no limit where unset.
+        segmentation: draws the segmentation.
+        collate: pads the batch.
+        longest: the longest side in a batch with this number of pairs; default: no limit.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A tokenizer of the package tokenizers out of a model that sentencepiece trained, Unigram or BPE."""
+"""Converts a model of sentencepiece, Unigram or BPE, to a tokenizer of the package tokenizers."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def read_sentencepiece(name: str) -> PreTrainedTokenizerFast:
     """Read a sentencepiece model of both languages as a tokenizer with the same ids for the same text.
 
     Its sentences end in the model's `</s>`. A model without a padding token, which is sentencepiece's default, gets
-    `<pad>` behind all pieces. Known differences to sentencepiece: half-width Katakana with a voiced mark is not
+    `<pad>` after all pieces. Known differences to sentencepiece: half-width Katakana with a voiced mark is not
     composed, and the name of a control token or byte, which both read as text, may be cut in another way.
 
     Args:
@@ -37,7 +37,7 @@ def read_sentencepiece(name: str) -> PreTrainedTokenizerFast:
     Raises:
         ImportError: sentencepiece or protobuf is not installed.
         InputError: two models are named, or one that is neither Unigram nor BPE or has no `</s>`.
-        OSError, ValueError: the file cannot be read, or holds no model of sentencepiece.
+        OSError, ValueError: the file cannot be read, or contains no model of sentencepiece.
     """
     if "," in name and all(part.strip().endswith(SUFFIXES) for part in name.split(",")):
         raise InputError(
@@ -83,7 +83,7 @@ def _parse(path: Path) -> Any:
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
-        raise ValueError(f"it holds no model of sentencepiece ({error})") from error
+        raise ValueError(f"it contains no model of sentencepiece ({error})") from error
     return proto
 
 
@@ -91,7 +91,7 @@ def _check(name: str, proto: Any) -> None:
     trainer, kinds = proto.trainer_spec, {piece.piece: piece.type for piece in proto.pieces}
     problem = None
     if list(kinds.values()).count(_UNKNOWN) != 1:
-        problem = "holds no model of sentencepiece"
+        problem = "contains no model of sentencepiece"
     elif trainer.model_type not in (_UNIGRAM, _BPE):
         problem = "is neither a Unigram nor a BPE model"
     elif trainer.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:

@@ -76,7 +76,7 @@ def build_trainer(
             trainer.get_optimizer_cls_and_kwargs(training, model)
     if training.do_train and training.dataloader_drop_last and not len(trainer.get_train_dataloader()):
         raise InputError(
-            f"--dataloader_drop_last leaves no batch: {len(data['train'])} training pairs do not fill one."
+            f"--dataloader_drop_last leaves no batch: {len(data['train'])} training pairs do not fill one batch."
         )
     return trainer
 
@@ -109,11 +109,9 @@ def train(trainer: TranslationTrainer, arguments: Arguments, raw: Texts) -> None
     if checkpoint is None:
         _profile_before_sharding(trainer)
     elif training.save_only_model:
-        logger.warning(
-            f"--save_only_model: {checkpoint} has no optimizer, which starts anew, and so does the schedule."
-        )
+        logger.warning(f"--save_only_model: {checkpoint} has no optimizer: optimizer and schedule start again.")
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    logger.info(f"Training {parameters:,} parameters{f', going on from {checkpoint}' if checkpoint else ''}.")
+    logger.info(f"Training {parameters:,} parameters{f', continuing from {checkpoint}' if checkpoint else ''}.")
     with _recording_divergence(trainer):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     save(trainer)

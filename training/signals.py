@@ -1,4 +1,4 @@
-"""Stopping when asked to: with a checkpoint, and on all processes after the same update."""
+"""Stopping by a signal: with a checkpoint, and on all processes after the same update."""
 
 import atexit
 import logging
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def outlive_signals(worker: int, then: Callable[[int], None] | None = None) -> None:
-    """Let a worker of a DataLoader live on when the whole group of processes is asked to stop, as torchrun does.
+    """Keep a worker of a DataLoader alive when a signal goes to the whole group of processes, as torchrun sends it.
 
-    Training needs it until the update under way is finished, and ends it then. To be given as `worker_init_fn`.
+    Training needs the worker until the current update is finished, and then ends it. Use it as `worker_init_fn`.
 
     Args:
-        then: what else to call with the worker's number.
+        then: another function to call with the worker's number.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -38,9 +38,9 @@ def _end_workers() -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training with a checkpoint when a process is asked to stop (Ctrl-C or SIGTERM).
+    """Ends training with a checkpoint when a process receives a signal to stop (Ctrl-C or SIGTERM).
 
-    The update (and evaluation) under way is finished, then a checkpoint is saved. A second signal stops at once.
+    The current update (and evaluation) is finished, then a checkpoint is saved. A second signal stops at once.
 
     Attributes:
         received: the signal that this or another process received, if any.
@@ -59,7 +59,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self._own = number
         name = signal.Signals(number).name
-        logger.warning(f"{name} received: saving a checkpoint after the update or evaluation under way.")
+        logger.warning(f"{name} received: saving a checkpoint after the current update or evaluation.")
 
     def _agree(self, args: TrainingArguments) -> None:
         """Let all processes know what one has received: it comes at different moments, but saving needs all."""

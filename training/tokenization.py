@@ -192,7 +192,7 @@ def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> Pr
         pad, eos = required_ids(tokenizer)
     if pad == tokenizer.unk_token_id:
         raise InputError(
-            f"The tokenizer {name} pads with its token for unknown text, which would be taken for padding."
+            f"The tokenizer {name} pads with its token for unknown text, which would be treated as padding."
         )
     ids = [*tokenizer.get_vocab().values()]
     for side in ("text", "text_target"):

@@ -222,7 +222,7 @@ def _report(dataset: Dataset, split: str) -> dict[str, float]:
         tokens, unknown, notes = (columns[f"{side}_{name}"][:] for name in ("tokens", "unknown", "notes"))
         shares[side] = unknown.sum() / max(1, tokens.sum())
         if shares[side] > _MANY_UNKNOWN:
-            what = f"hold tokens that are unknown, {shares[side]:.1%} of all tokens"
+            what = f"contain tokens that are unknown, {shares[side]:.1%} of all tokens"
             what += ": see whether the tokenizer fits language, script and case"
             _warn(np.flatnonzero(unknown), len(dataset), f"{split} {side}s", what)
         for flag, what in SAID.items():
@@ -265,8 +265,8 @@ def check_references(
     """
     if metric.language is not None and metric.language.script is None:
         logger.warning(
-            f"--target_lang {metric.language.code} is no language code that is known here, such as 'de' or 'zh': "
-            "scores use sacreBLEU's default tokens, 13a, and there is no BLEU of Moses' tokens."
+            f"--target_lang {metric.language.code} is not a known language code, such as 'de' or 'zh': "
+            "scores use sacreBLEU's default tokens, 13a, and there is no BLEU on Moses tokens."
         )
     for split, dataset in data.items():
         if split == "train" or "target" not in dataset.column_names:
@@ -277,7 +277,7 @@ def check_references(
             raise InputError(f"None of the {len(rows):,} validation pairs has a target, so nothing can be scored.")
         missing = [index for index, source, target, _ in rows if is_blank(target) and not is_blank(source)]
         which = f"{split} pairs"
-        _warn(missing, len(rows), which, "have no target and are not scored, though they are translated")
+        _warn(missing, len(rows), which, "have no target; they are translated, but not scored")
         joined = [index for index, _, target, _ in scored if _is_spaceless(target)]
         if metric.language is not None and metric.language.tokenizer == "13a" and 2 * len(joined) > len(scored):
             what = "have targets without spaces between words, which are scored as if they had them, because "

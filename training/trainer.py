@@ -288,7 +288,7 @@ class TranslationTrainer(ResumableTrainer):
             logger.warning(f"--torch_compile: this run is not compiled, because {reason}")
             return None
         logger.info(
-            "Compiling the layers: the first updates take a minute or so, and the first of each shape a while."
+            "Compiling the layers: the first updates take about a minute, and the first of each shape takes a while."
         )
 
         def loss(num_items_in_batch: torch.Tensor, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

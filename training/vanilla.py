@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def export(trainer: TranslationTrainer) -> str | None:
-    """Write the vanilla model and its tokenizer to output_dir/vanilla; returns why it cannot be folded, if so.
+    """Write the vanilla model and its tokenizer to output_dir/vanilla; if it cannot be folded, return the reason.
 
     Raises:
         InputError: it cannot be written, such as on a full disk.
@@ -52,7 +52,7 @@ def export(trainer: TranslationTrainer) -> str | None:
 
 
 def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
-    """Load the vanilla model as anybody would, to evaluate it as the trained one is."""
+    """Load the vanilla model with stock classes, to evaluate it like the trained one."""
     model = AutoModelForSeq2SeqLM.from_pretrained(Path(trainer.args.output_dir) / VANILLA_NAME)
     training_args = copy.copy(trainer.args)
     training_args.report_to, training_args.push_to_hub = [], False
@@ -70,7 +70,7 @@ def build_vanilla_trainer(trainer: TranslationTrainer) -> TranslationTrainer:
 
 
 def finish_vanilla(trainer: TranslationTrainer, arguments: Arguments, scores: dict) -> None:
-    """Put the model card beside the vanilla model, and push the folder where that is asked for."""
+    """Write the model card into the folder of the vanilla model, and push the folder if requested."""
     if not trainer.is_world_process_zero():
         return
     run, repo_id = Path(trainer.args.output_dir), trainer.hub_model_id

@@ -1,4 +1,4 @@
-"""What the paper measures, as functions that return plain data. `python -m admin_hf analyze` draws it."""
+"""The measurements of the paper, as functions that return plain data. `python -m admin_hf analyze` draws it."""
 
 from .dependency import LayerDependency, layer_dependency
 from .gradients import GradientNorms, gradient_norms

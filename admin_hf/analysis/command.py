@@ -23,7 +23,7 @@ from .output_change import SUBLAYERS, OutputChange, output_change
 from .updates import UpdateNorms, update_norms
 
 
-# Pairs that are taken from the start of a text
+# Pairs from the start of a text
 TEXT_ROWS = 16
 
 
@@ -32,7 +32,7 @@ TEXT_ROWS = 16
 
 @dataclass(frozen=True)
 class _Analysis:
-    """One WHAT of the command line; `measure` takes a source and the arguments."""
+    """One WHAT of the command line; the arguments of `measure` are a source and the command's arguments."""
 
     result: Any
     measure: Callable[[str, argparse.Namespace], Any]
@@ -76,7 +76,7 @@ def _omega(source: str, arguments: argparse.Namespace) -> OmegaHistory:
     return history
 
 
-_MODEL = "folder or Hub id of a checkpoint; or a configuration, whose model is then initialised and profiled"
+_MODEL = "folder or Hub id of a checkpoint, or a configuration; its model is then initialised and profiled"
 _RUN = "output folder of a training run, with its checkpoints"
 
 ANALYSES = {
@@ -84,7 +84,7 @@ ANALYSES = {
         LayerDependency,
         _of_model(layer_dependency),
         drawing.draw_dependency,
-        "layer dependency: which branches a sub-layer's output is made of",
+        "layer dependency: how much each branch contributes to a sub-layer's output",
         _MODEL,
         ("text", "seed"),
     ),
@@ -101,7 +101,7 @@ ANALYSES = {
         OutputChange,
         _output_change,
         drawing.draw_output_change,
-        "how far a small step of the weights moves the output, by depth",
+        "how much a small change of the weights changes the output, by depth",
         "configuration; the encoder's depth and the residual systems are varied",
         ("text", "seed", "sublayers", "repeats"),
     ),
@@ -123,8 +123,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": f"files of sentences, one a line, of which the first {TEXT_ROWS} are used, with the tokenizer of "
         "SOURCE; default: random tokens",
     },
-    "seed": {"type": int, "default": 0, "help": "of fresh weights and of random tokens; default: 0"},
-    "repeats": {"type": int, "default": 5, "metavar": "N", "help": "models of each kind; default: 5"},
+    "seed": {"type": int, "default": 0, "help": "seed of fresh weights and of random tokens; default: 0"},
+    "repeats": {"type": int, "default": 5, "metavar": "N", "help": "number of models of each kind; default: 5"},
     "sublayers": {
         "type": int,
         "nargs": "+",
@@ -143,8 +143,8 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "analyze",
         help="measure and draw what the paper measures",
-        description="Measure what the paper measures, of a fresh or a trained model. Each analysis writes a figure "
-        "and its numbers as JSON, and says what it found. No data is needed.",
+        description="Measure what the paper measures, for a fresh or a trained model. Each analysis writes a figure "
+        "and its numbers as JSON, and prints its finding. No data is needed.",
         epilog="example: python -m admin_hf analyze dependency runs/en-de",
     )
     kinds = command.add_subparsers(required=True, metavar="WHAT")
@@ -171,10 +171,10 @@ def analyze(arguments: argparse.Namespace) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
-        OSError, ValueError: a source cannot be read or measured, or a file not be written. What was written before is
-            whole.
+        OSError, ValueError: a source cannot be read or measured, or a file cannot be written. Files that were written
+            before are complete.
     """
-    drawing.new_figure()  # which says if matplotlib is missing
+    drawing.new_figure()  # raises an error if matplotlib is missing
     _check_output(arguments.output)
     what, analysis, labels = arguments.what, ANALYSES[arguments.what], _labels(arguments.sources)
     if analysis.sources is not _RUN:
@@ -200,8 +200,8 @@ def _check_output(output: Path) -> None:
 
 
 def _labels(sources: Sequence[str]) -> dict[str, str]:
-    """The sources by short names: as many of the last parts of their paths as it takes to tell them apart."""
-    paths = [Path(os.path.abspath(source)) for source in sources]  # of which also "." has parts
+    """The sources by short names: the last parts of their paths that tell them apart."""
+    paths = [Path(os.path.abspath(source)) for source in sources]  # absolute, because "." has no parts
     paths = [path.parent if path.name.endswith("config.json") else path for path in paths]
     if len(set(paths)) < len(paths):
         raise ValueError(f"A source is named twice among {', '.join(sources)}: name each once.")

@@ -2,15 +2,15 @@
 
     x̂_i = Σ_{j≤i} β_{i,j} â_j        x̂ = x / std(x), â = a / std(a); a_0 is the embedding, a_j branch j's output
 
-The decomposition is exact. A connection is linear in its two inputs once each token's standard deviation σ_b is known,
-so every branch output is carried through the later connections by itself:
+The decomposition is exact. A connection is linear in its two inputs once each token's standard deviation σ_b is known.
+So every branch output is carried through the later connections separately:
 
     b_i = x_{i-1} ⊙ s_i + a_i ⊙ r_i              s, r: the connection's `shortcut_scale` and `branch_scale`
-    x_i = (b_i − mean(b_i)) / σ_b ⊙ γ_i + ν_i     where a LayerNorm is last; x_i = b_i in others
+    x_i = (b_i − mean(b_i)) / σ_b ⊙ γ_i + ν_i     if a LayerNorm is last; otherwise x_i = b_i
 
-β_{i,j} is the standard deviation of what is left of a_j in x_i, over that of x_i, both over all entries of the real
-tokens as one pool. In Pre-LN that is the paper's sqrt(Var a_j) / sqrt(Var Σ_k a_k); the LayerNorm by which branches
-read x_i belongs to the branch. What the biases ν bring into x_i is a component of its own.
+β_{i,j} is the standard deviation of what is left of a_j in x_i, divided by that of x_i, both over all entries of all
+real tokens. In Pre-LN that is the paper's sqrt(Var a_j) / sqrt(Var Σ_k a_k), where the LayerNorm at the input of a
+branch belongs to the branch. The part of x_i that comes from the biases ν is a component of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from .inputs import Batch, ByStack, observe_connections, residual_name
 # Cost is quadratic in sub-layers, and linear in tokens; β hardly depends on how many there are.
 MAX_TOKENS = 256
 
-# Entries of components that are carried on at once: 1 MB, which stays in a CPU's cache while it is worked on.
+# Entries of components that are processed at once: 1 MB, which stays in a CPU's cache.
 _BLOCK = 2**18
 
 
@@ -43,9 +43,9 @@ class StackDependency:
     Attributes:
         system: the residual system, such as `"admin"`; a label only.
         names: the residual connections' names below the stack, in execution order; N of them.
-        beta: a row for each sub-layer i = 1 … N with β_{i,0}, …, β_{i,i}, to four digits; j = 0 is the embedding.
-        bias: for each sub-layer, the same of the component that LayerNorm's biases ν add; 0 until they are trained.
-        error: the largest difference of the components' sum and the last x_i, in standard deviations of x_i.
+        beta: one row per sub-layer i = 1 … N with β_{i,0}, …, β_{i,i}, to four digits; j = 0 is the embedding.
+        bias: for each sub-layer, the same for the component of LayerNorm's biases ν; 0 until they are trained.
+        error: the largest difference between the components' sum and the last x_i, in standard deviations of x_i.
     """
 
     system: str
@@ -59,7 +59,7 @@ class StackDependency:
         return [row[-1] ** 2 for row in self.beta]
 
     def exponent(self) -> float | None:
-        """p of β²_{i,i} ∝ i^p, by least squares in the logarithms over i ≥ 2; −1 is light, 0 heavy dependency."""
+        """p of β²_{i,i} ∝ i^p, by least squares in the logarithms over i ≥ 2; −1 is light, 0 is heavy dependency."""
         points = [(i, own) for i, own in enumerate(self.own(), start=1) if i > 1 and own > 0]
         if len(points) < 2:
             return None
@@ -92,16 +92,16 @@ class LayerDependency(ByStack[StackDependency]):
 def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependency:
     """Measure β_{i,j} of both stacks in one pass without dropout, at the first 256 real tokens of the batch.
 
-    Memory holds a float for each sub-layer, token and dimension of one stack. Works for every residual system whose
-    connections are linear as the module's docstring says, which is verified.
+    It needs memory for one float per sub-layer, token and dimension of one stack. It works for every residual system
+    whose connections are linear in the sense of the module's docstring. This is verified.
 
     Args:
         model: fresh (with ω already initialised) or trained.
-        batch: what the model's forward takes.
+        batch: the arguments of the model's forward.
 
     Raises:
-        ValueError: the batch lacks the input of a stack, or holds padding only; a connection does not compute what its
-            attributes say; or its output is not finite.
+        ValueError: the batch lacks the input of a stack, or contains only padding; a connection does not compute what
+            its attributes say; or its output is not finite.
 
     Example:
 
@@ -121,7 +121,7 @@ def layer_dependency(model: AdminPreTrainedModel, batch: Batch) -> LayerDependen
 
     def observer(stack: str, tokens: Places) -> Callable[..., None]:
         if tokens is not None and not len(tokens[0]):
-            raise ValueError(f"The batch holds padding only in the {stack}: there is nothing to measure.")
+            raise ValueError(f"The batch has only padding in the {stack}: there is nothing to measure.")
         stacks[stack] = _Components(connections[stack], tokens)
         return stacks[stack].observe
 
@@ -161,7 +161,7 @@ class _Components:
         self.names, self.tokens = [name for name, _ in connections], tokens
         self.values = torch.empty(0)  # components × tokens × d_model, while the stack runs
         self.adds_layer_input = any(each.adds_layer_input for _, each in connections)
-        self.layer, self.layer_input = "", torch.empty(0)  # its components, of the layer under way
+        self.layer, self.layer_input = "", torch.empty(0)  # its components, of the current layer
         self.rows: list[list[float]] = []
         self.error = 0.0
 
@@ -189,8 +189,8 @@ class _Components:
         if not self.error < max(1e-3, 32 * torch.finfo(dtype).eps):
             raise ValueError(
                 f"The components of {self.names[-1]} differ from its output by {self.error:.2g} standard deviations: "
-                f"the model is not finite, or {type(connection).__name__} (or a connection before it) computes "
-                "something else than its shortcut_scale, branch_scale and LayerNorm say."
+                f"the model is not finite, or {type(connection).__name__} (or a connection before it) does not "
+                "compute what its shortcut_scale, branch_scale and LayerNorm say."
             )
 
     def result(self, system: str) -> StackDependency:

@@ -48,7 +48,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def new_figure(width: float = 7, height: float = 3.8, caption: str = "") -> "Figure":
-    """An empty figure, whose caption will stand below its axes.
+    """An empty figure with a caption below its axes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -65,7 +65,7 @@ def new_figure(width: float = 7, height: float = 3.8, caption: str = "") -> "Fig
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike) -> None:
-    """Write a figure in the format of the path's suffix, whole or not at all."""
+    """Write a figure in the format of the path's suffix, completely or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI, format=Path(path).suffix.lstrip(".") or "png")
     write_whole(path, buffer.getvalue())
@@ -129,7 +129,7 @@ def draw_lines(
 
 
 def caption_of(result: Any) -> str:
-    """What the paper expects, and what was found."""
+    """The caption: what the paper expects, and what was found."""
     return f"Expected: {result.EXPECTATION}\nFound: {result.verdict()}"
 
 
@@ -146,7 +146,7 @@ def draw_dependency(result: LayerDependency, path: str | os.PathLike | None = No
     """Heat maps of β_{i,j}, encoder and decoder side by side, with one scale of colours."""
     figure = new_figure(10, 4.4, caption_of(result))
     stacks = {"Encoder": result.encoder, "Decoder": result.decoder}
-    # The embedding is nearly all of the first outputs, and would leave the branches one colour
+    # The embedding dominates the first outputs, and would give all branches one colour
     largest = max(value for stack in stacks.values() for row in stack.beta for value in row[1:])
     panels = figure.subplots(1, 2)
     for axes, (title, stack) in zip(panels, stacks.items(), strict=True):

@@ -29,9 +29,9 @@ class StackGradients:
     Attributes:
         system: the residual system, such as `"post_ln"`; a label only.
         names: the residual connections' names below the stack, in execution order.
-        kinds: what their branches are, such as `"self-attention"`.
+        kinds: the kinds of their branches, such as `"self-attention"`.
         relative_norms: ‖Δx_i‖₂ / max_j ‖Δx_j‖₂ of each sub-layer's output, the maximum over the stack.
-        largest_norm: max_j ‖Δx_j‖₂; 0 where the loss has no gradient, as before FixUp's first update.
+        largest_norm: max_j ‖Δx_j‖₂; 0 if the loss has no gradient, as before FixUp's first update.
     """
 
     system: str
@@ -85,12 +85,12 @@ class GradientNorms(ByStack[StackGradients]):
 def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> GradientNorms:
     """Measure ‖Δx_i‖₂, the norm of the training loss's gradient at each sub-layer's output, without dropout.
 
-    Only norms are kept, and no gradient of a weight is computed but the embedding's. Weights, their gradients and
-    modes are left as they were.
+    Only norms are kept. The only weight whose gradient is computed is the embedding. Weights, their gradients and
+    modes are not changed.
 
     Args:
         model: fresh (with ω already initialised) or trained.
-        batch: `input_ids`, `labels` and what else the model's forward takes.
+        batch: `input_ids`, `labels` and other arguments of the model's forward.
 
     Raises:
         ValueError: the batch has no labels, or the loss is not finite.
@@ -133,7 +133,7 @@ def gradient_norms(model: AdminForConditionalGeneration, batch: Batch) -> Gradie
 
 
 def _below_stacks(model: Any) -> list[Tensor]:
-    """The weights in front of the stacks, through which the gradient has to come: embeddings, as a rule."""
+    """The weights before the stacks, which the gradient must pass: usually the embeddings."""
     if (injection := getattr(model, "injection", None)) is None:
         base = model.base_model
         return [*{stack.embed_tokens.weight for stack in (base.encoder, base.decoder)}]  # one where it is shared
@@ -145,13 +145,13 @@ def _below_stacks(model: Any) -> list[Tensor]:
 
 def _observe(norms: dict[str, float], name: str, connection: Any, args: tuple, output: Tensor) -> None:
     """Note the norm of the gradient at a connection's output x_i when it is computed."""
-    scale = connection.output_scale  # of what is put out, in place of x_i
+    scale = connection.output_scale  # of what is put out, instead of x_i
     output.register_hook(lambda gradient: norms.__setitem__(name, float((gradient.float() * scale).norm())))
 
 
 @contextmanager
 def _only_needs_gradient(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Freeze all but `weights`, so that the others' gradients take neither time nor memory."""
+    """Freeze everything except `weights`, so that the other gradients take neither time nor memory."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in needed:

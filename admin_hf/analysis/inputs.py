@@ -1,4 +1,4 @@
-"""What an analysis looks at: a model, fresh or trained, and a batch, of text or of random tokens."""
+"""The inputs of an analysis: a model, fresh or trained, and a batch of text or of random tokens."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ Stack = TypeVar("Stack")
 
 @dataclass(frozen=True)
 class ByStack(Generic[Stack]):
-    """What was measured of each stack, by its name, in execution order."""
+    """The measurements of each stack, by its name, in execution order."""
 
     stacks: dict[str, Stack]
 
@@ -49,26 +49,26 @@ class ByStack(Generic[Stack]):
 
 
 def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = None) -> AdminForConditionalGeneration:
-    """Load a checkpoint; or, from a configuration alone, initialise a model as training does, ω included.
+    """Load a checkpoint; or, from a configuration alone, initialise a model as training does, including ω.
 
-    The model is in evaluation mode and float32. The random state is left as it was.
+    The model is in evaluation mode and float32. The random state is not changed.
 
     Args:
         source: folder of a checkpoint or its id on the Hub, or a config.json (or its folder) without weights.
-        seed: of a fresh model's weights.
-        batch: what a fresh model is profiled on; random tokens from `seed` where unset.
+        seed: seed of a fresh model's weights.
+        batch: the batch to profile a fresh model on; default: random tokens from `seed`.
 
     Raises:
         OSError: `source` is not there or cannot be read.
-        ValueError: its configuration has wrong values, its weights belong to another one, or it is a run that has not
-            saved its own yet, only checkpoints.
+        ValueError: its configuration has wrong values, its weights do not belong to its configuration, or it is a run
+            that has only checkpoints and no model of its own yet.
     """
     config, folder = load_config(source), Path(source)
     if folder.exists() and not _has_weights(folder):
         if folder.is_dir() and (checkpoints := saved_checkpoints(folder)):
             raise ValueError(
-                f"{source} has no weights but those of its checkpoints: name one of them, such as {checkpoints[-1]}, "
-                f"or {folder / 'config.json'} for a fresh model."
+                f"{source} has no weights except those of its checkpoints: name one of them, such as "
+                f"{checkpoints[-1]}, or {folder / 'config.json'} for a fresh model."
             )
         return initialized_model(config, seed, batch)
     with torch.random.fork_rng([]):
@@ -77,7 +77,7 @@ def load_model(source: str | os.PathLike, seed: int = 0, batch: Batch | None = N
 
 
 def load_config(source: str | os.PathLike) -> AdminConfig:
-    """Read the configuration of what [`load_model`] takes; a stock Marian model, which has no ω, is Post-LN.
+    """Read the configuration of a source of [`load_model`]; a stock Marian model, which has no ω, is Post-LN.
 
     Raises:
         OSError: `source` is not there or cannot be read.
@@ -92,7 +92,7 @@ def load_config(source: str | os.PathLike) -> AdminConfig:
 
 
 def initialized_model(config: AdminConfig, seed: int = 0, batch: Batch | None = None) -> AdminForConditionalGeneration:
-    """A model as it is before the first update: initialised from `seed`, and ω profiled on `batch`."""
+    """A model before its first update: initialised from `seed`, and with ω profiled on `batch`."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = AdminForConditionalGeneration(config)
@@ -106,7 +106,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
-    """The loss that training minimises (smoothed as configured), but without dropout and LayerDrop."""
+    """The loss that training minimises (with the configured label smoothing), without dropout and LayerDrop."""
     with modes_restored(model):
         model.eval()
         model.training = True  # of the outermost module alone, which chooses the loss
@@ -118,7 +118,7 @@ def training_loss(model: AdminForConditionalGeneration, batch: Batch) -> Tensor:
 def observe_connections(
     model: AdminPreTrainedModel, batch: Batch, observer: Callable[[str, Places], Callable[..., None]]
 ) -> None:
-    """Run both stacks once without dropout, seen by observers of their residual connections.
+    """Run both stacks once without dropout, with observers of their residual connections.
 
     Args:
         observer: makes the observer of a stack (see [`~admin_hf.observation.observed`]) from its name, `"encoder"` or
@@ -153,19 +153,19 @@ def random_batch(config: AdminConfig, rows: int = 8, length: int = 32, seed: int
     special = {config.pad_token_id, config.decoder_start_token_id, eos}
     vocabulary = range(min(config.vocab_size, config.decoder_vocab_size or config.vocab_size))  # of both sides
     if not (words := [token for token in vocabulary if token not in special]):
-        raise ValueError(f"vocab_size={config.vocab_size} leaves no random tokens but the special ones.")
+        raise ValueError(f"vocab_size={config.vocab_size} leaves no tokens except the special ones.")
     ids = torch.tensor(words)[torch.randint(len(words), (2, rows, length), generator=generator)]
     if eos is not None:
         ids[:, :, -1] = eos
     return {"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": ids[1]}
 
 
-# One of these has every folder with a tokenizer
+# Every folder with a tokenizer has one of these
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.spm", "*.model")
 
 
 def find_tokenizer(*sources: str | os.PathLike, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first source that has one of ours or Transformers'; no code of a stranger runs.
+    """The tokenizer of the first source that has a known one; no code of a checkpoint runs.
 
     Raises:
         ImportError: there is one, but a package that it needs is not installed.
@@ -191,10 +191,13 @@ def text_batch(
     Names of special tokens in them are text.
 
     Raises:
-        ValueError: no pairs, or not as many targets as sources.
+        ValueError: there are no pairs, or the numbers of sources and targets differ.
     """
     if not sources or len(sources) != len(targets):
-        raise ValueError(f"There are {len(sources)} sources and {len(targets)} targets; expected as many, and some.")
+        raise ValueError(
+            f"There are {len(sources)} sources and {len(targets)} targets; expected the same number of both, at least "
+            "one."
+        )
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     options |= {"padding_side": "right", "split_special_tokens": True}
     batch = tokenizer(list(sources), **options)
@@ -210,18 +213,20 @@ def text_batch(
 
 
 def run_checkpoints(source: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints of a run's folder in the order of their updates; a checkpoint stands for itself.
+    """The complete checkpoints of a run's folder in the order of their updates; a checkpoint's folder gives itself.
 
     Raises:
         NotADirectoryError: there is no such folder.
-        ValueError: it holds no complete checkpoint.
+        ValueError: it contains no complete checkpoint.
     """
     folder = Path(source)
     if not folder.is_dir():
         raise NotADirectoryError(f"There is no folder {folder}.")
     found = complete_checkpoints(folder) or ([folder] if _has_weights(folder) else [])
     if not found:
-        raise ValueError(f"{folder} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{folder} has no complete checkpoint: expected a run's folder, with checkpoints such as checkpoint-500."
+        )
     return found
 
 
@@ -242,6 +247,6 @@ def read_tensors(checkpoint: str | os.PathLike, wanted: Callable[[str], bool]) -
 
 
 def residual_name(model: Any, stack: str) -> str:
-    """The residual system of a stack, for people."""
+    """The readable name of a stack's residual system."""
     injection = getattr(model, "injection", None)
     return str(injection.system if injection is not None else getattr(model.config, f"{stack}_residual"))

@@ -21,7 +21,7 @@ from .inputs import read_tensors
 
 @dataclass(frozen=True)
 class StackOmega:
-    """ω of one stack: a row for each update, in it a number for each sub-layer that has an ω.
+    """ω of one stack: one row per update, with one number per sub-layer that has an ω.
 
     Attributes:
         names: the names of the residual connections with ω below the stack, in execution order.
@@ -40,7 +40,7 @@ class StackOmega:
         return range(self.first, self.first + len(self.names))
 
     def growth(self) -> list[float]:
-        """The last mean of each sub-layer's ω over its first."""
+        """The last mean of each sub-layer's ω, divided by its first."""
         return [last / first if first else inf for first, last in zip(self.mean[0], self.mean[-1], strict=True)]
 
     def verdict(self) -> str:
@@ -57,7 +57,7 @@ class StackOmega:
 
 @dataclass(frozen=True)
 class OmegaHistory:
-    """The result of [`omega_history`]: `updates` says after how many each row was saved, in ascending order."""
+    """The result of [`omega_history`]: `updates` gives the number of updates of each row, in ascending order."""
 
     EXPECTATION: ClassVar[str] = (
         "Admin starts each ω_i at the sqrt of the variances before it, so that it grows with depth, and training may "
@@ -82,7 +82,7 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
         profile: the run's residual profile, which is ω at update 0.
 
     Raises:
-        OSError: a checkpoint is not there, or its weights are damaged or a pickle.
+        OSError: a checkpoint does not exist, or its weights are damaged or a pickle.
         ValueError: no checkpoints, a folder whose update is unknown, checkpoints of different models, or an ω with NaN
             or infinite entries.
 
@@ -106,7 +106,7 @@ def omega_history(checkpoints: Sequence[str | os.PathLike], profile: ResidualPro
 
 
 def trained_omega(folder: str | os.PathLike, profile: ResidualProfile | None = None) -> dict[str, StackOmega]:
-    """Read ω of one model by stack, whenever it was saved: its last row; the first is that of a `profile` of it.
+    """Read ω of one model by stack. It is the last row; if there is a `profile`, that is the first row.
 
     Raises:
         OSError, ValueError: its weights, as for [`omega_history`].

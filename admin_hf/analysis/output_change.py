@@ -1,10 +1,10 @@
-"""Output change (Theorem 2 and Fig. 4 of the paper): how far a small step of the weights moves the encoder's output.
+"""Output change (Theorem 2 and Fig. 4 of the paper): how a small change of the weights changes the encoder's output.
 
     |F(x_0, W) − F(x_0, W*)|₂²        by the number N of sub-layers of the encoder F
 
-F is everything from the embedded sentence x_0 to the encoder's output, the final LayerNorm of Pre-LN included. The
-squared norm is over the `d_model` entries of a token, and its mean over the real tokens is taken. W* is W after one of
-two steps, in which only the matrices of the encoder's layers move (no bias, LayerNorm, ω or embedding, so x_0 stays):
+F is everything from the embedded sentence x_0 to the encoder's output, including the final LayerNorm of Pre-LN. The
+squared norm is over the `d_model` entries of a token, and is averaged over the real tokens. W* is W after one of two
+steps, which change only the matrices of the encoder's layers (no bias, LayerNorm, ω or embedding, so x_0 stays):
 
     random   W* = W + 1e-4 · sign(ε),  ε ~ N(0, 1)
     adam     W* = W − 1e-6 · sign(∇L(W)),  the first step of Adam at a learning rate of 1e-6
@@ -44,12 +44,12 @@ PERTURBATIONS = {"random": "random perturbation", "adam": "Adam step"}
 
 
 def model_changes(model: AdminForConditionalGeneration, batch: Batch, seed: int = 0) -> dict[str, float]:
-    """The output change of one model, fresh or trained, whose weights, modes and random states stay as they were.
+    """The output change of one model, fresh or trained. Weights, modes and random states are not changed.
 
     Args:
-        model: of any residual systems.
-        batch: with labels, for the gradient.
-        seed: of the random step.
+        model: a model with any residual systems.
+        batch: a batch with labels, for the gradient.
+        seed: seed of the random step.
 
     Returns:
         The change by perturbation, `"random"` and `"adam"`.
@@ -117,8 +117,8 @@ class ChangeCurve:
     Attributes:
         system: the residual system of both stacks, such as `"post_ln"`.
         perturbation: `"random"` or `"adam"`.
-        changes: for each depth the change in each repeat, with weights and random step of their own.
-        mean, std: of the repeats, for each depth; the standard deviation of a single repeat is 0.
+        changes: for each depth the change in each repeat; each repeat has its own weights and random step.
+        mean, std: mean and standard deviation of the repeats, for each depth; with a single repeat the latter is 0.
         linear, logarithmic: fits of the means, in N and in log N.
         own: Σ_i β²_{i,i} of the encoder at each depth, the mean of the repeats; before the step.
     """
@@ -134,11 +134,11 @@ class ChangeCurve:
 
     @property
     def label(self) -> str:
-        """The system's name for people."""
+        """The readable name of the system."""
         return SYSTEMS.get(self.system, self.system)
 
     def better_fit(self) -> tuple[str, Fit]:
-        """What the means are linear in, `"N"` or `"log N"`, and the fit."""
+        """Whether the means are linear in `"N"` or `"log N"`, and the fit."""
         return max({"N": self.linear, "log N": self.logarithmic}.items(), key=lambda item: item[1].r_squared)
 
     def growth(self) -> str:
@@ -171,7 +171,7 @@ class OutputChange:
     Attributes:
         sublayers: the numbers N of sub-layers.
         curves: one for each system and perturbation.
-        d_model, seed: what it was measured with.
+        d_model, seed: the settings of the measurement.
     """
 
     EXPECTATION: ClassVar[str] = (
@@ -233,16 +233,16 @@ def output_change(
 ) -> OutputChange:
     """Measure the output change of fresh models by the depth of their encoder.
 
-    Each depth and repeat has a model of its own, profiled on the batch, because the constants of some systems depend
-    on the depth. Only one is in memory at a time: its weights, their gradients and a copy.
+    Each depth and repeat has its own model, profiled on the batch, because the constants of some systems depend on the
+    depth. Only one model is in memory at a time: its weights, their gradients and a copy.
 
     Args:
-        config: all but the systems and the encoder's depth.
-        batch: what the models are profiled on and what x_0 is; with labels, for the gradient. A hundred tokens do.
-        systems: residual systems, each for both stacks; Post-LN, Pre-LN, Admin, DeepNorm and the encoder's in
-            `config` where unset.
-        sublayers: numbers of sub-layers, even and rising, three or more.
-        repeats: how many models of each kind, of the seeds `seed`, `seed + 1`, …
+        config: all settings except the systems and the encoder's depth.
+        batch: the models are profiled on it and it gives x_0; with labels, for the gradient. A hundred tokens suffice.
+        systems: residual systems, each for both stacks; default: Post-LN, Pre-LN, Admin, DeepNorm and the encoder's in
+            `config`.
+        sublayers: three or more even numbers of sub-layers, in rising order.
+        repeats: number of models of each kind, with the seeds `seed`, `seed + 1`, …
 
     Raises:
         ValueError: an unknown system, numbers of sub-layers that cannot be built or fitted, no repeats, or a batch
@@ -250,7 +250,8 @@ def output_change(
     """
     if len(sublayers) < 3 or sorted(set(sublayers)) != list(sublayers) or any(n % 2 or n < 2 for n in sublayers):
         raise ValueError(
-            f"The numbers of sub-layers are {list(sublayers)}; expected three or more, rising, all even and above 0."
+            f"The numbers of sub-layers are {list(sublayers)}; expected three or more even numbers above 0, in rising "
+            "order."
         )
     if repeats < 1:
         raise ValueError(f"The number of repeats is {repeats}; it must be at least 1.")
@@ -293,7 +294,7 @@ def _config(config: AdminConfig, system: str, sublayers: int, batch: Batch) -> A
 def fitted_curve(
     system: str, perturbation: str, sublayers: Sequence[int], changes: list[list[float]], own: list[float]
 ) -> ChangeCurve:
-    """Mean, standard deviation and both fits of what was measured: `changes` has the repeats of each depth."""
+    """Mean, standard deviation and both fits of the measurements; `changes` has the repeats of each depth."""
     mean = [fmean(repeats) for repeats in changes]
     std = [stdev(repeats) if len(repeats) > 1 else 0.0 for repeats in changes]
     linear, logarithmic = (_fit(x, mean) for x in (sublayers, [log(n) for n in sublayers]))

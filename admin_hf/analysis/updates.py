@@ -1,4 +1,4 @@
-"""Gradients against updates while training (Fig. 5 and 11 of the paper), from the checkpoints of a run.
+"""Gradients and updates during training (Fig. 5 and 11 of the paper), from the checkpoints of a run.
 
 For the matrices of the encoder's self-attention, W_Q, W_K, W_V and W_O (the paper calls the last two W_V1 and W_V2),
 and each pair of consecutive checkpoints W_t and W_{t+1}:
@@ -52,7 +52,7 @@ class UpdateNorms:
     updates: list[LayerNorms]
 
     def verdict(self) -> str:
-        """How many times the largest norm is the smallest, for gradients and for updates."""
+        """The ratio of the largest to the smallest norm, for gradients and for updates."""
         all_gradients, all_updates = (_median_ratio(map(_flat, norms)) for norms in (self.gradients, self.updates))
         gradients, updates = (
             _median_ratio(layers for matrices in norms for layers in matrices.values())
@@ -69,12 +69,11 @@ class UpdateNorms:
 def update_norms(checkpoints: Sequence[str | os.PathLike], batch: Batch) -> UpdateNorms:
     """Measure gradients and updates from one checkpoint of a run to the next.
 
-    Differences are read matrix by matrix. For the gradients one model at a time is in memory, and makes one backward
-    pass.
+    Differences are read matrix by matrix. For the gradients, one model at a time is in memory, for one backward pass.
 
     Args:
-        checkpoints: folders in the order of their updates, two or more.
-        batch: what the gradients are taken on, with labels.
+        checkpoints: two or more folders in the order of their updates.
+        batch: the batch for the gradients, with labels.
 
     Raises:
         OSError: weights are missing, damaged, or a pickle.
@@ -91,7 +90,9 @@ def update_norms(checkpoints: Sequence[str | os.PathLike], batch: Batch) -> Upda
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
     if len(folders) < 2:
-        raise ValueError(f"There are {len(folders)} checkpoints; updates are between two, so name two or more.")
+        raise ValueError(
+            f"There are {len(folders)} checkpoints; an update is the difference between two, so name two or more."
+        )
     if batch.get("labels") is None:
         raise ValueError(f"The batch has no labels, which the gradient needs: got {', '.join(batch) or 'nothing'}.")
     updates = [_update(before, after) for before, after in zip(folders, folders[1:], strict=False)]
@@ -106,7 +107,7 @@ def _update(before: Path, after: Path) -> LayerNorms:
     for (name, W_t), (other, W_next) in zip_longest(old, new, fillvalue=("nothing", torch.empty(0))):
         if name != other or W_t.shape != W_next.shape:
             raise ValueError(
-                f"{after} holds another model than {before}: {other} {tuple(W_next.shape)}, expected {name} "
+                f"{after} contains another model than {before}: {other} {tuple(W_next.shape)}, expected {name} "
                 f"{tuple(W_t.shape)}."
             )
         norms[name] = float((W_next.double() - W_t.double()).norm())

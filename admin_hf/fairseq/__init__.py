@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq and Transformer-Clinic, the authors' own code, as Admin models with a tokenizer."""
+"""Converts checkpoints of fairseq and Transformer-Clinic, the code of Admin's authors, to Admin models."""
 
 from .conversion import convert
 from .reading import FairseqCheckpoint, read_checkpoint

@@ -1,4 +1,4 @@
-"""The command `python -m admin_hf import CHECKPOINT OUT --dict DICT`: makes a fairseq checkpoint a model's folder."""
+"""The command `python -m admin_hf import CHECKPOINT OUT --dict DICT`: converts a fairseq checkpoint."""
 
 import argparse
 from pathlib import Path
@@ -16,15 +16,15 @@ from .vocabulary import read_codes, read_dictionary
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "import",
-        help="make a checkpoint of fairseq or Transformer-Clinic an Admin or vanilla model",
-        description="Convert a translation model of fairseq or of Transformer-Clinic, the authors' own code: to an "
-        "Admin model that is trained on, translated with or exported, or with --vanilla to a model that stock "
-        "Transformers and CTranslate2 load. It computes the same. No fairseq is needed, no code of the file runs, and "
-        "an error leaves OUT as it was.",
+        help="convert a checkpoint of fairseq or Transformer-Clinic to an Admin or vanilla model",
+        description="Convert a translation model of fairseq or of Transformer-Clinic, the code of Admin's authors. "
+        "The result is an Admin model, to train further, translate with or export. With --vanilla it is a model that "
+        "stock Transformers and CTranslate2 load. It computes the same. fairseq is not needed, and no code of the "
+        "file runs. After an error, OUT is unchanged.",
         epilog="example: python -m admin_hf import checkpoint_best.pt en-de --dict dict.en.txt --bpe-codes code",
     )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file that fairseq has written")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder to write, without a model in it")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file written by fairseq")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not contain a model")
     command.add_argument(
         "--dict",
         dest="dictionaries",
@@ -39,10 +39,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--bpe-codes",
         metavar="CODES",
         type=Path,
-        help="codes of subword-nmt, version 0.2: the tokenizer then takes words; without them it takes text that is "
-        "split already, as sub@@ words",
+        help="codes of subword-nmt, version 0.2: the tokenizer's input is then words; without them it is text that is "
+        "already split into sub@@ words",
     )
-    command.add_argument("--vanilla", action="store_true", help="fold ω away: a model for stock Transformers")
+    command.add_argument(
+        "--vanilla", action="store_true", help="fold ω into the weights: write a model for stock Transformers"
+    )
     command.set_defaults(run=run)
 
 
@@ -50,11 +52,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the model of a checkpoint.
 
     Raises:
-        OSError, ValueError, RuntimeError: a file cannot be read, the model not be converted, or OUT not be written.
+        OSError, ValueError, RuntimeError: a file cannot be read, the model cannot be converted, or OUT cannot be
+            written.
     """
     out: Path = arguments.out
     if (out / "config.json").exists() or has_weights(out):
-        raise ValueError(f"{out} holds a model already: name another folder.")
+        raise ValueError(f"{out} already contains a model: name another folder.")
     if len(arguments.dictionaries) > 2:
         raise ValueError(f"--dict names {len(arguments.dictionaries)} files; expected the source's and the target's.")
     dictionaries = [read_dictionary(path) for path in arguments.dictionaries]
@@ -77,11 +80,11 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print("Not converted: the optimiser's state and what fairseq logged.")
     if lacking := int(model.final_logits_bias.eq(LACKING_BIAS).sum()):
-        print(f"{lacking} of the entries are not in the target's dictionary: they are hardly ever predicted.")
+        print(f"{lacking} of the entries are not in the target's dictionary: they are almost never predicted.")
     if isinstance(written, MarianMTModel):
         print(
             "Its positions are fairseq's, in the file of its weights. Stock Transformers and CTranslate2 read them, "
-            "but a stock MarianMTModel that is saved again loses them without a word: copy the folder instead."
+            "but a stock MarianMTModel that is saved again loses them without a warning: copy the folder instead."
         )
 
 

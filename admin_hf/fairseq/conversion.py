@@ -1,6 +1,6 @@
-"""A fairseq model as the Admin model that computes the same.
+"""Converts a fairseq model to the Admin model that computes the same.
 
-What differs is written down here: the names, the positions, the decoder's start, the layout of the vocabulary, and
+This module contains the differences: the names, the positions, the decoder's start, the layout of the vocabulary, and
 ω_1, the shortcut scale of a stack's first sub-layer, which Admin models here do not have.
 """
 
@@ -23,16 +23,16 @@ from .reading import FairseqCheckpoint
 from .vocabulary import EOS, PAD, Vocabulary
 
 
-# What the target's dictionary lacks is hardly ever predicted. No ban: training that goes on can learn it.
+# Words that the target's dictionary lacks are almost never predicted. No ban: further training can learn them.
 LACKING_BIAS = -30.0
 
-# fairseq counts positions from here, behind the id of `<pad>`
+# fairseq counts positions from here, after the id of `<pad>`
 FIRST_POSITION = 2
 
-# What fairseq's own command translates to at most, and the decoder's start
+# The longest translation of fairseq's own command, and the decoder's start
 MAX_LENGTH = 201
 
-# Longer tables than any Transformer of fairseq has are an error of the file
+# No Transformer of fairseq has longer tables: the file is wrong
 _MAX_POSITIONS = 100_000
 
 # Options that change the model and leave no trace among the names of its weights
@@ -61,24 +61,25 @@ def convert(
     target: Sequence[str],
     merges: Sequence[tuple[str, str]] | None = None,
 ) -> tuple[AdminForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Make a translation model of fairseq an Admin model, and its dictionaries a tokenizer.
+    """Convert a translation model of fairseq to an Admin model, and its dictionaries to a tokenizer.
 
-    The model computes the same, to rounding: logits of all entries but `<pad>`, which is never predicted here. Its
-    positions are a table of its own, which is saved with the weights. ω_1 goes into embeddings, positions and the
-    first projections, and out of the decoder's last LayerNorm where the output layer is tied to its embeddings. The
-    decoder starts from `<pad>`, a row of zeros; the embedding of `</s>`, which fairseq starts from, is in the first
-    row of its positions.
+    The model computes the same logits, up to rounding, except that of `<pad>`, which is never predicted here. Its
+    position table is its own, and is saved with the weights. ω_1 is multiplied into embeddings and positions, and
+    divided out of the first projections, and of the decoder's last LayerNorm if the output layer is tied to its
+    embeddings. The decoder starts from `<pad>`, a row of zeros; the embedding of `</s>`, which fairseq starts from, is
+    in the first row of its positions.
 
     Args:
-        checkpoint: from [`read_checkpoint`].
-        source, target: the dictionaries, from [`read_dictionary`]; the same one twice where it is joined.
-        merges: of the BPE codes, from [`read_codes`]. Unset, the tokenizer takes text that is split, as `sub@@ words`.
+        checkpoint: the result of [`read_checkpoint`].
+        source, target: the dictionaries, from [`read_dictionary`]; the same one twice if it is joint.
+        merges: the merges of the BPE codes, from [`read_codes`]. Without them, the tokenizer's input is text that is
+            already split into `sub@@ words`.
 
     Returns:
         The model in float64 and eval mode, and the tokenizer.
 
     Raises:
-        ValueError: the model is of a kind that is not converted, or does not belong to the dictionaries.
+        ValueError: models of this kind are not converted, or the model does not belong to the dictionaries.
     """
     _check_options(checkpoint)
     vocabulary = Vocabulary.of(source, target, merges)
@@ -87,7 +88,9 @@ def convert(
         fields = _fields(checkpoint, weights)
         is_shared = checkpoint.option("share_all_embeddings", False)
         if is_shared and list(source) != list(target):
-            raise ValueError("The checkpoint shares all embeddings, so both sides have one dictionary: name that.")
+            raise ValueError(
+                "The checkpoint shares all embeddings, so both sides have one dictionary: name only that one."
+            )
         sizes = {"encoder": len(source), "decoder": len(target)}
         for stack, size in sizes.items():
             if (rows := len(weights[f"model.{stack}.embed_tokens.weight"])) != size:
@@ -97,9 +100,9 @@ def convert(
                 )
         _place_embeddings(checkpoint, weights, vocabulary, fields)
     except KeyError as error:
-        raise ValueError(f"The checkpoint is no Transformer for translation: it lacks {error}.") from error
+        raise ValueError(f"The checkpoint is not a Transformer for translation: it lacks {error}.") from error
     except (IndexError, TypeError) as error:  # of matrices without rows or columns
-        raise ValueError(f"The checkpoint is no Transformer for translation: {error}.") from error
+        raise ValueError(f"The checkpoint is not a Transformer for translation: {error}.") from error
     bias = weights["final_logits_bias"] = torch.zeros(1, len(vocabulary.tokens), dtype=torch.float64)
     bias[:, vocabulary.lacking] = LACKING_BIAS
     bias[:, vocabulary.tokens.index(PAD)] = BANNING_BIAS
@@ -126,7 +129,7 @@ def _check_options(checkpoint: FairseqCheckpoint) -> None:
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield all weights by Marian's names, in float64, but for what fairseq computes anew itself."""
+    """Yield all weights by Marian's names, in float64, except those that fairseq computes itself."""
     for name, value in weights.items():
         prefix, _, last = f"model.{name}".rpartition(".")
         value = value.double()
@@ -202,7 +205,9 @@ def _system(checkpoint: FairseqCheckpoint, weights: Mapping[str, Tensor], stack:
         raise ValueError(f"The {stack} is {system} with --{stack}-normalize-before, which is not converted.")
     version = checkpoint.weights.get(f"{stack}.version")
     if version is None or version.numel() != 1 or float(version) < (2 if stack == "encoder" else 3):
-        raise ValueError(f"The {stack} is Pre-LN of an early fairseq, without a LayerNorm behind it; not converted.")
+        raise ValueError(
+            f"The {stack} is Pre-LN of an early fairseq, without a LayerNorm after it, which is not converted."
+        )
     return "pre_ln"
 
 

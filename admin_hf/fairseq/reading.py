@@ -19,7 +19,7 @@ class _Meter:
     """Stands in for fairseq's own classes in a checkpoint, which hold speeds and mean losses."""
 
 
-# What a checkpoint may name, beside tensors and plain data
+# What a checkpoint may contain besides tensors and plain data
 _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (argparse.Namespace, "argparse.Namespace"),
     *((_Meter, f"fairseq.meters.{name}") for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")),
@@ -28,10 +28,10 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 @dataclass(frozen=True)
 class FairseqCheckpoint:
-    """What a conversion needs of a checkpoint.
+    """The parts of a checkpoint that a conversion needs.
 
     Attributes:
-        weights: by fairseq's names, such as `encoder.layers.0.fc1.weight`.
+        weights: tensors by fairseq's names, such as `encoder.layers.0.fc1.weight`.
         options: fairseq's arguments, such as `encoder_attention_heads`.
     """
 
@@ -39,10 +39,10 @@ class FairseqCheckpoint:
     options: Mapping[str, Any]
 
     def option(self, name: str, default: Option) -> Option:
-        """An argument, or `default` where it is unset.
+        """An argument, or `default` if it is unset.
 
         Raises:
-            ValueError: it is of another type than `default`.
+            ValueError: its type is not that of `default`.
         """
         value = self.options.get(name)
         if value is None:
@@ -57,14 +57,14 @@ class FairseqCheckpoint:
 
 
 def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
-    """Read a checkpoint that fairseq or Transformer-Clinic has written, of any of their file formats.
+    """Read a checkpoint of fairseq or Transformer-Clinic, in any of their file formats.
 
-    The pickle in it is read with an allow-list: tensors, plain data, arguments and meters. Whatever else it names is
-    refused before it could run.
+    The pickle in it is read with an allow-list: tensors, plain data, arguments and meters. Anything else is refused
+    before it could run.
 
     Raises:
-        OSError: the file is missing, damaged, truncated, or names anything else.
-        ValueError: it is no fairseq checkpoint.
+        OSError: the file is missing, damaged, truncated, or contains anything else.
+        ValueError: it is not a fairseq checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,21 +72,25 @@ def read_checkpoint(path: str | os.PathLike) -> FairseqCheckpoint:
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a stranger's file can break any line that reads it
+    except Exception as error:  # an untrusted file can break any line that reads it
         if named := re.search(r"(?i)unsupported global(?:: GLOBAL)? ([\w.]+)", str(error)):
             raise OSError(
-                f"{path} is refused: it names {named[1]}, as no checkpoint of fairseq does, and that might run code."
+                f"{path} is refused: it names {named[1]}, which no checkpoint of fairseq does and which might run "
+                "code."
             ) from error
         raise OSError(
-            f"{path} cannot be read ({type(error).__name__}): it is truncated, damaged, or no checkpoint of PyTorch."
+            f"{path} cannot be read ({type(error).__name__}): it is truncated, damaged, or not a checkpoint of "
+            "PyTorch."
         ) from error
     options = _options(state)
     weights = state.get("model") if isinstance(state, dict) else None
     if options is None or not isinstance(weights, dict) or not weights:
-        raise ValueError(f"{path} is no checkpoint of fairseq: it has no weights `model` with arguments `args`.")
+        raise ValueError(f"{path} is not a checkpoint of fairseq: it has no weights `model` with arguments `args`.")
     for name, value in weights.items():
         if not (isinstance(name, str) and _is_plain(value)):
-            raise ValueError(f"{path} holds {name!r:.100} as something else than a tensor of floating-point numbers.")
+            raise ValueError(
+                f"{path} contains {name!r:.100} as something other than a tensor of floating-point numbers."
+            )
     return FairseqCheckpoint(weights, options)
 
 
@@ -104,7 +108,7 @@ def _options(state: Any) -> dict[str, Any] | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor that holds as many numbers as its shape says."""
+    """Whether it is a tensor that contains as many numbers as its shape says."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
         return False
     return value.is_floating_point() and value.untyped_storage().nbytes() >= value.numel() * value.element_size()

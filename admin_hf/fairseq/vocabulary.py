@@ -17,11 +17,11 @@ END_OF_WORD = "</w>"
 
 
 def read_dictionary(path: str | os.PathLike) -> list[str]:
-    """The entries of a `dict.xx.txt` by fairseq's ids: the four special ones, and a word of each line `word count`.
+    """The entries of a `dict.xx.txt` by fairseq's ids: the four special ones, and the word of each line `word count`.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no `word count`, or a word comes twice.
+        ValueError: a line is not `word count`, or a word occurs twice.
     """
     entries = dict.fromkeys(SPECIAL)
     for number, line in _lines(path):
@@ -35,11 +35,11 @@ def read_dictionary(path: str | os.PathLike) -> list[str]:
 
 
 def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
-    """The merges of a file of subword-nmt's codes, version 0.2, the first one first.
+    """The merges in a file of subword-nmt's codes, version 0.2, in the order of the file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is of another version, has no codes, or a line is no pair.
+        ValueError: it has another version, no codes, or a line that is not a pair.
     """
     merges: dict[tuple[str, str], None] = {}
     for number, line in _lines(path):
@@ -52,7 +52,7 @@ def read_codes(path: str | os.PathLike) -> list[tuple[str, str]]:
         else:
             merges[left, right] = None
     if not merges:
-        raise ValueError(f"{path} holds no codes; expected '#version: 0.2', and two pieces in each line.")
+        raise ValueError(f"{path} contains no codes; expected '#version: 0.2', and two pieces in each line.")
     return list(merges)
 
 
@@ -61,21 +61,21 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
         with Path(path).open(encoding="utf-8") as file:
             yield from enumerate(file, start=1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {one_line(error)}.") from error
+        raise ValueError(f"{path} is not text in UTF-8: {one_line(error)}.") from error
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One vocabulary for both languages, with the rows of fairseq's matrices that its entries have.
+    """One vocabulary for both languages, with the row of each entry in fairseq's matrices.
 
-    The layout is Marian's, which CTranslate2's converter asks for: `</s>` is 0, `<unk>` is 1 and `<pad>` is last. In
-    between come the target's words, `<s>`, and what the target's dictionary lacks: words of the source alone, and
-    pieces that BPE codes need on the way to others.
+    The layout is Marian's, which CTranslate2's converter requires: `</s>` is 0, `<unk>` is 1 and `<pad>` is last. In
+    between are the target's words, `<s>`, and entries that the target's dictionary lacks: words of the source only,
+    and pieces that the BPE codes need to build others.
 
     Attributes:
-        tokens: by id.
-        source_rows, target_rows: fairseq's id of each token but `<pad>`, which is that of `<unk>` where the dictionary
-            lacks it.
+        tokens: the tokens by id.
+        source_rows, target_rows: fairseq's id of each token except `<pad>`; that of `<unk>` if the dictionary lacks
+            the token.
         lacking: the ids that the target's dictionary lacks.
     """
 
@@ -105,10 +105,10 @@ class Vocabulary:
         return cls([*tokens, PAD], source_rows, target_rows, lacking)
 
     def tokenizer(self, merges: Sequence[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
-        """The tokenizer of this vocabulary: of text split into words, which the merges split into pieces.
+        """The tokenizer of this vocabulary: it splits text into words, and words into pieces by the merges.
 
-        Without merges it takes text in which they are split already, as `sub@@ words`. A source or target ends in
-        `</s>`, and no text acts as a control token.
+        Without merges its input is text that is already split into `sub@@ words`. A source or target ends in `</s>`,
+        and no text acts as a control token.
         """
         ids = _ids(self.tokens)
         if merges is None:
@@ -126,11 +126,12 @@ def _ids(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _pieces(dictionary: Sequence[str]) -> list[str]:
-    """fairseq's words as pieces of BPE: `xx@@` goes on, and is `xx`; `xx` ends a word, and is `xx</w>`."""
+    """fairseq's words as pieces of BPE: `xx@@` is within a word, and becomes `xx`; `xx` ends one: `xx</w>`."""
     words = dictionary[len(SPECIAL) :]
     pieces = [w[:-2] if w.endswith("@@") and len(w) > 2 else w + END_OF_WORD for w in words]
     if len({*pieces, *SPECIAL}) < len(dictionary):
         raise ValueError(
-            "Two words of a dictionary are the same piece of BPE: leave the codes out, and give text that is split."
+            "Two words of a dictionary are the same piece of BPE: leave out the codes, and give text that is already "
+            "split."
         )
     return [*SPECIAL, *pieces]

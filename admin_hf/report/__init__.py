@@ -1,6 +1,6 @@
-"""One page about a training run: `python -m admin_hf report RUN` writes it, and it opens from disk, without a network.
+"""One page about a training run: `python -m admin_hf report RUN` writes it. It can be opened without a network.
 
-It is made from the run's own files, whoever wrote them: all text is escaped, secrets are left out, no code of a
+It is made from the run's own files, which are not trusted: all text is escaped, secrets are left out, no code of a
 checkpoint runs, and the page refers to nothing outside itself.
 """
 
@@ -15,21 +15,21 @@ PAGE_NAME = "report.html"
 
 
 def write_report(run: str | os.PathLike, output: str | os.PathLike | None = None) -> Path:
-    """Write the page of a run that is going on, has finished or has diverged.
+    """Write the page of a run that is still training, has finished or has diverged.
 
-    Where the run lacks the data for a part of the page, the part says so. The run's folder is only read.
+    If the run lacks the data for a part of the page, the part says so. The run's folder is only read.
 
     Args:
         run: output folder of run_translation.py, or of any Trainer.
-        output: the file to write; `report.html` in the run's folder where unset.
+        output: the file to write; default: `report.html` in the run's folder.
 
     Returns:
-        The file, which is written whole or not at all.
+        The file, which is written completely or not at all.
 
     Raises:
         NotADirectoryError: there is no such folder.
         IsADirectoryError: `output` is a folder.
-        ValueError: the folder holds nothing of a run.
+        ValueError: the folder contains no files of a run.
         ImportError: matplotlib or Jinja2 is not installed.
 
     Example:
@@ -48,7 +48,9 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike | None = None
         raise IsADirectoryError(f"{path} is a folder; name a file to write the page to.")
     found = Run(folder)
     if not (found.arguments or found.state or found.config or found.scores or found.divergence):
-        raise ValueError(f"{folder} holds no run: expected a Trainer's output folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{folder} contains no run: expected a Trainer's output folder, with checkpoints such as checkpoint-500."
+        )
     try:
         from .page import render
     except ImportError as error:
@@ -62,9 +64,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "report",
         help="make one page about a training run",
-        description="Write a page about a run that is going on, has finished or has diverged: scores, "
-        "curves, translations, ω, layer dependency, gradients and variances by sub-layer, arguments. It is one HTML "
-        "file that needs no network and can be shown to others.",
+        description="Write a page about a run that is still training, has finished or has diverged: scores, curves, "
+        "translations, ω, layer dependency, gradients and variances by sub-layer, arguments. It is one HTML file that "
+        "needs no network and can be shown to others.",
         epilog="example: python -m admin_hf report runs/en-de",
     )
     command.add_argument("run_folder", metavar="RUN", type=Path, help="output folder of a training run")

@@ -16,7 +16,7 @@ def curves(run: Run) -> Section:
         section.notes.append(f"There is no log: {STATE_NAME} is written with the first checkpoint.")
         return section
     if not run.curve("eval_loss")[0]:
-        section.notes.append("No validation curve: the log holds no evaluation (--eval_strategy).")
+        section.notes.append("No validation curve: the log contains no evaluation (--eval_strategy).")
     names = {"loss": "training", "nll": "training, unsmoothed", "eval_loss": "validation"}
     section.pictures += _lines(run, "Loss", names, "nats per target token")
     steps, losses = run.curve("eval_loss")

@@ -27,7 +27,7 @@ _PARAMETERS: Any = dict.fromkeys(_INKED, _INK) | {
     "axes.formatter.useoffset": False,
     "font.size": 9,
 }
-# Points of a line; more cannot be seen, and make the page large
+# Most points of a line; more cannot be seen, and make the page large
 MAX_POINTS = 400
 
 
@@ -96,7 +96,7 @@ def heat_map(caption: str, beta: Sequence[Sequence[float]], largest: float) -> P
 
 
 def thinned(values: Sequence[float]) -> list[float]:
-    """The means of as many neighbours as leave at most `MAX_POINTS` values."""
+    """The means of neighbouring values, so that at most `MAX_POINTS` are left."""
     size = -(-len(values) // MAX_POINTS) or 1
     groups = (values[start : start + size] for start in range(0, len(values), size))
     return [sum(group) / len(group) for group in groups]

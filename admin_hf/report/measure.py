@@ -1,4 +1,4 @@
-"""What the page measures anew: the run's model as it started and as it is, on the same sentences."""
+"""The page's own measurements: the run's model at its start and now, on the same sentences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from ..run.folder import Run, saved_step
 from .text import MAX_LENGTH, SENTENCES, load_tokenizer, read_pairs
 
 
-# The seed of Trainer's arguments, for runs that do not say theirs
+# The default seed of Trainer, for runs that do not record theirs
 DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What was measured with the weights of one moment of the run.
+    """The measurements with the weights of one moment of the run.
 
     Attributes:
-        name: which moment, such as `"update 500"`.
+        name: the name of the moment, such as `"update 500"`.
         variances: by stack, Var[f_i] and Var[ω_i ⊙ x_{i-1}] of the sub-layers.
     """
 
@@ -45,10 +45,10 @@ def measured(model: AdminForConditionalGeneration, batch: Batch, name: str) -> M
 
 
 def newest_model(run: Run) -> tuple[AdminForConditionalGeneration, str]:
-    """The run's model with its newest weights, and what they are called on the page.
+    """The run's model with its newest weights, and their name on the page.
 
     Raises:
-        OSError, ValueError: it has none, or they cannot be read.
+        OSError, ValueError: there are no weights, or they cannot be read.
     """
     folder = _weights(run)
     return load_model(folder), _name(run, folder)
@@ -69,34 +69,34 @@ def _name(run: Run, weights: Path) -> str:
 
 
 def starting_model(run: Run, batch: Batch) -> tuple[AdminForConditionalGeneration, str]:
-    """Rebuild the model as the run had it before its first update.
+    """Rebuild the run's model before its first update.
 
     Args:
-        batch: to profile on where the run has no profile of its own.
+        batch: used for a profile if the run has none of its own.
 
     Returns:
-        The model, and a sentence that says how near to the run's it is.
+        The model, and a sentence that says how close it is to the run's.
 
     Raises:
         OSError, ValueError: the run started from other weights or as a stock model, or has saved none yet.
     """
     if source := run.arguments.get("model_name_or_path"):
-        raise ValueError(f"The run went on from the weights of {source}, which are not part of it.")
+        raise ValueError(f"The run started from the weights of {source}, which are not part of it.")
     weights = _weights(run)
     if (kind := run.config.get("model_type")) != AdminConfig.model_type:
-        raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts otherwise.")
+        raise ValueError(f"The start is not shown: the run trains a stock model ({kind}), which starts differently.")
     config = AdminConfig.from_pretrained(weights)
     seed = run.arguments.get("seed")
     if isinstance(seed, int):
-        how = f"initialised anew from the run's seed, {seed}"
+        how = f"initialised again from the run's seed, {seed}"
     else:
-        seed, how = DEFAULT_SEED, "another draw of the same initialisation, for the run names no seed"
+        seed, how = DEFAULT_SEED, "another draw of the same initialisation, because the run names no seed"
     model = initialized_model(config, seed, batch)
     if run.is_profiled is False:
         for _, connection in profiled_connections(model):
             connection.omega.data.fill_(1.0)
         model.set_profiled(False)
-        how += ", with every ω at 1, for the run was not profiled"
+        how += ", with every ω at 1, because the run was not profiled"
     elif run.profile is not None:
         initialize_omega(model, run.profile)
         how += ", with the ω that the run profiled"
@@ -116,7 +116,7 @@ def batch_of(run: Run) -> tuple[Batch, str]:
         pairs = [pair for pair in read_pairs(run, "validation", SENTENCES) if pair.reference is not None]
         length = min(MAX_LENGTH, config.max_position_embeddings)
         batch = text_batch(tokenizer, [p.source for p in pairs], [str(p.reference) for p in pairs], max_length=length)
-    except Exception as error:  # whatever is wrong with somebody's text or tokenizer, there are random tokens
+    except Exception as error:  # whatever is wrong with the text or tokenizer, random tokens are used
         why = f"Measured on random tokens, because the run's text cannot be used: {one_line(error)}"
         return random_batch(config), why
     return batch, f"Measured on the first {len(pairs)} pairs of the validation set, without dropout."

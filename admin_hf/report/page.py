@@ -44,11 +44,11 @@ def render(run: Run) -> str:
         sections=[section for section in sections if not _is_empty(section)],
         made=f"Made by admin-hf {version('admin-hf')} on {datetime.now(UTC):%Y-%m-%d} from the run's own files.",
     )
-    return re.sub(r"(?<![A-Za-z0-9])hf_\w{20,}", "hf_…", page)  # a token of the Hub, wherever it was put
+    return re.sub(r"(?<![A-Za-z0-9])hf_\w{20,}", "hf_…", page)  # a token of the Hub, at any place
 
 
 def without_folders(value: Any) -> Any:
-    """Leave only the last part of a path on this machine; markup is left as it is."""
+    """Keep only the last part of a path on this machine; markup is not changed."""
     if type(value) is not str:
         return value
     return _FOLDERS.sub("", value)

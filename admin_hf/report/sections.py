@@ -1,4 +1,4 @@
-"""Sections, of which the page is made, and those that a run wrote down: how far it is, its scores, its arguments."""
+"""The sections of the page, and those from a run's own records: its progress, its scores, its arguments."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from .text import Sample
 
 
 class Fact(NamedTuple):
-    """A number that everybody looks for first."""
+    """A number for the top of the page."""
 
     name: str
     value: str
@@ -52,11 +52,11 @@ class Section:
 
 
 def status(run: Run) -> str:
-    """What became of the run, or how far it is, as a sentence."""
+    """The outcome or the progress of the run, as a sentence."""
     if run.divergence:
         return f"Diverged at update {_text(run.divergence.get('step'))}."
     if not run.state:
-        return "Its folder holds no state of training yet."
+        return "Its folder contains no training state yet."
     if run.finished:
         return f"Finished after {run.step:,} updates."
     of = f" of {run.max_steps:,} ({run.step / run.max_steps:.0%})" if run.max_steps > 0 else ""
@@ -64,7 +64,7 @@ def status(run: Run) -> str:
 
 
 def model_line(run: Run) -> str:
-    """What the model is, as a sentence."""
+    """A description of the model, as a sentence."""
     config = run.config
     if not config:
         return f"No {CONFIG_NAME}, which comes with the first checkpoint, says what the model is."
@@ -146,7 +146,7 @@ def scores(run: Run) -> Section:
     elif run.divergence:
         section.notes.append("A run that has diverged is not scored.")
     elif run.finished:
-        section.notes.append("The run was not evaluated when it ended: --do_eval and --do_predict ask for it.")
+        section.notes.append("The run was not evaluated at its end: this needs --do_eval or --do_predict.")
     else:
         section.notes.append("Final scores come when training has ended.")
     names = [name for name in METRICS if run.curve(f"eval_{name}")[0]]
@@ -163,7 +163,7 @@ def scores(run: Run) -> Section:
 
 
 def arguments(run: Run) -> Section:
-    """The arguments of run_translation.py, those that say something first. Secrets are left out."""
+    """The arguments of run_translation.py, the informative ones first. Secrets are left out."""
     section = Section("arguments", "Arguments")
     if not run.arguments:
         section.notes.append(f"{run.lacks(ARGUMENTS_NAME)} run_translation.py writes it; other scripts do not.")
@@ -176,7 +176,7 @@ def arguments(run: Run) -> Section:
         if (value == defaults[name] if name in defaults else value is None or value is False)
     }
     rows = [(name, str(value)) for name, value in shown.items()]
-    section.text.append("Those that were set to something else than Trainer's defaults, and those of the script.")
+    section.text.append("Arguments that differ from Trainer's defaults, and those of the script.")
     section.tables = [
         Table(("argument", "value"), [row for row in rows if row[0] not in rest]),
         Table(("argument", "value"), [row for row in rows if row[0] in rest], f"{len(rest)} others"),
@@ -192,7 +192,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value for people."""
+    """A readable value."""
     if not is_number(value):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -26,15 +26,15 @@ class Sample(NamedTuple):
 
 
 def read_pairs(run: Run, split: str, count: int) -> list[Sample]:
-    """Read the first sentences of a split, in the forms that run_translation.py takes; in the first target language.
+    """Read the first sentences of a split, in the forms that run_translation.py accepts; in the first target language.
 
     Args:
-        run: whose arguments name the file.
+        run: the run; its arguments name the file.
         split: `"validation"` or `"test"`.
-        count: how many.
+        count: number of sentences.
 
     Raises:
-        OSError: the run names no file, or it is not here.
+        OSError: the run names no file, or the file does not exist.
         ValueError: the file cannot be read, or has no such languages.
     """
     name = run.arguments.get(f"{split}_file")
@@ -55,13 +55,13 @@ def first_target(run: Run) -> tuple[str, str]:
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside the newest weights or in the run's folder, if there is one; no code of a stranger runs."""
+    """The tokenizer next to the newest weights or in the run's folder, if any; no code of a checkpoint runs."""
     return find_tokenizer(*filter(None, (run.weights, run.folder)), local_files_only=True)
 
 
 def predictions(run: Run, count: int) -> list[Sample]:
-    """The first lines of generated_predictions.txt beside their sources, once the trained model has written it."""
-    if not any(name.startswith("test_") for name in run.scores):  # training that goes on removes the scores
+    """The first lines of generated_predictions.txt with their sources, once the trained model has written it."""
+    if not any(name.startswith("test_") for name in run.scores):  # further training removes the scores
         return []
     try:
         name = predictions_name(first_target(run)[0])
@@ -78,7 +78,7 @@ def translate(
     """Translate with the beams of the model's generation settings.
 
     Args:
-        prefix: what comes before every source.
+        prefix: text before every source.
     """
     longest = min(MAX_LENGTH, model.config.max_position_embeddings, model.generation_config.max_length or MAX_LENGTH)
     texts = [prefix + sample.source for sample in samples]

@@ -21,7 +21,7 @@ def translations(run: Run) -> Section:
     section = Section("translations", "Translations")
     if samples := predictions(run, SENTENCES):
         name = predictions_name(first_target(run)[0])
-        section.text.append(f"The first sentences of the test set, as {name} has them.")
+        section.text.append(f"The first sentences of the test set, from {name}.")
         section.samples = samples
         return section
     with _explained(section):
@@ -47,10 +47,10 @@ def omega(run: Run) -> Section:
             raise FileNotFoundError("The run has saved no weights.")
         history = omega_history(folders, run.profile)
         if not (history.encoder.names or history.decoder.names):
-            raise ValueError("The model has no ω: its residual systems are others than Admin.")
+            raise ValueError("The model has no ω: its residual systems are not Admin.")
         section.findings = [("expected", history.EXPECTATION), ("found", history.verdict())]
         if run.is_profiled is False:
-            section.findings[0] = ("expected", "The model was not profiled, so Admin's start of ω is not what it had.")
+            section.findings[0] = ("expected", "The model was not profiled, so its ω did not start as in Admin.")
         for stack in STACKS:
             if (part := getattr(history, stack)).names:
                 caption = f"Mean of each ω, {stack}; grey: between, band: range of the entries at the end"
@@ -83,7 +83,7 @@ def _draw_dependency(section: Section, moments: list[Moment]) -> None:
     section.findings = [("expected", LayerDependency.EXPECTATION)]
     section.findings += [(f"found, {moment.name}", moment.dependency.verdict()) for moment in moments]
     stacks = {(moment.name, stack): getattr(moment.dependency, stack) for moment in moments for stack in STACKS}
-    # The embedding is nearly all of the first outputs, and would leave the branches one colour
+    # The embedding dominates the first outputs, and would give all branches one colour
     largest = max(beta for stack in stacks.values() for row in stack.beta for beta in row[1:])
     for (moment, stack), part in stacks.items():
         caption = f"β of the {stack} ({part.system}), {moment}"
@@ -113,7 +113,7 @@ def _by_sublayer(caption: str, values: dict[str, list[float]], label: str, log: 
 
 @contextmanager
 def _explained(*sections: Section) -> Iterator[None]:
-    """Leave a gap on the page, and the reason in it: files may be damaged, a stranger's, or deleted meanwhile."""
+    """Put the reason on the page instead of the part: files may be damaged, from elsewhere, or deleted meanwhile."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
 """The mean of the weights of a run's last checkpoints, which translates better than the last one alone.
 
-Vaswani et al. (2017, section 6.1) take the last 5 or 20 checkpoints, the Admin paper those of the last 10 epochs.
-Average first and export then: ω is folded into other weights, so the mean of vanilla models is not the vanilla model
-of the mean.
+Vaswani et al. (2017, section 6.1) average the last 5 or 20 checkpoints, the Admin paper those of the last 10 epochs.
+Average first, then export: ω is folded into other weights, so the mean of vanilla models is not the vanilla model of
+the mean.
 """
 
 import os
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from ..checkpoints import check_weight_files, explained_errors, weight_files
 
 
-# What may differ between the config.json of checkpoints: it changes neither the weights nor what they compute.
+# Entries of config.json that may differ between checkpoints: they change neither the weights nor the outputs.
 _FREE = {
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "init_std", "label_smoothing"),
     *("dropout", "attention_dropout", "activation_dropout", "classifier_dropout"),
@@ -38,17 +38,17 @@ class _Stored(NamedTuple):
 
 
 def average_checkpoints(checkpoints: Sequence[str | os.PathLike]) -> dict[str, Tensor]:
-    """Average the weights of checkpoints of one model, of any architecture.
+    """Average the weights of checkpoints of one model with any architecture.
 
-    Sums are in float64. The checkpoints are compared before any weight is read, and read some entries at a time, so
-    memory holds the mean and little else, however many they are.
+    Sums are in float64. The checkpoints are compared before any weight is read. They are read in small parts, so the
+    memory needed is little more than that of the mean, whatever their number.
 
     Args:
         checkpoints: folders, each with a config.json and its weights in safetensors files, one or several.
 
     Returns:
-        The mean of each tensor by name, in the shape and dtype of the checkpoints. Tied copies, which no checkpoint
-        holds, are left out. Tensors of integers are those of the checkpoints.
+        The mean of each tensor by name, in the shape and dtype of the checkpoints. Tied copies, which checkpoints do
+        not contain, are left out. Tensors of integers are those of the checkpoints.
 
     Raises:
         OSError: a folder, its config.json or a file of its weights is missing, damaged, or a pickle.
@@ -82,8 +82,8 @@ def _check_configs(folders: list[Path]) -> None:
         for key in sorted((first.keys() | config.keys()) - _FREE):
             if (value := config.get(key)) != (expected := first.get(key)):
                 raise ValueError(
-                    f"{folder} holds another model than {folders[0]}: {key} is {value!r} in its config.json, expected "
-                    f"{expected!r}."
+                    f"{folder} contains another model than {folders[0]}: {key} is {value!r} in its config.json, "
+                    f"expected {expected!r}."
                 )
 
 
@@ -155,6 +155,6 @@ def _common(name: str, files: list[Path], block: slice) -> Tensor:
     for file in files[1:]:
         if not torch.equal(_read(name, file)[block], value):
             raise ValueError(
-                f"{name} is no floating-point tensor, and differs between {files[0].parent} and {file.parent}."
+                f"{name} is not a floating-point tensor, and differs between {files[0].parent} and {file.parent}."
             )
     return value

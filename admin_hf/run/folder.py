@@ -1,4 +1,4 @@
-"""The folder of a training run: the names of its files, its checkpoints, and a reader that trusts none of them."""
+"""The folder of a training run: the names of its files, its checkpoints, and a reader that trusts no file."""
 
 import json
 import os
@@ -27,7 +27,7 @@ VANILLA_NAME = "vanilla"
 # What profiling writes
 PROFILE_NAME = "residual_profile.json"
 
-# The names of scores, `eval_bleu` and so on, and what people call their parts
+# The names of scores, `eval_bleu` and so on, and the usual names of their parts
 SPLITS = {"eval": "validation", "test": "test"}
 METRICS = {
     "bleu": "BLEU",
@@ -40,9 +40,9 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that a Trainer writes or wrote to: a run that is going on, has finished or has diverged.
+    """The output folder of a Trainer: a run that is still training, has finished or has diverged.
 
-    Every property is empty, and none raises, where its file is missing, half-written or damaged.
+    If the file of a property is missing, half-written or damaged, the property is empty; it does not raise.
 
     Args:
         folder: output folder of run_translation.py, or of any Trainer.
@@ -72,7 +72,7 @@ class Run:
 
     # --- how far it is ---
 
-    # These are looked up anew: a run that is going on deletes checkpoints while the page is made
+    # These are looked up each time: a run that is still training deletes checkpoints while the page is made
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -81,7 +81,7 @@ class Run:
 
     @property
     def weights(self) -> Path | None:
-        """Where the newest weights are: the run's folder once its model is saved, else the newest checkpoint."""
+        """The folder of the newest weights: the run's folder once its model is saved, else the newest checkpoint."""
         return next(filter(has_weights, reversed(self._saved)), None)
 
     @property
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Updates done when the newest state was written."""
+        """The number of updates when the newest state was written."""
         return _integer(self.state.get("global_step")) or 0
 
     @property
@@ -122,18 +122,18 @@ class Run:
 
     @cached_property
     def results(self) -> dict[str, Any]:
-        """Which weights were scored, the number of parameters, and the scores."""
+        """The scored weights, the number of parameters, and the scores."""
         return self.read(RESULTS_NAME)
 
     @property
     def scored(self) -> list[str]:
-        """The names of the folders with the weights that were scored: of the checkpoints, if it was their mean."""
+        """The names of the folders with the scored weights: those of the checkpoints, if it was their mean."""
         weights = self.results.get("weights")
         return [Path(str(folder)).name for folder in weights] if isinstance(weights, list) else []
 
     @cached_property
     def scores(self) -> dict[str, Any]:
-        """The final scores and their signatures, `eval_…` of the validation and `test_…` of the test sentences."""
+        """The final scores and their signatures: `eval_…` for validation and `test_…` for test sentences."""
         scores = self.results.get("scores")
         return self.read(ALL_RESULTS_NAME) | (scores if isinstance(scores, dict) else {})
 
@@ -169,8 +169,8 @@ def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
     """Find the newest complete checkpoints of a run.
 
     Args:
-        run: the output folder of a Trainer, with folders `checkpoint-500`, `checkpoint-1000`, … in it.
-        last: how many.
+        run: the output folder of a Trainer, which contains the folders `checkpoint-500`, `checkpoint-1000`, …
+        last: the number of checkpoints.
 
     Returns:
         Their folders, the newest last.
@@ -185,7 +185,9 @@ def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
         raise NotADirectoryError(f"There is no folder {run}.")
     complete = complete_checkpoints(run)
     if not complete:
-        raise ValueError(f"{run} has no complete checkpoint: expected a run's folder, with checkpoint-500 or so.")
+        raise ValueError(
+            f"{run} has no complete checkpoint: expected a run's folder, with checkpoints such as checkpoint-500."
+        )
     if len(complete) < last:
         raise ValueError(
             f"{run} has {len(complete)} complete checkpoints, fewer than {last}: take the last {len(complete)}, or "
@@ -197,7 +199,7 @@ def last_checkpoints(run: str | os.PathLike, last: int) -> list[Path]:
 def complete_checkpoints(run: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run that were written to the end, in the order of their steps.
 
-    Trainer writes trainer_state.json last; where it is missing or cut, the process was killed before.
+    Trainer writes trainer_state.json last. If it is missing or cut, the process was killed before.
     """
     return [folder for folder in saved_checkpoints(run) if _is_complete(folder)]
 
@@ -209,12 +211,12 @@ def saved_checkpoints(run: str | os.PathLike) -> list[Path]:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether Trainer names a checkpoint so."""
+    """Whether this is Trainer's form of a checkpoint's name."""
     return re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name) is not None
 
 
 def saved_step(folder: Path) -> int | None:
-    """After how many updates a model was saved, by the checkpoint's name or the folder's state; None if unknown."""
+    """The number of updates of a saved model, from the checkpoint's name or the folder's state; None if unknown."""
     if is_checkpoint_name(folder.name):
         return int(folder.name.rpartition("-")[2])
     return _integer(read_object(folder / STATE_NAME).get("global_step"))
@@ -232,7 +234,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing, half-written or damaged, or has no end."""
+    """A JSON object; empty if the file is missing, half-written, damaged or endless."""
     try:
         value = json.loads(regular_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -247,7 +249,7 @@ def curve(log: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], lis
 
 
 def regular_file(path: Path) -> Path:
-    """The path of a file that has an end, as /dev/zero and pipes have not.
+    """The path of a regular file, which has an end, unlike /dev/zero and pipes.
 
     Raises:
         FileNotFoundError: there is none.
@@ -258,7 +260,7 @@ def regular_file(path: Path) -> Path:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of somebody's JSON is a number that can be drawn: finite, and no integer of 400 digits."""
+    """Whether a value of a JSON file is a number that can be drawn: finite, and not an integer of 400 digits."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 

@@ -17,7 +17,7 @@ from .lines import BATCH_SIZE, BEAMS, LineTranslator, Translation
 from .loading import load_engine
 
 
-# Batches of lines that are read and sorted by length together
+# Number of batches that are read and sorted by length together
 WINDOW = 100
 
 STDIN = "-"
@@ -27,24 +27,24 @@ def add_command(commands: Any) -> None:
     """Add `translate` to the subparsers of a command line."""
     command = commands.add_parser(
         "translate",
-        help="translate text, line for line",
-        description="Translate files, or standard input, line for line: line n of the output is the translation of "
-        "line n of the input, and a blank line stays blank. Names of special tokens in the text are text, "
-        "but for a language code of the model at the beginning of a line, such as >>de<<. Lines that are too long for "
+        help="translate text, line by line",
+        description="Translate files, or standard input, line by line. Line n of the output is the translation of "
+        "line n of the input, and a blank line stays blank. Names of special tokens in the text are read as text, "
+        "except for a language code of the model at the start of a line, such as >>de<<. Lines that are too long for "
         "the model are cut; standard error says which.",
         epilog="example: python -m admin_hf translate runs/en-de test.en --output test.de",
     )
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a model of Transformers, with ω or vanilla, or of CTranslate2, or of a run, of which the "
-        "vanilla model is taken; or an id on the Hub",
+        help="folder of a Transformers model (with ω or vanilla), of a CTranslate2 model, or of a run (then its "
+        "vanilla model is used); or an id on the Hub",
     )
     command.add_argument(
         "files",
         metavar="FILE",
         nargs="*",
-        help=f"text in UTF-8, a sentence a line; default: standard input, {STDIN}",
+        help=f"text in UTF-8, one sentence per line; default: standard input, {STDIN}",
     )
     command.add_argument("--output", metavar="FILE", type=Path, help="default: standard output")
     command.add_argument(
@@ -52,61 +52,62 @@ def add_command(commands: Any) -> None:
         metavar="MODEL",
         action="append",
         default=[],
-        help="a further model, of the same vocabulary, that translates together with MODEL: the next token is chosen "
-        "by the mean of their probabilities; can be given several times",
+        help="another model with the same vocabulary that translates together with MODEL: the next token is chosen by "
+        "the mean of their probabilities; can be given several times",
     )
     command.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="folder or Hub id of the tokenizer, and for CTranslate2 of the limits and generation settings as well; "
+        help="folder or Hub id of the tokenizer, and for CTranslate2 also of the limits and generation settings; "
         "default: MODEL",
     )
     command.add_argument(
         "--beams",
         metavar="N",
         type=int,
-        help=f"of the search; 1 is greedy; default: as the model's generation settings say, else {BEAMS}",
+        help=f"number of beams; 1 is greedy search; default: the model's generation settings, else {BEAMS}",
     )
     command.add_argument(
         "--length_penalty",
         metavar="X",
         type=float,
-        help="the search ranks by log-probability / tokens^X; default: as the model's generation settings say, else 1",
+        help="the search ranks by log-probability / tokens^X; default: the model's generation settings, else 1",
     )
     command.add_argument(
         "--nbest",
         metavar="N",
         type=int,
-        help="write N lines for each line, the best first: its number, score and translation, separated by tabs. The "
-        "score is log p / tokens^length_penalty, so with the length penalty 1 the mean of the natural logarithms of "
-        "the tokens' probabilities, with 0 their sum; the end of the sentence is a token, those of --prefix are not",
+        help="write N lines for each input line, the best first: its number, score and translation, separated by "
+        "tabs. The score is log p / tokens^length_penalty. With a length penalty of 1 it is the mean of the natural "
+        "logarithms of the tokens' probabilities, with 0 their sum. The end of the sentence counts as a token, those "
+        "of --prefix do not",
     )
-    command.add_argument("--prefix", metavar="TEXT", default="", help="what every translation begins with")
+    command.add_argument("--prefix", metavar="TEXT", default="", help="forced beginning of every translation")
     command.add_argument(
         "--source_prefix",
         metavar="TEXT",
         default="",
-        help="what comes before every line; control tokens in it, such as >>de<<, are control tokens",
+        help="text to put before every line; control tokens in it, such as >>de<<, are read as control tokens",
     )
     command.add_argument(
         "--max_length",
         metavar="N",
         type=int,
-        help="tokens of the longest translation, with the decoder's start; default: as the model's generation "
-        "settings say, else as many as it takes",
+        help="tokens of the longest translation, including the decoder's start token; default: the model's generation "
+        "settings, else the longest that it accepts",
     )
     command.add_argument(
         "--batch_size",
         metavar="N",
         type=int,
         default=BATCH_SIZE,
-        help="lines that are translated at a time, sorted by length; default: %(default)s",
+        help="number of lines in a batch; batches are sorted by length; default: %(default)s",
     )
-    command.add_argument("--device", help="such as cpu or cuda:1; default: a GPU where there is one")
+    command.add_argument("--device", help="such as cpu or cuda:1; default: a GPU if there is one")
     command.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16", "int8"),
-        help="that is computed in; int8 for CTranslate2 alone; default: as the weights are stored",
+        help="dtype of the computation; int8 only for CTranslate2; default: that of the stored weights",
     )
     command.set_defaults(run=run)
 
@@ -115,12 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Translate all lines and write them, some thousands at a time.
 
     Raises:
-        OSError, ValueError, RuntimeError, ImportError: a model cannot be loaded, a file not be read or be no text, or
-            the output not be written. `--output` is then as it was.
+        OSError, ValueError, RuntimeError, ImportError: a model cannot be loaded, a file cannot be read or is not text,
+            or the output cannot be written. `--output` is then unchanged.
     """
     files, output = arguments.files or [STDIN], arguments.output
     if output is not None and output.exists() and not output.is_file():
-        raise ValueError(f"{output} is no file: name one to write to.")
+        raise ValueError(f"{output} is not a file: name one to write to.")
     total = _count(files)
     engine, tokenizer = load_engine(
         [arguments.model, *arguments.ensemble], arguments.tokenizer, arguments.device, arguments.dtype
@@ -153,7 +154,7 @@ def _count(files: list[str]) -> int | None:
         if file != STDIN and not os.path.exists(file):
             raise FileNotFoundError(f"There is no file {file}.")
         if os.path.isdir(file):
-            raise IsADirectoryError(f"{file} is a folder: name files of text behind the model.")
+            raise IsADirectoryError(f"{file} is a folder: name text files after the model.")
     if not all(map(os.path.isfile, files)):
         return None
     return sum(1 for file in files for _ in read_lines(Path(file)))

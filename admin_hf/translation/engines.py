@@ -1,4 +1,4 @@
-"""What searches for translations and scores them: a model of Transformers, or one of CTranslate2."""
+"""Engines that search for translations and score them: a model of Transformers, or one of CTranslate2."""
 
 import copy
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class Engine(Protocol):
     """Translates batches of token ids.
 
     Attributes:
-        generation_config: the settings of its search, where nobody gives others.
-        positions: how many tokens a source or target may have; None where that is not limited, or not known.
+        generation_config: the default settings of its search.
+        positions: the most tokens of a source or target; None if that is not limited, or not known.
     """
 
     generation_config: GenerationConfig
@@ -29,22 +29,22 @@ class Engine(Protocol):
         """The best `settings.num_return_sequences` translations of each source, the best first.
 
         Args:
-            prefix: what every translation begins with; in the results it is left out.
+            prefix: forced beginning of every translation; the results do not contain it.
             settings: `max_length` counts the decoder's start token and the prefix, as in Transformers.
 
         Returns:
-            Ids with the end-of-sentence token, or without it where `max_length` was reached before.
+            Ids with the end-of-sentence token, or without it if `max_length` was reached before.
         """
 
     def score(self, sources: list[Ids], prefix: Ids, targets: list[list[Ids]]) -> list[list[float]]:
-        """log p(target | source, prefix) of what `search` has found."""
+        """log p(target | source, prefix) of the results of `search`."""
 
 
 class TransformersEngine:
-    """Translates by `generate` of a model.
+    """Translates with `generate` of a model.
 
     Raises:
-        ValueError: the model is no encoder-decoder that generates.
+        ValueError: the model is not an encoder-decoder that generates.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -61,7 +61,8 @@ class TransformersEngine:
         start = [self._start, *prefix]
         decoder_input_ids = torch.tensor([start] * len(sources), device=self.model.device)
         with modes_restored(self.model):
-            # Of the same weights, with these settings alone; an argument would be filled up from the model's own
+            # The same weights with only these settings; settings passed as an argument would be completed from the
+            # model's own
             model = copy.copy(self.model.eval())
             model.generation_config = settings
             rows = model.generate(**self._inputs(sources), decoder_input_ids=decoder_input_ids)
@@ -74,7 +75,7 @@ class TransformersEngine:
         start, inputs, columns = [self._start, *prefix], self._inputs(sources), []
         with modes_restored(self.model):
             encoder_outputs = self.model.eval().get_encoder()(**inputs, return_dict=True)
-            for rank in zip(*targets, strict=True):  # one translation of each source at a time, to spare memory
+            for rank in zip(*targets, strict=True):  # one translation of each source at a time, to save memory
                 decoder_input_ids, _ = self._padded([[*start, *target[:-1]] for target in rank])
                 labels, mask = self._padded(list(rank))
                 logits = self.model(
@@ -119,15 +120,15 @@ class TransformersEngine:
 
 
 class CTranslate2Engine:
-    """Translates by CTranslate2.
+    """Translates with CTranslate2.
 
     Its search ends with as many finished translations as beams, like `early_stopping=True` of Transformers.
 
     Args:
         translator: a `ctranslate2.Translator`.
-        tokenizer: of the model that was converted.
-        generation_config: the settings of the search; CTranslate2 keeps none.
-        positions: how many tokens a source or target may have, which CTranslate2 does not say.
+        tokenizer: the tokenizer of the model that was converted.
+        generation_config: the settings of the search; CTranslate2 does not store any.
+        positions: the most tokens of a source or target, which CTranslate2 does not store.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class CTranslate2Engine:
             max_batch_size=len(sources),
             max_input_length=0,
         )
-        # Of what it scores, the end that it appends is not ours
+        # It also scores the end that it appends, which is not part of the translation
         ranges = [slice(len(prefix), len(prefix) + len(target)) for _, target in pairs]
         scores = [sum(result.log_probs[part]) for result, part in zip(results, ranges, strict=True)]
         each = len(targets[0])
@@ -188,7 +189,7 @@ class CTranslate2Engine:
 
 
 def _until(ids: Ids, ends: Ids, pad: int) -> Ids:
-    """The ids up to the first end of a sentence, or without the padding behind them where there is none."""
+    """The ids up to the first end of a sentence, or without the padding after them if there is none."""
     for place, token in enumerate(ids):
         if token in ends:
             return ids[: place + 1]

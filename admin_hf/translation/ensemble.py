@@ -1,4 +1,4 @@
-"""An ensemble: several models of one vocabulary that translate together."""
+"""An ensemble: several models with one vocabulary that translate together."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 
-# What Transformers calls a cache: `cache`, and up to 5.23 `past_key_values`
+# Transformers' name of a cache: `cache`, and up to 5.23 `past_key_values`
 _CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 # What members must share: a token is the same id for all of them
@@ -25,14 +25,14 @@ _SHARED = ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id
 class Ensemble(PreTrainedModel, GenerationMixin):
     """Models whose next token is chosen by the mean of their probabilities.
 
-    It generates as any model does, by stock `generate`, with the generation settings of the first member. Depths,
-    widths and classes of the members may differ.
+    It generates like any model, with stock `generate` and the generation settings of the first member. Depths, widths
+    and classes of the members may differ.
 
     Args:
-        members: translation models of one vocabulary, on one device. They are used, not copied.
+        members: translation models with one vocabulary, on one device. They are used, not copied.
 
     Raises:
-        ValueError: there is none, or vocabularies or special tokens differ.
+        ValueError: there is no member, or vocabularies or special tokens differ.
 
     Example:
 
@@ -59,7 +59,7 @@ class Ensemble(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate makes none: the members do, of their depths
+        return False  # generate makes no cache: each member does, with its own depth
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return _Encoders(self.members)
@@ -78,8 +78,9 @@ class Ensemble(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: `(batch, source)`.
             attention_mask: `(batch, source)`.
-            decoder_input_ids: `(batch, target)`, or its last token where there are caches.
-            encoder_outputs: of `get_encoder()`, whose last hidden state is `(batch, source, sum of the widths)`.
+            decoder_input_ids: `(batch, target)`, or only its last token if there are caches.
+            encoder_outputs: outputs of `get_encoder()`; the last hidden state is
+                `(batch, source, sum of the widths)`.
             kwargs: the caches, by the name that Transformers has for them.
 
         Returns:
@@ -139,5 +140,5 @@ def _check_member(member: PreTrainedModel, first: PreTrainedModel, number: int) 
         if found != expected:
             raise ValueError(
                 f"The models of an ensemble need one vocabulary, but {name} of the first is {expected} and of number "
-                f"{number + 1} {found}: take models that were trained with the same tokenizer."
+                f"{number + 1} {found}: use models that were trained with the same tokenizer."
             )

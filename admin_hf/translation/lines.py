@@ -1,4 +1,4 @@
-"""Lines of text in, lines of text out: batches by length, the order restored, and said what is not taken as it is."""
+"""Lines of text in, lines of text out: batches by length, restored order, and warnings for lines that are changed."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +24,9 @@ class Translation(NamedTuple):
 
     Attributes:
         text: one line.
-        score: log p(text | source) / n^length_penalty, by which the search ranks: the natural logarithm, summed over
-            its n tokens with the end of the sentence, without a forced prefix. With a length penalty of 1 it is the
-            mean log-probability of a token, with 0 the log-probability of the sentence.
+        score: log p(text | source) / n^length_penalty, by which the search ranks. It is the natural logarithm, summed
+            over the n tokens, including the end of the sentence and without a forced prefix. With a length penalty of
+            1 it is the mean log-probability of a token, with 0 the log-probability of the sentence.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Translation(NamedTuple):
 
 
 class SearchOptions(TypedDict, total=False):
-    """Options of [`translate`], which says what they mean."""
+    """Options of [`translate`], which explains them."""
 
     beams: int | None
     length_penalty: float | None
@@ -70,32 +70,32 @@ def translate(
     nbest: int | None = None,
     **options: Unpack[SearchOptions],
 ) -> list[str] | list[list[Translation]]:
-    """Translate lines of text: one line for each, blank for a blank one.
+    """Translate lines of text: one translation per line, and a blank one for a blank line.
 
-    Names of special tokens in the lines are text, but for a language code of the model at the beginning of a line,
-    such as `>>de<<`, which chooses the target language. What is not taken as it is, such as lines that are too long
-    and are cut, is said in warnings, with its numbers.
+    Names of special tokens in the lines are read as text, except for a language code of the model at the start of a
+    line, such as `>>de<<`, which chooses the target language. Warnings give the numbers of lines that are changed, for
+    example because they are too long and are cut.
 
     Args:
         model: an encoder-decoder of Transformers, with ω or without, an [`Ensemble`], or a `ctranslate2.Translator`.
-            It stays on its device, and in train or evaluation mode as it was.
-        tokenizer: the model's.
-        lines: what to translate.
-        nbest: how many translations of each line.
-        **options: of the search and of the text:
+            Its device and its mode (train or evaluation) are not changed.
+        tokenizer: the model's tokenizer.
+        lines: the lines to translate.
+        nbest: number of translations of each line.
+        **options: options of the search and of the text:
 
-            - `beams`: of the search; 1 is greedy. Default: as the model's generation settings say, else 5.
-            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: as the model's
-              generation settings say, else 1.
-            - `prefix`: what every translation begins with. The names of special tokens in it, such as language codes,
-              mean these tokens.
-            - `source_prefix`: what comes before every line, likewise.
-            - `max_length`: tokens of the longest translation, with the decoder's start token. Default: as the model's
-              generation settings say, else as many as it takes.
-            - `batch_size`: lines that are translated at a time.
+            - `beams`: number of beams; 1 is greedy search. Default: the model's generation settings, else 5.
+            - `length_penalty`: the search ranks by log-probability / tokens^length_penalty. Default: the model's
+              generation settings, else 1.
+            - `prefix`: forced beginning of every translation. The names of special tokens in it, such as language
+              codes, mean these tokens.
+            - `source_prefix`: text to put before every line; special tokens as in `prefix`.
+            - `max_length`: tokens of the longest translation, including the decoder's start token. Default: the
+              model's generation settings, else the longest that it accepts.
+            - `batch_size`: number of lines in a batch.
 
     Returns:
-        The translations; with `nbest`, a list of so many [`Translation`]s, the best first, for each line.
+        The translations; with `nbest`, a list of that many [`Translation`]s for each line, the best first.
 
     Raises:
         ValueError: an option is out of its range, or the model does not translate.
@@ -115,7 +115,7 @@ def translate(
 
 
 def engine_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """What translates with a model of any kind that [`translate`] takes."""
+    """The engine for a model of any kind that [`translate`] accepts."""
     if isinstance(model, TransformersEngine | CTranslate2Engine):
         return model
     if type(model).__module__.partition(".")[0] == "ctranslate2":  # which need not be installed
@@ -124,7 +124,7 @@ def engine_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> Engine:
 
 
 class LineTranslator:
-    """Translates some lines at a time, and counts them for what it says; the arguments are those of [`translate`]."""
+    """Translates some lines at a time, and counts them for its warnings; the arguments are those of [`translate`]."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class LineTranslator:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if beams is not None and nbest is not None and nbest > beams:
-            raise ValueError(f"nbest is {nbest}, more than the {beams} beams find: give as many beams.")
+            raise ValueError(f"nbest is {nbest}, more than the {beams} beams can find: give at least as many beams.")
         self.engine, self.tokenizer = engine, tokenizer
         self.nbest, self.batch_size = nbest, batch_size
         codes = language_codes(tokenizer)
@@ -167,7 +167,7 @@ class LineTranslator:
         """The translations of each line, the best first.
 
         Args:
-            progress: is told how many lines are done whenever some are.
+            progress: called with the number of lines that were just translated.
         """
         sources = self._encode(lines)
         nothing = [Translation("", 0.0)] * (self.nbest or 1)
@@ -211,7 +211,7 @@ class LineTranslator:
         if length_penalty is not None:
             settings.length_penalty = length_penalty
         self.length_penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
-        if settings.num_beams == 1:  # settings of beams, of which Transformers would warn
+        if settings.num_beams == 1:  # settings for several beams, about which Transformers would warn
             settings.length_penalty = settings.early_stopping = None
         if settings.max_new_tokens is not None:
             settings.max_length, settings.max_new_tokens = settings.max_new_tokens + len(self.prefix) + 1, None
@@ -219,10 +219,10 @@ class LineTranslator:
         settings.max_length = min(longest, default=LONGEST)
         if settings.max_length < len(self.prefix) + 2:
             raise ValueError(
-                f"A translation may have {settings.max_length} tokens, which is no more than start and prefix: raise "
+                f"A translation may have {settings.max_length} tokens, which start and prefix already fill: raise "
                 "max_length."
             )
-        # It would be what the search has not found: the end of a translation that is cut
+        # It would score what the search has not found: the end of a translation that is cut
         settings.forced_eos_token_id = None
 
     # --- the work ---

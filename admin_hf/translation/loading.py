@@ -1,4 +1,4 @@
-"""What the command line names as a model: a folder of any kind, or an id of the Hub."""
+"""Loads the model that the command line names: a folder of any kind, or an id of the Hub."""
 
 import json
 from contextlib import suppress
@@ -28,15 +28,15 @@ CTRANSLATE2_NAME = "model.bin"  # the weights in a folder of CTranslate2
 def load_engine(
     sources: list[str], tokenizer: str | None = None, device: str | None = None, dtype: str | None = None
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Load what translates, and its tokenizer.
+    """Load an engine and its tokenizer.
 
     Args:
-        sources: a folder or Hub id; several make an ensemble. A folder holds a model of Transformers, with ω or
-            without, or one of CTranslate2, or is that of a run, whose vanilla model is taken.
-        tokenizer: folder or Hub id that the tokenizer comes from; for CTranslate2, generation settings and the limit
-            of positions as well. Default: the model's.
-        device: such as `"cuda:1"`. Default: a GPU where there is one.
-        dtype: of the weights in computations. Default: as they are stored.
+        sources: a folder or Hub id; several make an ensemble. A folder contains a model of Transformers, with ω or
+            without, or one of CTranslate2, or is that of a run, whose vanilla model is used.
+        tokenizer: folder or Hub id of the tokenizer; for CTranslate2, also of the generation settings and the limit
+            of positions. Default: the model's.
+        device: such as `"cuda:1"`. Default: a GPU if there is one.
+        dtype: dtype of the weights in computations. Default: that of the stored weights.
 
     Raises:
         OSError, ValueError, RuntimeError, ImportError: something cannot be loaded, or does not belong together.
@@ -65,7 +65,9 @@ def _place(source: str) -> str:
     if has_weights(folder / VANILLA_NAME):
         return str(folder / VANILLA_NAME)
     if folder.is_dir() and not has_weights(folder) and (checkpoints := saved_checkpoints(folder)):
-        raise ValueError(f"{source} has no model but those of its checkpoints: name one, such as {checkpoints[-1]}.")
+        raise ValueError(
+            f"{source} has no model except those of its checkpoints: name one, such as {checkpoints[-1]}."
+        )
     return source
 
 
@@ -101,7 +103,7 @@ def _load_model(
 
 def _load_stock(place: str, config: Any) -> Any:
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"{place} holds a {config.model_type!r} model, which does not translate.")
+        raise ValueError(f"{place} contains a {config.model_type!r} model, which does not translate.")
     check_weight_files(place)
     model, info = AutoModelForSeq2SeqLM.from_pretrained(
         place, config=config, trust_remote_code=False, use_safetensors=True, output_loading_info=True

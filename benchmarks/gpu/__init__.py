@@ -24,11 +24,11 @@ from .updates import COMPILED, OURS, PLAIN, SHAPES, STOCK, Bench, GPUShape, fres
 
 TITLE = "On a GPU"
 ABOUT = (
-    "Whole updates by the trainers as they are: stock Marian in `Seq2SeqTrainer`, this project's model in the same, "
-    "and run_translation.py's trainer without and with `--torch_compile`. Batches of 256 rows of 32 positions a side, "
-    "of which three quarters are tokens, come from the host; dropout is 0.1 everywhere, gradients are clipped at 1, "
-    "and all else is at Trainer's defaults. Systems take turns in one process; peak memory is that of a system alone. "
-    "All this is of the card named below, and nothing is claimed for another:"
+    "Whole updates by four trainers: stock Marian in `Seq2SeqTrainer`, this project's model in the same, and "
+    "run_translation.py's trainer without and with `--torch_compile`. Batches come from the host. They have 256 rows "
+    "of 32 positions per side, of which three quarters are tokens. Dropout is 0.1 everywhere, gradients are clipped "
+    "at 1, and everything else has Trainer's defaults. Systems take turns in one process; peak memory is that of a "
+    "system alone. The numbers hold for the GPU named below, and nothing is claimed for others:"
 )
 DONE, NO_TIME = "done", "no time"
 

@@ -212,7 +212,7 @@ def no_wait(bench: Bench) -> list[Check]:
     for system in (OURS, COMPILED):
         watch, problem = WaitsAreErrors(), ""
         with Stepper(build(bench, system, bench.shapes["base"], "bfloat16", logging_steps=10**6)) as stepper:
-            stepper.trainer.add_callback(watch)  # behind all others
+            stepper.trainer.add_callback(watch)  # after all others
             stepper.step(WARM_UP)
             watch.is_on = True
             try:

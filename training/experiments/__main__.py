@@ -69,7 +69,7 @@ def run_all(arguments: argparse.Namespace, runs: dict[str, PlannedRun], left: Se
     if runner.failures:
         print(f"Failed with an error: {', '.join(runner.failures)}.", file=sys.stderr)
     if runner.stopped is not None:
-        print("Stopped. The same command goes on from there.")
+        print("Stopped. The same command continues from there.")
         return 128 + runner.stopped
     return 1 if runner.failures else 0
 
@@ -77,8 +77,8 @@ def run_all(arguments: argparse.Namespace, runs: dict[str, PlannedRun], left: Se
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.experiments",
-        description="Run the experiments that are named, or none, and make docs/experiments.md of all that is "
-        "recorded. What is done is not run again, what was stopped goes on; runs are in runs/experiments/.",
+        description="Run the named experiments, or none, and make docs/experiments.md from all records. A finished "
+        "run is not repeated, and a stopped one is resumed. Runs are in runs/experiments/.",
         epilog="experiments: " + "; ".join(f"{name}: {item.title}" for name, item in EXPERIMENTS.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}")
@@ -89,12 +89,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "small, the same with 2-2 layers, for recipes; cpu, Multi30k at width 64, for the others",
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: those of each experiment")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time; default: 1")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel runs; default: 1")
     parser.add_argument(
-        "--missing", action="store_true", help="leave out the runs whose end is on record in docs/experiments/"
+        "--missing", action="store_true", help="leave out runs that docs/experiments/ already records as ended"
     )
     parser.add_argument(
-        "--list", "--dry-run", action="store_true", help="only say what would run, and how far each run is"
+        "--list", "--dry-run", action="store_true", help="only list what would run, and how far each run is"
     )
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.names) - set(EXPERIMENTS):

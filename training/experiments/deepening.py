@@ -112,7 +112,7 @@ def new_model(data: Data, depth: int, system: str, seed: int) -> Model:
 
 
 def stacked(model: Model) -> Model:
-    """With the layers 0 1 2 0 1 2 in place of 0 0 1 1 2 2."""
+    """With the layers 0 1 2 0 1 2 instead of 0 0 1 1 2 2."""
     state = model.state_dict()
     for name in [name for name in state if ".layers." in name and not name.endswith("omega")]:
         above, _, below = name.partition(".layers.")

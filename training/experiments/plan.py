@@ -58,10 +58,10 @@ class Experiment:
         runs: those of one seed.
         claims: what is compared.
         seeds: how many at most.
-        is_grid: whether the figure is a map of the table, in place of curves.
+        is_grid: whether the figure is a map of the table, instead of curves.
         scales: names of those that it is planned at; the first is the default.
         outcome: what the records say where nothing is claimed: sentences, none while they cannot say.
-        lists_losses: whether table and figure have losses in place of perplexities, the table with a line for each
+        lists_losses: whether table and figure have losses instead of perplexities, the table with a line for each
             cell, with the training loss and ω.
         reference: the row that the translations of the others are compared with.
         shares_with: other experiments whose records stand for runs of this one.
@@ -349,10 +349,10 @@ EXPERIMENTS = {
     ),
     "dropout": Experiment(
         "Dropout for converged models",
-        "Not of the paper: how much dropout the next section takes, for each depth one of three values. Seed 1111 of "
-        "Admin, Pre-LN and Post-LN is trained with each value. Chosen is the one with the lowest mean of the "
-        "validation losses at the end, of the mean of the last ten checkpoints, over the systems that train with all "
-        "three values; of equals, the smaller. Nothing is translated for it.",
+        "Not of the paper: it chooses the dropout of the next section, for each depth one of three values. Seed 1111 "
+        "of Admin, Pre-LN and Post-LN is trained with each value. The validation loss of a run is that of the mean of "
+        "its last ten checkpoints. The value with the lowest mean loss is chosen, over the systems that train with "
+        "all three values; if two are equal, the smaller. Nothing is translated.",
         dropout_runs,
         (),
         seeds=1,
@@ -362,8 +362,8 @@ EXPERIMENTS = {
     "converged": Experiment(
         "Converged models: BLEU on Multi30k",
         "The paper's converged models have 27.90, 28.58 BLEU (Admin, 6-6 and 12-12 layers, WMT'14 En-De), 27.27 and "
-        "28.26 (Pre-LN), 27.80 and failed (Post-LN). Here 4-4 and 12-12 layers of width 128 are trained until the "
-        "validation loss has not fallen for ten epochs, for 50 epochs at most, with the dropout of the section above.",
+        "28.26 (Pre-LN), 27.80 and failed (Post-LN). Here 4-4 and 12-12 layers of width 128 are trained with the "
+        "dropout of the section above, until the validation loss has not fallen for ten epochs, or for 50 epochs.",
         converged_runs,
         (
             train("4-layer Post-LN trains", ("Post-LN", "4-4")),
@@ -388,12 +388,11 @@ EXPERIMENTS = {
     ),
     "recipes": Experiment(
         "BPE-dropout and the moving average of the weights",
-        "Not of the paper: whether two recipes that people ask for help on Multi30k. Provilkov et al. (2020) report "
-        "up to 2.3 BLEU more with BPE-dropout than with BPE. Admin with 2-2 layers, three seeds, as many updates for "
+        "Not of the paper: do two popular recipes help on Multi30k? Provilkov et al. (2020) report up to 2.3 BLEU "
+        "more with BPE-dropout than with BPE. Admin has 2-2 layers, three seeds and the same number of updates for "
         "all. The weights of the last update, or their average, are compared by the loss of the validation set and by "
-        "BLEU of its translations with 5 beams; the test set is not looked at. A recipe helps where the means over "
-        "the seeds differ by more than two standard errors. Rows, settings and criteria were written down before the "
-        "runs.",
+        "BLEU of its translations with 5 beams. The test set is not used. A recipe helps if the means over the seeds "
+        "differ by more than two standard errors. Rows, settings and criteria were written down before the runs.",
         recipe_runs,
         tuple(
             claim(f"{row} {how} the baseline", (row, "*"), ("baseline", "*"))
@@ -404,15 +403,15 @@ EXPERIMENTS = {
     ),
     "architectures": Experiment(
         "Stock architectures with an injected ω",
-        "Not of the paper: what `inject` does for stock models that are trained from scratch, and when. OPT is a "
-        "language model and BERT fills in masked tokens, in blocks of 32 tokens of the English side of Tatoeba; BART "
+        "Not of the paper: when does `inject` help stock models that are trained from scratch, and how much? OPT is a "
+        "language model and BERT fills in masked tokens, in blocks of 32 tokens of the English side of Tatoeba. BART "
         "translates Multi30k. The Pre-LN counterparts are OPT with `do_layer_norm_before=True`, Megatron-BERT and "
-        "mBART, of the same shape. Embeddings are as the class has them. Projections have a standard deviation of "
-        "0.02, as the class has it, of 0.07, which at width 64 gives branches the variances that 0.02 gives at width "
-        "768, or are Xavier-uniform. Admin's chain of variances starts at 1 behind the first LayerNorm, as `inject` "
-        "has it; the naive chain starts at the variance of the embeddings. A run failed if its validation loss does "
-        "not end 0.1 nats below a blind guess: how often tokens occur (for BART: below how often they stand at a "
-        "place).",
+        "mBART, of the same shape. Embeddings have the initialisation of the class. Projections have a standard "
+        "deviation of 0.02 (the default of the class) or 0.07, or are Xavier-uniform. With 0.07 at width 64, branches "
+        "have the same variances as with 0.02 at width 768. Admin's chain of variances starts at 1 after the first "
+        "LayerNorm, as in `inject`; the naive chain starts at the variance of the embeddings. A run failed if its "
+        "validation loss does not end 0.1 nats below a blind guess: how often tokens occur (for BART: how often they "
+        "occur at a position).",
         architecture_runs,
         CLAIMS,
         scales=("architectures", "architectures-long"),

@@ -35,7 +35,7 @@ class PlannedRun:
         scoring: the arguments of a second process, which translates with the trained model; none, if nothing is
             translated.
         order: of the runs that are asked for, those of a lower order start first.
-        program: the module that trains, in place of run_translation.
+        program: the module that trains, instead of run_translation.
     """
 
     name: str

@@ -60,7 +60,7 @@ class StockArguments:
         "class's std times sqrt(768 / width), whose branches have the variances that width 768 has.",
     )
     chain: str | None = HfArg(
-        default=None, help="Where the variances of ω start: 'norm', behind the first LayerNorm, or 'embeddings'."
+        default=None, help="Where the variances of ω start: 'norm', after the first LayerNorm, or 'embeddings'."
     )
     block_size: int = HfArg(default=32, help="Tokens of a block of text, and at most of a sentence.")
     max_eval_blocks: int | None = HfArg(default=None, help="Validate on the first examples only.")
