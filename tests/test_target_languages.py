@@ -83,7 +83,7 @@ def test_a_tag_within_a_line_is_text(data, tmp_path, caplog):
         _, tokenizer, splits = prepared(data, tmp_path / "run", train_file=tmp_path / "train", vocab_size=90)
     assert splits["train"][0]["input_ids"].count(tokenizer.convert_tokens_to_ids(">>fr<<")) == 0
     assert splits["train"][0]["input_ids"][0] == tokenizer.convert_tokens_to_ids(">>de<<")
-    said = "(the first is number 1) hold the name of a control token, such as <s>, which is read as text"
+    said = "(the first is number 1) contain the name of a control token, such as <s>, which is read as text"
     assert said in caplog.text
 
 
