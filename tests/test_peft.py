@@ -19,6 +19,8 @@ from peft import (
 )
 from test_reparameterization import trained_model
 from transformers import AutoModelForSeq2SeqLM, MarianMTModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.import_utils import is_peft_greater_or_equal
 
 from admin_hf import (
     AdminProfilingCallback,
@@ -48,6 +50,10 @@ PROMPTS = {
     "prefixes": PrefixTuningConfig(num_virtual_tokens=3, **SEQ2SEQ),
     "P-tuning": PromptEncoderConfig(num_virtual_tokens=3, **SEQ2SEQ),
 }
+# Each Transformers asks for a PEFT of its time in its own integration, and lets an older one do the rest.
+needs_its_peft = pytest.mark.skipif(
+    not is_peft_greater_or_equal(MIN_PEFT_VERSION), reason=f"this Transformers asks for PEFT {MIN_PEFT_VERSION}"
+)
 
 
 def adapted(config, model=None):
@@ -121,6 +127,7 @@ def test_what_is_switched_off_is_left_out(name, batch):
     assert torch.equal(logits(model, batch), expected)
 
 
+@needs_its_peft
 def test_an_adapter_of_transformers_own_is_merged_too(tmp_path, batch):
     model = trained_model()
     model.add_adapter(copy.deepcopy(MERGED["LoRA and norms"]))
@@ -158,6 +165,7 @@ def test_prompts_are_trained_and_cannot_be_merged(name, tmp_path):
     assert profile_residuals(model, padded_batch()).encoder.omega[1] > 1
 
 
+@needs_its_peft  # 5.24 has another name for the cache, and ignores the prefixes that PEFT up to 0.21 hands to generate
 def test_prefixes_fit_the_vanilla_model_as_well(tmp_path, batch):
     model = adapted(PROMPTS["prefixes"])
     model.save_pretrained(tmp_path)
@@ -173,7 +181,7 @@ def test_prefixes_fit_the_vanilla_model_as_well(tmp_path, batch):
 # --- in a Trainer ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrap", ["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize("wrap", ["get_peft_model", pytest.param("add_adapter", marks=needs_its_peft)])
 def test_a_fresh_model_is_profiled_within_its_adapters(wrap, tmp_path, caplog):
     model, twin = tiny_model(), tiny_model()
     config = LoraConfig(target_modules=TARGETS, r=2, **SEQ2SEQ)
