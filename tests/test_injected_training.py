@@ -365,14 +365,14 @@ def test_a_report_of_a_run_shows_omega_and_says_what_it_lacks(run):
     assert admin_hf_main(["report", str(run[0])]) == 0
     page = (run[0] / "report.html").read_text()
     assert "Mean of each ω, encoder" in page and "ω fell in" in page
-    assert "is for `load_injected`" in page
+    assert "with `load_injected`" in page
 
 
 def test_commands_refuse_checkpoints_of_stock_models_with_an_omega(run, tmp_path, capsys):
     model, _ = marian_and_admin()
     model.save_pretrained(tmp_path / "marian")
     for folder, message in (
-        (run[0] / "checkpoint-6", "is for `load_injected`"),
+        (run[0] / "checkpoint-6", "with `load_injected`"),
         (tmp_path / "marian", "do not belong together"),
     ):
         for command in (["export", str(folder), str(tmp_path / "out")], ["analyze", "dependency", str(folder)]):
