@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -120,31 +120,23 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, sizes: list[list[int]], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.sizes = sizes
-        firsts = accumulate(map(len, sizes[:-1]), initial=0)
-        joined = [
-            torch.empty(sum(n), *tensors[i].shape[1:], dtype=dtype, device=tensors[i].device)
-            for i, n in zip(firsts, sizes, strict=True)
-        ]
-        torch._foreach_copy_(_rows(joined, sizes), list(tensors))
+        ctx.sizes, left = sizes, iter(tensors)
+        groups = [[next(left) for _ in group] for group in sizes]
+        joined = [x.new_empty(sum(n), *x.shape[1:], dtype=dtype) for (x, *_), n in zip(groups, sizes, strict=True)]
+        rows = [part for x, n in zip(joined, sizes, strict=True) for part in (x.split(n) if len(n) > 1 else [x])]
+        torch._foreach_copy_(rows, list(tensors))
         return tuple(joined)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [(grad, n) for grad, n in zip(grads, ctx.sizes, strict=True) if grad is not None]
-        rows = _rows(*zip(*given, strict=True))
-        cast = [torch.empty_like(row, dtype=torch.float32) for row in rows]
-        torch._foreach_copy_(cast, rows)
-        found = iter(cast)
+        given = [grad for grad in grads if grad is not None]
+        exact = [torch.empty_like(grad, dtype=torch.float32) for grad in given]
+        torch._foreach_copy_(exact, given)
+        left = iter(exact)
         of_groups = (
-            [None] * len(n) if grad is None else [next(found) for _ in n]
-            for grad, n in zip(grads, ctx.sizes, strict=True)
+            [None] * len(n) if x is None else next(left).split(n) for x, n in zip(grads, ctx.sizes, strict=True)
         )
         return None, None, *chain.from_iterable(of_groups)
-
-
-def _rows(joined: Any, sizes: Any) -> list[Tensor]:
-    return [row for x, n in zip(joined, sizes, strict=True) for row in (x.split(n) if len(n) > 1 else [x])]
 
 
 # --- dropout --------------------------------------------------------------------------------------

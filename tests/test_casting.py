@@ -161,7 +161,8 @@ def test_compiled_layers_take_the_joined_weights_of_each_pass(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             (loss,) = compiled(padded_batch(seed=seed))
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        expected_losses, expected = loss_and_gradients(model, [padded_batch(seed=seed)])
-        torch.testing.assert_close(loss, expected_losses[0], rtol=0.01, atol=0)
-        assert error(found, expected) < 0.05
+        batches = [padded_batch(seed=seed)]
+        losses, exact = copy.deepcopy(loss_and_gradients(model, batches, torch.float32, at_once=False))
+        torch.testing.assert_close(loss, losses[0], rtol=0.01, atol=0)
+        assert error(found, exact) < 1.5 * error(loss_and_gradients(model, batches, at_once=False)[1], exact)
     assert counter.frame_count == 4  # the first layer of each stack has no ω in front, so it differs from the others
