@@ -151,18 +151,21 @@ def test_a_pass_with_a_cache_fills_it(model):
 @pytest.mark.slow  # 15 s
 def test_compiled_layers_take_the_joined_weights_of_each_pass(monkeypatch):
     model = without_dropout(randomize(tiny_model(encoder_layers=3, decoder_layers=3)).train())
-    monkeypatch.setattr(modeling_admin, "weights_cast_at_once", lambda m: cast_at_once(kept_casts(m), torch.bfloat16))
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = CompiledPass(model, lambda **batch: (model(**batch).loss,), backend=counter)
     for seed in range(3):
         randomize(model, seed, scale=0.02)
+        batch = padded_batch(seed=seed)
+        losses, exact = loss_and_gradients(model, [batch], torch.float32, at_once=False)
+        _, single = loss_and_gradients(model, [batch], at_once=False)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            (loss,) = compiled(padded_batch(seed=seed))
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            patch.setattr(
+                modeling_admin, "weights_cast_at_once", lambda m: cast_at_once(kept_casts(m), torch.bfloat16)
+            )
+            (loss,) = compiled(batch)
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        batches = [padded_batch(seed=seed)]
-        losses, exact = copy.deepcopy(loss_and_gradients(model, batches, torch.float32, at_once=False))
         torch.testing.assert_close(loss, losses[0], rtol=0.01, atol=0)
-        assert error(found, exact) < 1.5 * error(loss_and_gradients(model, batches, at_once=False)[1], exact)
+        assert error(found, exact) < 1.5 * error(single, exact)
     assert counter.frame_count == 4  # the first layer of each stack has no ω in front, so it differs from the others
