@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
