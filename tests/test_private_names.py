@@ -68,7 +68,7 @@ def functions(module: ModuleType) -> set[str]:
     return {
         f"{each.__module__}:{each.__qualname__}"
         for each in theirs
-        if each.__module__.startswith("transformers.") and not hasattr(transformers, each.__name__)
+        if (each.__module__ or "").startswith("transformers.") and not hasattr(transformers, each.__name__)
     }
 
 
