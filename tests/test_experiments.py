@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
+from conftest import padded_batch, tiny_model
 
 import run_translation
-from admin_hf import AdminConfig
-from admin_hf.residual import SYSTEMS
+from admin_hf import AdminConfig, initialize_omega, profile_residuals
+from admin_hf.residual import SYSTEMS, residual_connections
 from training.arguments import parse_arguments
 from training.data import load_pairs
 from training.embedded_data import write_embedded_data
 from training.errors import InputError
 from training.experiments import __main__, blind, dropout_losses, page, preparation, records, translations
 from training.experiments.__main__ import main
+from training.experiments.ablations import VARIANTS
 from training.experiments.blind import BlindGuess
 from training.experiments.claims import (
     ONE_SEED,
@@ -37,6 +40,7 @@ from training.experiments.claims import (
 from training.experiments.dropout_losses import STACKS, measure_dropout_losses
 from training.experiments.page import how_runs_ended
 from training.experiments.plan import (
+    ABLATIONS,
     DROPOUTS,
     EXPERIMENTS,
     TITLES,
@@ -82,6 +86,7 @@ def test_equal_runs_and_only_they_share_a_folder():
 
 
 @pytest.mark.parametrize(("name", "scale"), [plan for plan in PLANS if plan[0] != "architectures"])
+@pytest.mark.usefixtures("with_variants")
 def test_run_translation_takes_the_arguments(name, scale):
     for run in {run.row: run for run in planned(name, SCALES[scale])}.values():
         given = parse_arguments(flags(run.arguments))
@@ -123,6 +128,61 @@ def test_every_system_is_compared():
     assert found == set(SYSTEMS) == set(TITLES)
 
 
+@pytest.fixture
+def with_variants(monkeypatch):
+    for name, system in VARIANTS.items():
+        monkeypatch.setitem(SYSTEMS, name, system)
+
+
+def variant(name, **changes):
+    """A fresh tiny model of a variant, and one of Admin with the same weights, both profiled on a batch."""
+    models = []
+    for system in (name, "admin"):
+        model = tiny_model(encoder_residual=system, decoder_residual=system, **changes)
+        initialize_omega(model, profile_residuals(model, padded_batch()))
+        models.append(model)
+    return models
+
+
+@pytest.mark.usefixtures("with_variants")
+def test_variants_of_admin_differ_in_what_they_say():
+    assert set(ABLATIONS) == set(VARIANTS)
+    for name in ("admin_frozen", "admin_scalar"):
+        model, admin = variant(name)
+        torch.testing.assert_close(model(**padded_batch()).logits, admin(**padded_batch()).logits)
+    frozen, scalar = variant("admin_frozen")[0], variant("admin_scalar")[0]
+    trained = {name for name, parameter in frozen.named_parameters() if parameter.requires_grad}
+    assert not [name for name in trained if name.endswith("omega")] and trained
+    assert {p.shape for name, p in scalar.named_parameters() if name.endswith("omega")} == {(1,)}
+    scalar.train()(**padded_batch()).loss.backward()
+    assert all(p.grad.any() for name, p in scalar.named_parameters() if name.endswith("omega"))
+
+    # ω_i from variances that were measured with ω = 1 in all sub-layers, which is Post-LN
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    at_one, admin = variant("admin_measured_at_one", **rates)
+    post_ln = tiny_model(encoder_residual="post_ln", decoder_residual="post_ln", **rates)
+    measured = profile_residuals(post_ln, padded_batch())
+    for stack in ("encoder", "decoder"):
+        there, found = getattr(measured, stack), residual_connections(getattr(at_one.model, stack))
+        for i, (_, connection) in enumerate(found):
+            omega = (there.shortcut_variances[0] + sum(there.branch_variances[:i])) ** 0.5
+            assert not i or connection.omega.tolist() == pytest.approx([omega] * len(connection.omega), rel=1e-4)
+    assert not torch.equal(*(x.model.decoder.layers[1].final_layer_norm.omega for x in (at_one, admin)))
+
+    first = variant("admin_with_first")[0].model.encoder.layers[0].self_attn_layer_norm
+    assert first.omega.tolist() == [1.0] * len(first.omega) and first.omega.requires_grad
+
+
+@pytest.mark.slow  # 10 s
+@pytest.mark.parametrize("name", ["admin_scalar", "admin_with_first"])
+def test_variants_of_admin_train(name, data, tmp_path):
+    residuals = f"{tiny_runs.SHAPE},encoder_residual={name},decoder_residual={name}"
+    values = tiny_runs.arguments(data, tmp_path / "run", config_overrides=residuals, do_eval=True, test_file=None)
+    command = [sys.executable, "-m", "training.experiments.ablations", *tiny_runs.flags(values)]
+    subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["scores"]["eval_loss"] > 0
+
+
 def overrides(run):
     return run.arguments["config_overrides"].split(",")
 
@@ -138,6 +198,7 @@ def test_sizes_at_cpu_scale():
         "batch": 6,
         "deep": 5,
         "systems": 40,
+        "ablations": 15,
     }
 
 

@@ -271,6 +271,7 @@ def make_run(
     overrides: Mapping[str, Any] | None = None,
     scoring: Mapping[str, Any] | None = None,
     order: int = 0,
+    program: str = "run_translation",
     **changes: Any,
 ) -> PlannedRun:
     """A run of a scale.
@@ -281,7 +282,7 @@ def make_run(
         column: of the [`PlannedRun`]; the layers of both stacks where unset.
         tag: what else tells the run from others, for its name.
         overrides: what differs in the model's configuration.
-        scoring, order: of the [`PlannedRun`].
+        scoring, order, program: of the [`PlannedRun`].
         changes: arguments that differ from the recipe's.
     """
     encoder, decoder = (residual, residual) if isinstance(residual, str) else residual
@@ -299,7 +300,8 @@ def make_run(
         "seed": seed,
     }
     seconds = scale.seconds(data_set, layers, arguments)
-    return PlannedRun(f"{scale.name}/{name}", row, column or depth, arguments, seconds, dict(scoring or {}), order)
+    place = f"{scale.name}/{name}", row, column or depth
+    return PlannedRun(*place, arguments, seconds, dict(scoring or {}), order, program)
 
 
 def settings(runs: Sequence[PlannedRun]) -> str:
