@@ -75,7 +75,7 @@ def test_the_readmes_trainer_runs_as_printed(tmp_path):
 
 @pytest.mark.slow
 def test_the_readmes_stock_model_runs_as_printed():
-    (code,) = re.findall(r"folds it into their weights:\n\n```python\n(.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"folds it into\s+their weights:\n\n```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(code, names)
     assert type(names["vanilla"]) is type(names["model"]) is BertForMaskedLM
