@@ -3,18 +3,22 @@
 import json
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import sacrebleu
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from tiny_runs import arguments, assert_equal_weights, flags, run
-from transformers import AutoTokenizer, MarianMTModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GenerationConfig, MarianMTModel, PreTrainedTokenizerFast
 
 from admin_hf import translate
 from admin_hf.__main__ import main
+from admin_hf.encoding import Encoder, read_control_tokens_as_text
 from admin_hf.report.text import first_target, predictions
 from admin_hf.run.folder import Run
+from admin_hf.translation.lines import LineTranslator
 from training.arguments import parse_arguments
 from training.data import contents_of
 from training.metrics import MultilingualMetric, TranslationMetric
@@ -87,6 +91,27 @@ def test_a_tag_within_a_line_is_text(data, tmp_path, caplog):
     assert said in caplog.text
 
 
+def test_a_tag_is_followed_by_one_space_whatever_the_tokenizer_makes_of_two():
+    """As in training and in stock Transformers; a tokenizer of bytes keeps every space."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["</s>", "<pad>", ">>de<<", ">>fr<<"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        ["red one", "two dogs"], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<pad>")
+    tokenizer = read_control_tokens_as_text(tokenizer, ">>de<< >>fr<< ")
+    engine = SimpleNamespace(generation_config=GenerationConfig(max_length=20), positions=None)
+    translator = LineTranslator(engine, tokenizer)
+    lines = [">>de<< red one", "  >>fr<<two dogs", ">>de<<   two dogs", ">>de<< \u200b", " red"]
+    expected = [
+        Encoder(tokenizer, prefix=prefix)([text]).ids[0]
+        for prefix, text in ((">>de<< ", "red one"), (">>fr<< ", "two dogs"), (">>de<< ", "two dogs"), ("", " red"))
+    ]
+    assert translator._encode(lines) == dict(zip([0, 1, 2, 4], expected, strict=True)), "a blank one stays blank"
+
+
 def test_limits_are_of_each_language_and_source_text_alone_has_no_scores(data, tmp_path):
     changes = {"max_train_samples": 300, "max_eval_samples": 4, "test_file": data / "test.en"}
     raw, _, splits = prepared(data, tmp_path, **changes)
@@ -109,6 +134,8 @@ def test_each_text_of_a_data_set_by_name_is_recorded():
         ({"target_lang": "de,de"}, "--target_lang de,de has 'de' twice"),
         ({"target_lang": "de,en"}, "are both 'en'"),
         ({"target_lang": "de, fr"}, "expected languages with commas between them"),
+        ({"target_lang": "de fr"}, "expected languages with commas between them"),
+        ({"target_lang": "de;fr"}, "expected languages with commas between them"),
         ({"target_lang": "de,"}, "expected languages with commas between them"),
         ({"target_lang": "de,sv"}, "train.sv does not exist"),
         ({"target_lang": "de,zh", "metric_for_best_model": "moses_bleu"}, "no Moses tokenizer for --target_lang zh"),
@@ -132,6 +159,10 @@ def test_a_tokenizer_without_a_tag_is_refused_and_so_are_sources_without_one(dat
     assert run(data, tmp_path / "german", **one, max_steps=1) == 0
     assert run(data, tmp_path / "new", **OPTIONS, tokenizer_name=tmp_path / "german") == 2
     assert "The tokenizer does not have >>de<<, by which --target_lang de,fr,cs" in capsys.readouterr().err
+    scored = {"do_train": None, "do_predict": True, "max_steps": None, "config_overrides": None}
+    assert run(data, tmp_path / "german", **(OPTIONS | scored | {"vocab_size": 50})) == 2, "nor has the run's own"
+    assert "The tokenizer does not have >>de<<, by which --target_lang de,fr,cs" in capsys.readouterr().err
+    assert not (tmp_path / "german" / "generated_predictions.de.txt").exists()
     assert run(data, tmp_path / "all", **OPTIONS, max_steps=1) == 0
     trained = {"model_name_or_path": tmp_path / "all", "config_overrides": None, "vocab_size": None, "max_steps": 1}
     assert run(data, tmp_path / "on", **one | trained) == 2

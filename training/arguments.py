@@ -431,7 +431,8 @@ def _check_data(data: DataTrainingArguments, training: TranslationTrainingArgume
         if not getattr(data, name):
             raise InputError(f"--{name} is missing: give a language key such as 'en'.")
     languages = str(data.target_lang).split(",")
-    if len(languages) > 1 and not all(re.fullmatch(r"[\w.-]+", language) for language in languages):
+    is_list = len(languages) > 1 or re.search(r"[\s;]", languages[0])
+    if is_list and not all(re.fullmatch(r"[\w.-]+", language) for language in languages):
         raise InputError(f"--target_lang {data.target_lang}: expected languages with commas between them: de,fr.")
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise InputError(f"--target_lang {data.target_lang} has {twice[0]!r} twice; expected each language once.")

@@ -53,11 +53,10 @@ def prepare_data(arguments: Arguments) -> tuple[Texts, PreTrainedTokenizerBase, 
     tokenizer = named_tokenizer(arguments)
     if tokenizer is not None and arguments.data.bpe_dropout:
         check_bpe(tokenizer)
-    if tokenizer is not None:
-        check_tags(tokenizer, arguments.data)
     with arguments.training.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
         tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
+        check_tags(tokenizer, arguments.data)
         return raw, tokenizer, tokenize(raw, tokenizer, arguments)
 
 

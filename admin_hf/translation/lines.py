@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -229,22 +230,25 @@ class LineTranslator:
 
     def _encode(self, lines: Sequence[str]) -> dict[int, Ids]:
         """The lines that hold something to translate, as ids."""
-        rows = [row for row, line in enumerate(lines) if not is_blank(line)]
+        by_code: dict[str, dict[int, str]] = {}
+        for row, line in enumerate(lines):
+            code = first_code(line)
+            code = code if code in self.codes else ""
+            text = line.lstrip().removeprefix(code).lstrip() if code else line
+            if not is_blank(text):
+                by_code.setdefault(code, {})[row] = text
+        rows = sorted(chain.from_iterable(by_code.values()))
         if not rows:
             return {}  # stock tokenizers fail on no text at all
-        by_code: dict[str, list[int]] = {}
-        for row in rows:
-            code = first_code(lines[row])
-            by_code.setdefault(code if code in self.codes else "", []).append(row)
         if self.codes:
             what = f"do not begin with a language code, such as {self.codes[0]}: the model chooses the language"
-            self._say(by_code.get("", []), what)
+            self._say([*by_code.get("", {})], what)
         sources: dict[int, Ids] = {}
         notes: dict[int, int] = {}
         for code, some in by_code.items():
             if code not in self.encoders:
                 self.encoders[code] = Encoder(self.tokenizer, prefix=f"{code} {self.source_prefix}")
-            encoded = self.encoders[code]([lines[row].lstrip().removeprefix(code) for row in some])
+            encoded = self.encoders[code]([*some.values()])
             notes |= zip(some, encoded.notes, strict=True)
             found = zip(some, encoded.ids, encoded.tokens, strict=True)
             sources |= {row: ids for row, ids, tokens in found if tokens}
