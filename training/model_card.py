@@ -76,6 +76,8 @@ def _dataset(arguments: dict[str, Any], split: str) -> str:
 
 def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -> ModelCardData:
     languages = [arguments["source_lang"], *_data_arguments(arguments).by_target()]
+    # The Hub knows a language without its country or script: zh-CN is zh
+    codes = [match[0] for language in languages if (match := re.match("[a-z]{2,3}(?=[-_]|$)", language))]
     dataset = arguments["dataset_name"]
     datasets = [dataset] if dataset and is_hub_id(dataset) else None
     results = [
@@ -93,7 +95,7 @@ def _metadata(arguments: dict[str, Any], scores: dict[str, Any], repo_id: str) -
         if f"vanilla_{split}_{metric}" in scores
     ]
     return ModelCardData(
-        language=languages if all(re.fullmatch("[a-z]{2,3}", language) for language in languages) else None,
+        language=list(dict.fromkeys(codes)) if len(codes) == len(languages) else None,
         datasets=datasets,
         metrics=list(SHOWN_METRICS) if results else None,
         model_name=repo_id.rpartition("/")[2],
