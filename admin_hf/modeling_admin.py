@@ -57,13 +57,14 @@ class AdminAttention(MarianAttention):
         is_cross_attention = self.is_decoder and not self.is_causal
         return [self.k_proj, self.v_proj] if is_cross_attention else [self.q_proj, self.k_proj, self.v_proj]
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # the cache has another name in each version, and stays in kwargs
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As Marian's, of `hidden_states`, `(batch_size, target_length, d_model)`."""
-        cache = {name: kwargs.pop(name) for name in CACHE_NAMES if name in kwargs}
-        if self.joined_weight is None or given_cache(cache) is not None:
-            return super().forward(hidden_states, key_value_states, **cache, **kwargs)
+        if self.joined_weight is None or given_cache(kwargs) is not None:
+            return super().forward(hidden_states, key_value_states, **kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
         x = hidden_states if key_value_states is None else key_value_states
         projected = nn.functional.linear(x, self.joined_weight, self.joined_bias).chunk(len(self.projections), dim=-1)
         if key_value_states is not None:
