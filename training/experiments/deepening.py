@@ -29,6 +29,7 @@ from admin_hf.checkpoints import write_whole
 from admin_hf.parallel_text import find_files, read_pairs
 
 from ..tokenization import train_tokenizer
+from .dropout_losses import mean_loss
 
 
 DEPTH, DEEPER, SEEDS, MEASURED = 3, 6, (1, 2, 3), (25, 50, 100)
@@ -77,10 +78,7 @@ class Data:
 @torch.no_grad()
 def loss_of(model: Model, batches: list[Batch]) -> float:
     """The negative log-likelihood of a target token."""
-    model.eval()
-    counts = [int(batch["labels"].ne(-100).sum()) for batch in batches]
-    losses = [float(model(**batch).loss) for batch in batches]
-    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    return mean_loss(model.eval(), batches)
 
 
 def fit(model: Model, data: Data, seed: int, updates: int, learning_rate: float, warm_up: int) -> dict[int, float]:

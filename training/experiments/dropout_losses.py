@@ -46,9 +46,15 @@ def measure_dropout_losses(run: PlannedRun) -> None:
 def dropout_loss(model: Any, batches: list[dict[str, torch.Tensor]], stacks: tuple[str, ...], seed: int = 0) -> float:
     """The loss of batches with dropout in these stacks alone."""
     torch.manual_seed(seed)
-    model.train()  # which gives the loss without smoothing
-    for name in ("encoder", "decoder"):
-        getattr(model.model, name).train(name in stacks)
+    model.eval()  # so that the model itself gives the loss without smoothing
+    for name in stacks:
+        getattr(model.model, name).train()
+    return mean_loss(model, batches)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """The mean loss of a target token over all batches."""
     counts = [int(batch["labels"].ne(-100).sum()) for batch in batches]
-    losses = [float(model(**batch).nll_loss) for batch in batches]
+    losses = [float(model(**batch).loss) for batch in batches]
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
