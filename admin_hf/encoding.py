@@ -33,6 +33,11 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return dict(zip(names, cast(list[int], tokenizer.convert_tokens_to_ids(names)), strict=True))
 
 
+def language_code(language: str) -> str:
+    """The code that chooses a target language, in the form of OPUS-MT: `>>de<<` for "de"."""
+    return f">>{language}<<"
+
+
 def language_codes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The codes, such as `>>de<<`, by which lines choose a target language, if the tokenizer reads them in text."""
     return [] if tokenizer.split_special_tokens else sorted(filter(_LANGUAGE_CODE.fullmatch, tokenizer.get_vocab()))

@@ -21,6 +21,7 @@ from transformers.integrations import get_available_reporting_integrations, is_t
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from admin_hf.checkpoints import one_line
+from admin_hf.encoding import language_code
 from admin_hf.run.folder import STATE_NAME, complete_checkpoints
 from admin_hf.sharding import sharding
 
@@ -159,7 +160,7 @@ class DataTrainingArguments:
     def tags(self) -> dict[str, str]:
         """What chooses each of several target languages, such as `{"de": ">>de<<", "fr": ">>fr<<"}`; none of one."""
         languages = (self.target_lang or "").split(",")
-        return {language: f">>{language}<<" for language in languages} if len(languages) > 1 else {}
+        return {language: language_code(language) for language in languages} if len(languages) > 1 else {}
 
     def by_target(self) -> dict[str, "DataTrainingArguments"]:
         """The arguments of each target language alone; where there are several, its tag begins every source."""

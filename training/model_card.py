@@ -52,13 +52,13 @@ def write_run_card(
         _draw(omega, vanilla / FIGURE_NAME)
         training += "\n\n" + FIGURE.format(profiled=PROFILED if found.profile else "")
     sentence = "A dog runs." if arguments["source_lang"].startswith("en") else "…"
-    targets, tags = _data_arguments(arguments).by_target(), _data_arguments(arguments).tags
+    data = _data_arguments(arguments)
     card = Card(
         _metadata(arguments, scores, repo_id),
         is_profiled,
         base_model=arguments["model_name_or_path"],
-        sections={"Scores": _scores(scores, tags), "Data": _data(arguments), "Training": training},
-        example=(next(iter(targets.values())).source_prefix or "") + sentence,
+        sections={"Scores": _scores(scores, data.tags), "Data": _data(arguments), "Training": training},
+        example=(next(iter(data.by_target().values())).source_prefix or "") + sentence,
     )
     card.write(vanilla, repo_id)
 

@@ -19,7 +19,7 @@ from admin_hf.run.folder import ARGUMENTS_NAME
 from admin_hf.special_tokens import required_ids
 
 from . import runs
-from .arguments import Arguments, DataTrainingArguments, ModelArguments
+from .arguments import Arguments, ModelArguments
 from .data import Texts
 from .errors import InputError, refusing
 from .sentencepieces import is_sentencepiece, read_sentencepiece
@@ -117,34 +117,33 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike
 def named_tokenizer(arguments: Arguments) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the arguments name, if any."""
     name = arguments.model.tokenizer_name or arguments.model.model_name_or_path
-    return load_tokenizer(name, arguments.model, _prefixes(arguments.data)) if name else None
+    return _load_with_tags(name, arguments) if name else None
 
 
-def _prefixes(data: DataTrainingArguments) -> str:
-    """All that comes before sources: of all of it, control tokens must be read in text."""
-    return "".join(one.source_prefix or "" for one in data.by_target().values())
-
-
-def check_tags(tokenizer: PreTrainedTokenizerBase, data: DataTrainingArguments) -> None:
-    """Refuse a tokenizer for several target languages that does not have the tag of each as a token.
+def _load_with_tags(name: str, arguments: Arguments) -> PreTrainedTokenizerBase:
+    """A tokenizer that reads all that comes before sources, and has the tag of each of several target languages.
 
     Raises:
-        InputError: naming the first tag that it lacks.
+        InputError: as [`load_tokenizer`], or naming the first tag that it lacks.
     """
+    data = arguments.data
+    prefixes = "".join(one.source_prefix or "" for one in data.by_target().values())
+    tokenizer = load_tokenizer(name, arguments.model, prefixes)
+    known = control_tokens(tokenizer)
     for tag in data.tags.values():
-        if tag not in control_tokens(tokenizer):
+        if tag not in known:
             raise InputError(
                 f"The tokenizer does not have {tag}, by which --target_lang {data.target_lang} chooses a language: "
                 "train a new one, without --tokenizer_name and --model_name_or_path, or add it by "
                 f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{tag!r}, …]}})` and save it."
             )
+    return tokenizer
 
 
 def prepare_tokenizer(arguments: Arguments, raw: Texts) -> PreTrainedTokenizerBase:
     """Load the run's own tokenizer, or train one on the training pairs."""
     given, training = arguments.model, arguments.training
-    output_dir, prefix = Path(training.output_dir), _prefixes(arguments.data)
-    name = None
+    output_dir, name = Path(training.output_dir), None
     # The first process of a machine has trained it just now, if the others see it; else it is of the run that goes on
     trained = training.local_process_index > 0 or (output_dir / ARGUMENTS_NAME).exists()
     if (output_dir / "tokenizer_config.json").exists() and (trained or not training.do_train):
@@ -152,12 +151,12 @@ def prepare_tokenizer(arguments: Arguments, raw: Texts) -> PreTrainedTokenizerBa
     if not name and not training.do_train:
         name = runs.last_checkpoint(training)
     if name:
-        return load_tokenizer(name, given, prefix)
+        return _load_with_tags(name, arguments)
     logger.info(f"Training a joint BPE tokenizer with {given.vocab_size:,} entries.")
     texts = chain.from_iterable(map(text_batches, raw["train"].values()))
     tokenizer = train_tokenizer(texts, given.vocab_size, given.lowercase, [*arguments.data.tags.values()])
     save_tokenizer(tokenizer, output_dir)
-    return load_tokenizer(str(output_dir), given, prefix)  # as every other process and session will see it
+    return _load_with_tags(str(output_dir), arguments)  # as every other process and session will see it
 
 
 def load_tokenizer(name: str, arguments: ModelArguments, prefix: str = "") -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ from .data import Splits, Texts, load_data
 from .errors import InputError
 from .metrics import TranslationMetric
 from .segmentation import SIDES, check_bpe
-from .tokenization import check_tags, named_tokenizer, prepare_tokenizer
+from .tokenization import named_tokenizer, prepare_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,6 @@ def prepare_data(arguments: Arguments) -> tuple[Texts, PreTrainedTokenizerBase, 
     with arguments.training.main_process_first(desc="preparing the data"):
         raw = load_data(arguments)
         tokenizer = prepare_tokenizer(arguments, raw) if tokenizer is None else tokenizer
-        check_tags(tokenizer, arguments.data)
         return raw, tokenizer, tokenize(raw, tokenizer, arguments)
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import parallel_text
 from ..analysis.inputs import find_tokenizer
+from ..encoding import language_code
 from ..modeling_admin import AdminForConditionalGeneration
 from ..parallel_text import find_files, is_blank
 from ..run.folder import Run, predictions_name, regular_file
@@ -51,7 +52,7 @@ def first_target(run: Run) -> tuple[str, str]:
     """The first of several target languages, or nothing; and what comes before the sources that are translated."""
     prefix = str(run.arguments.get("source_prefix") or "")
     first, several, _ = str(run.arguments.get("target_lang")).partition(",")
-    return (first, f">>{first}<< {prefix}") if several else ("", prefix)
+    return (first, f"{language_code(first)} {prefix}") if several else ("", prefix)
 
 
 def load_tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
